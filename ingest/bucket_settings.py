@@ -1,0 +1,104 @@
+"""Bucket settings: the ``hiss.*`` tags of a bucket, parsed. One table names every setting, its values and its limits.
+
+In: tags as any S3 tool writes them. Out: ``BucketSettings``, or ``BadSetting`` that says which tag, which value and what is
+allowed. An edit that leaves a setting out keeps it; the value ``default`` resets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from ingest.records import Durability
+
+PREFIX = "hiss."
+
+
+class BadSetting(ValueError):
+    """``str()`` names the tag, the value given and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BucketSettings:
+    durability: Durability = Durability.DISK
+    etag: str = "checksum"
+    """``checksum`` or ``md5``."""
+    recall: str = "on-read"
+    """``on-read`` or ``never`` (a cold GET is then InvalidObjectState)."""
+    drain_after_s: int = 0
+    evict_after_s: int = 0
+    """Seconds an archived version stays buffered at least, watermarks permitting."""
+    raw_filter: str = "refuse"
+    """``refuse`` or ``allow``: whether kernels may filter raw data after the ACK."""
+    archive_mode: int = 0o640
+    archive_group: int | None = None
+    """Numeric group id of archived files; None keeps the archive process's own."""
+    archive_owner: int | None = None
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(" or ".join(allowed))
+        return value
+
+    return parse
+
+
+def _whole(low: int, high: int, base: int = 10) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        try:
+            number = int(value, base)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise ValueError(
+                f"a whole number from {low} to {high}" if base == 10 else "an octal mode from 0400 to 0777"
+            )
+        return number
+
+    return parse
+
+
+_WEEK_S = 7 * 86400
+_TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
+    "hiss.durability": ("durability", lambda value: Durability(_choice(*Durability)(value))),
+    "hiss.etag": ("etag", _choice("checksum", "md5")),
+    "hiss.recall": ("recall", _choice("on-read", "never")),
+    "hiss.drain-after-s": ("drain_after_s", _whole(0, 52 * _WEEK_S)),
+    "hiss.evict-after-s": ("evict_after_s", _whole(0, 52 * _WEEK_S)),
+    "hiss.raw-filter": ("raw_filter", _choice("refuse", "allow")),
+    "hiss.archive-mode": ("archive_mode", _whole(0o400, 0o777, 8)),
+    "hiss.archive-group": ("archive_group", _whole(0, 2**32 - 2)),
+    "hiss.archive-owner": ("archive_owner", _whole(0, 2**32 - 2)),
+}
+
+
+def parse(tags: Mapping[str, str]) -> BucketSettings:
+    """Settings from a bucket's tags; BadSetting for an unknown ``hiss.*`` name or a value out of its limits."""
+    values: dict[str, object] = {}
+    for tag, value in tags.items():
+        if not tag.startswith(PREFIX):
+            continue
+        if tag not in _TABLE:
+            raise BadSetting(f"{tag!r} is not a setting; known: {', '.join(sorted(_TABLE))}")
+        field, parser = _TABLE[tag]
+        try:
+            values[field] = parser(value)
+        except ValueError as error:
+            raise BadSetting(f"{tag} = {value!r}: allowed is {error}, or default") from None
+    return BucketSettings(**values)  # type: ignore[arg-type]
+
+
+def edited(current: Mapping[str, str], replacement: Mapping[str, str]) -> dict[str, str]:
+    """Tags after a PutBucketTagging: user tags are replaced, settings left out stay, ``default`` removes one."""
+    tags = {name: value for name, value in current.items() if name.startswith(PREFIX)}
+    for name, value in replacement.items():
+        if name.startswith(PREFIX) and value == "default":
+            if name not in _TABLE:
+                raise BadSetting(f"{name!r} is not a setting; known: {', '.join(sorted(_TABLE))}")
+            tags.pop(name, None)
+        else:
+            tags[name] = value
+    parse(tags)
+    return tags

@@ -1,0 +1,91 @@
+"""Errors of the buffer and the catalogue: whose fault, and what the protocol rooms should say.
+
+``IngestError`` is the base; ``CatalogError`` are decisions of the catalogue, the rest the data path. The S3 room maps each
+class to its AWS code in one table (s3api/errors.py); nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+
+class IngestError(Exception):
+    """Base of every error this room raises."""
+
+
+class BufferFull(IngestError):
+    """No room in the arena or in the segments: ask the client to slow down (before its body)."""
+
+
+class StreamAborted(IngestError):
+    """The stream was aborted (peer gone, kernel of the system refused the write, node stopping)."""
+
+
+class StorageFailed(IngestError):
+    """A write or flush failed and could not be redone elsewhere; nothing was acknowledged."""
+
+
+class DataLost(IngestError):
+    """Bytes that were acknowledged cannot be read back (disk fault, or ``memory`` data after a host crash)."""
+
+
+class ObjectOffline(IngestError):
+    """The bytes are on the archive tier only and were not recalled within the time allowed."""
+
+
+class CatalogError(IngestError):
+    """The catalogue refused; the request changed nothing."""
+
+
+class CatalogUnavailable(CatalogError):
+    """No answer from the catalogue: the outcome is unknown until retried with the same object_id."""
+
+
+class NoSuchBucket(CatalogError):
+    pass
+
+
+class BucketExists(CatalogError):
+    """``owner`` says whether the asker already owns it."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.owner = owner
+
+
+class BucketNotEmpty(CatalogError):
+    pass
+
+
+class NoSuchKey(CatalogError):
+    pass
+
+
+class NoSuchUpload(CatalogError):
+    pass
+
+
+class InvalidPart(CatalogError):
+    pass
+
+
+class InvalidPartOrder(CatalogError):
+    pass
+
+
+class EntityTooSmall(CatalogError):
+    """A part other than the last is below the 5 MiB minimum."""
+
+
+class PreconditionFailed(CatalogError):
+    """``condition`` names the header that did not hold."""
+
+    def __init__(self, condition: str) -> None:
+        super().__init__(condition)
+        self.condition = condition
+
+
+class StaleVersion(CatalogError):
+    """The version an internal mutation names was deleted or replaced meanwhile: the mutation changed nothing."""
+
+
+class StaleEpoch(CatalogError):
+    """This process's slot was taken over by a newer process."""

@@ -1,0 +1,77 @@
+"""Where everything of a node lies under its data folder. The only place that joins these names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodePaths:
+    """``root`` is the ``--data`` folder. Folders are made with mode 0700."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
+    def node_key(self) -> Path:
+        return self.root / "node.key"
+
+    @property
+    def credentials(self) -> Path:
+        return self.root / "root-credentials.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal"
+
+    @property
+    def catalogue(self) -> Path:
+        return self.root / "catalogue" / "catalogue.sqlite"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.root / "snapshots"
+
+    @property
+    def segments(self) -> Path:
+        return self.root / "segments"
+
+    @property
+    def archive(self) -> Path:
+        return self.root / "archive"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def catalogue_socket(self) -> Path:
+        return self.run / "catalogue.sock"
+
+    @property
+    def zygote_socket(self) -> Path:
+        return self.run / "zygote.sock"
+
+    @property
+    def feedback_socket(self) -> Path:
+        return self.run / "feedback.sock"
+
+    def segment_file(self, slot: int, segment: int) -> Path:
+        return self.segments / f"{slot:02d}" / f"{segment:06d}.seg"
+
+    def create(self) -> None:
+        for folder in (self.root, self.journal, self.catalogue.parent, self.snapshots, self.segments, self.run):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def socket_address(path: Path) -> str:
+    """An address for a unix socket however long ``path`` is: sun_path holds 107 bytes, so go through an open folder."""
+    if len(os.fsencode(path)) < 100:
+        return str(path)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{folder}/{path.name}"

@@ -1,0 +1,338 @@
+"""The contracts between rooms. ``ingest`` owns them; kernels, s3api, archive and gateway meet only here.
+
+- ``Catalog``: the index of what is stored and the one way to change it (one engine embedded, one clustered).
+- ``BodySink``: where body bytes land; the HTTP room asks it for memory and tells it how much arrived.
+- ``FrameHost`` / ``FrameReduction``: what the kernel room does with frames while a stream arrives.
+- ``LandingPad``: how another room stores a small object or loads stored bytes into shared memory.
+
+Implementations: ingest.catalog (client of the catalogue process), ingest.stream, kernels.host, ingest.buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+from ingest.records import (
+    ArchiveCopy,
+    BucketRecord,
+    CommitObject,
+    CommitPart,
+    CompleteUpload,
+    Deleted,
+    DeleteObject,
+    DrainCounts,
+    Extent,
+    FrameGeometry,
+    FrameLedger,
+    FreedExtents,
+    ListedObject,
+    ObjectRecord,
+    PartRecord,
+    ReductionJob,
+    SegmentUse,
+    SettleRequest,
+    UploadRecord,
+    UserRecord,
+)
+
+
+class Catalog(Protocol):
+    """Every method either returns what the docstring says or raises an ``ingest.errors.CatalogError``.
+
+    Writes return once durable in the journal (``memory`` commits: once in the journal's page cache) *and* visible to
+    every reader on the node. Reads see every write that has returned, in any process (strong consistency).
+    """
+
+    # -- buckets and users
+    async def create_bucket(self, name: str, owner: str, region: str = "") -> BucketRecord: ...
+    async def delete_bucket(self, name: str) -> None: ...
+    async def set_bucket_tags(self, name: str, tags: Mapping[str, str]) -> BucketRecord: ...
+    async def bucket(self, name: str) -> BucketRecord: ...
+    async def buckets(self) -> Sequence[BucketRecord]: ...
+    async def put_user(self, user: UserRecord) -> None: ...
+    async def users(self) -> Sequence[UserRecord]: ...
+
+    # -- objects
+    async def commit(self, request: CommitObject) -> ObjectRecord:
+        """Idempotent in ``object_id``. ``memory`` + unsettled objects live until settled in shared memory of a slot."""
+        ...
+
+    async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]: ...
+
+    async def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
+        """Current (or named) version; raises NoSuchKey, NoSuchBucket. A current delete marker is NoSuchKey."""
+        ...
+
+    async def by_id(self, object_id: bytes) -> ObjectRecord:
+        """The version with this id, if it is still live; raises NoSuchKey."""
+        ...
+
+    async def list_objects(
+        self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> tuple[Sequence[ListedObject], bool]:
+        """Keyset scan in bytewise key order; (rows, truncated). Resume with ``after`` = the last row's key
+        (for a common prefix: the prefix itself; every key under it is then skipped)."""
+        ...
+
+    # -- multipart
+    async def create_upload(self, upload: UploadRecord) -> None: ...
+    async def upload(self, bucket: str, key: bytes, upload_id: str) -> UploadRecord: ...
+    async def uploads(
+        self, bucket: str, *, prefix: bytes = b"", after: tuple[bytes, str] = (b"", ""), limit: int = 1000
+    ) -> tuple[Sequence[UploadRecord], bool]: ...
+    async def commit_part(self, request: CommitPart) -> PartRecord: ...
+    async def parts(
+        self, bucket: str, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+    ) -> tuple[Sequence[PartRecord], bool]: ...
+    async def complete_upload(self, request: CompleteUpload) -> ObjectRecord: ...
+    async def abort_upload(self, bucket: str, key: bytes, upload_id: str) -> None: ...
+
+    # -- life of the bytes (internal; StaleVersion when the version has gone meanwhile)
+    async def settled(self, object_ids: Sequence[bytes]) -> None:
+        """The owner of these ``memory`` objects has written and flushed their bytes."""
+        ...
+
+    async def settle(self, object_id: bytes, timeout_s: float) -> ObjectRecord:
+        """Have the owning slot write an unsettled object out, wait for it, return the record."""
+        ...
+
+    async def amend_ledger(self, object_id: bytes, ledger: FrameLedger) -> None: ...
+    async def claim_drain(self, limit: int, lease_s: float) -> Sequence[ObjectRecord]:
+        """Lease up to ``limit`` buffered versions whose drain is due, oldest deadline first; they become draining.
+        An expired lease is claimed again."""
+        ...
+
+    async def drained(self, object_id: bytes, copy: ArchiveCopy) -> ObjectRecord: ...
+    async def drain_failed(self, object_id: bytes, error: str, retry_after_s: float) -> None: ...
+    async def evictable(self, limit: int) -> Sequence[ObjectRecord]:
+        """Archived and verified versions still buffered, least recently stored first."""
+        ...
+
+    async def evicted(self, object_id: bytes) -> None:
+        """Drop the buffered copy; refused (StaleVersion) unless the archive copy is verified."""
+        ...
+
+    async def request_recall(self, object_id: bytes) -> ObjectRecord: ...
+    async def recalls(self, limit: int) -> Sequence[ObjectRecord]: ...
+    async def recalled(self, object_id: bytes, extents: Sequence[Extent]) -> ObjectRecord: ...
+    async def recall_failed(self, object_id: bytes, error: str) -> None: ...
+    async def relocate(self, object_id: bytes, old: Extent, new: Sequence[Extent]) -> None:
+        """Compaction moved one extent; StaleVersion if the version no longer has it."""
+        ...
+
+    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes]]:
+        """Published copies whose version was deleted or replaced: (tombstone id, path, bucket, key)."""
+        ...
+
+    async def archive_deleted(self, tombstone: int) -> None: ...
+    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]: ...
+    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None: ...
+    async def drain_counts(self) -> DrainCounts: ...
+    async def segment_use(self, slot: int) -> Sequence[SegmentUse]: ...
+    async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
+        """Live extents of one segment with the version that owns each (None: an unfinished upload's part)."""
+        ...
+
+    async def snapshot(self) -> str:
+        """Write a catalogue snapshot now; returns its path."""
+        ...
+
+    def generation(self) -> int:
+        """Shared-memory counter bumped by every commit that changes buckets, users or kernels: the key of caches."""
+        ...
+
+    def subscribe(self, handler: Callable[[FreedExtents | SettleRequest], Awaitable[None]]) -> None:
+        """Receive pushes for the slot this client registered as."""
+        ...
+
+
+class BodySink(Protocol):
+    """Where a body lands. The caller asks for memory, has the operating system fill it, and reports the count."""
+
+    def get_buffer(self) -> memoryview | None:
+        """Writable, non-empty memory for the next bytes; None while no span is free (then await ``writable``)."""
+        ...
+
+    def received(self, count: int) -> None:
+        """``count`` bytes of the last buffer are filled. Raises IngestError when the body grows past its limit."""
+        ...
+
+    async def writable(self) -> None:
+        """Returns once ``get_buffer`` will give memory again; raises IngestError if that will not happen."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What the kernel room may know of a stream when it opens."""
+
+    bucket: str
+    key: bytes
+    object_id: bytes
+    length: int | None
+    content_type: str
+    metadata: Mapping[str, str]
+
+
+class FrameBatch(Protocol):
+    """Whole frames that lie contiguous in one arena region. The holder calls ``release`` exactly once."""
+
+    region: int
+    """Index into the ``Domain.regions`` the stream was opened with."""
+    offset: int
+    """Byte offset of the first frame in the region."""
+    first_frame: int
+    count: int
+
+    @property
+    def revoked(self) -> bool:
+        """The arena took the span back: the frames must not be dispatched; reduce them from disk later."""
+        ...
+
+    def dispatched(self) -> bool:
+        """The frames go to a sandbox now and may no longer be revoked; False if they already were."""
+        ...
+
+    def release(self) -> None: ...
+
+
+class Domain(Protocol):
+    """The arena regions reserved for one bucket's kernels: the isolation domain. Mapped read-only in its sandboxes."""
+
+    bucket: str
+    region_fds: Sequence[int]
+    region_bytes: int
+
+    def hold(self) -> None:
+        """A process that maps these regions is alive; the regions cannot change bucket."""
+        ...
+
+    def drop(self) -> None:
+        """One such process was reaped."""
+        ...
+
+
+class LoadedBytes(Protocol):
+    """Stored bytes brought back into a domain's memory for catch-up; ``release`` exactly once."""
+
+    region: int
+    offset: int
+    length: int
+
+    def release(self) -> None: ...
+
+
+class LandingPad(Protocol):
+    """What the buffer offers to other rooms of the same worker process."""
+
+    async def store(self, request: CommitObject, body: memoryview | bytes, lifetime: str = "product") -> ObjectRecord:
+        """Store ``body`` and commit it: ``extents``, ``length``, ``etag`` and ``crc64nvme`` of the request are filled
+        in by the buffer. Raises IngestError, e.g. StaleVersion when ``reduces`` names a deleted version."""
+        ...
+
+    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
+        """Read body bytes [start, start+length) past the page cache into one contiguous piece of the domain."""
+        ...
+
+    def domain(self, bucket: str) -> Domain | None:
+        """The bucket's isolation domain, made if regions are free; None when there are none."""
+        ...
+
+
+class FrameReduction(Protocol):
+    """All kernels of one stream. Calls come from the worker's event loop and must return at once."""
+
+    domain: Domain
+
+    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
+        """Find the geometry from the body's first bytes: a geometry; or the number of bytes needed to say
+        (more than ``len(head)``); or None: no frames here, the body is stored as it is."""
+        ...
+
+    def offer(self, batch: FrameBatch) -> None: ...
+
+    def lagging(self, first_frame: int, count: int) -> None:
+        """These frames never lay whole in the arena (too large, revoked, split): they will be read from disk."""
+        ...
+
+    def ledger(self, received: int, trailing_bytes: int) -> FrameLedger:
+        """The counts known at commit time."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[str, ...]: ...
+
+    def committed(self, record: ObjectRecord) -> None:
+        """The version exists: finish (catch up from disk if frames lag) and store the products."""
+        ...
+
+    def aborted(self) -> None: ...
+
+
+class FrameHost(Protocol):
+    """The kernel room inside a worker."""
+
+    def open(self, info: StreamInfo) -> FrameReduction | None:
+        """None when no kernel of the bucket matches: the stream then shares ordinary regions."""
+        ...
+
+    def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
+        """Kernels that would reduce this key (for bodies that are reduced after they landed)."""
+        ...
+
+    def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
+        """Reduce a stored version from disk in the background."""
+        ...
+
+    async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
+        """Gate and compile a submitted kernel. Raises ``KernelRefused`` with file, line and reason."""
+        ...
+
+
+class KernelRefused(Exception):
+    """A submitted kernel does not pass; ``str()`` is ``file:line: reason``, fit for the scientist."""
+
+    def __init__(self, file: str, line: int, reason: str) -> None:
+        super().__init__(f"{file}:{line}: {reason}")
+        self.file = file
+        self.line = line
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeedbackEvent:
+    """One ``emit`` of a kernel. ``time_ns``: when the gateway read it."""
+
+    bucket: str
+    key: bytes
+    kernel: str
+    frame: int
+    code: int
+    value: float
+    time_ns: int
+
+
+class FeedbackSink(Protocol):
+    def publish(self, events: Sequence[FeedbackEvent]) -> None: ...
+
+
+class FilePiece(Protocol):
+    """A run of an object's bytes in an open file, locked against recycling until the reader closes."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class ObjectReader(Protocol):
+    """An opened version: bytes [start, stop) as file pieces in order. Async context manager; closing unlocks."""
+
+    pieces: Sequence[FilePiece]
+
+    async def __aenter__(self) -> ObjectReader: ...
+    async def __aexit__(self, *exc: object) -> None: ...
+    def chunks(self, size_bytes: int) -> AsyncIterator[memoryview]:
+        """The same bytes read past the page cache, for drain, copies and TLS; each view is valid until the next."""
+        ...

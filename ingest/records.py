@@ -1,0 +1,321 @@
+"""What the rooms say to each other about objects: plain values, no behaviour, no I/O.
+
+Everything here is a msgspec struct, so it travels over the catalogue socket, into the journal and into the index
+unchanged. Keys are bytes (UTF-8 as sent; order is bytewise), times are integer nanoseconds since the epoch (UTC),
+sizes are bytes. Adding a field needs a default, so that old journals stay readable.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+NULL_VERSION = "null"
+LABEL_BYTES = 4096
+"""Every extent starts with a label of this size; its payload follows at ``offset + LABEL_BYTES``."""
+BLOCK_BYTES = 4096
+"""Unit of O_DIRECT: memory address, file offset and length of a write are congruent modulo this."""
+
+
+class ObjectState(enum.StrEnum):
+    """Where the bytes of a committed version live; see ingest/states.py for the transitions."""
+
+    RECEIVING = "receiving"
+    BUFFERED = "buffered"
+    DRAINING = "draining"
+    ARCHIVED = "archived"
+    EVICTED = "evicted"
+    RECALLING = "recalling"
+    DELETED = "deleted"
+
+
+class Durability(enum.StrEnum):
+    """What a 200 means for a bucket (DESIGN "Durability")."""
+
+    MEMORY = "memory"
+    DISK = "disk"
+
+
+class LifetimeClass(enum.StrEnum):
+    """Objects that live equally long share segments, so that segments empty together."""
+
+    STREAM = "stream"
+    PRODUCT = "product"
+    SMALL = "small"
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """A run of payload bytes in one segment file of one slot of one node."""
+
+    node: int
+    slot: int
+    segment: int
+    generation: int
+    offset: int
+    """File offset of the extent's label; a multiple of BLOCK_BYTES. Payload starts LABEL_BYTES later."""
+    length: int
+    """Payload bytes (the last block is padded with zeros in the file)."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the segment that the extent occupies: its label, its payload and the padding."""
+        return LABEL_BYTES + -(-self.length // BLOCK_BYTES) * BLOCK_BYTES
+
+
+class FrameLedger(msgspec.Struct, frozen=True):
+    """What became of every frame of one object version. Counts are frames unless the name says otherwise."""
+
+    received: int = 0
+    kept: int = 0
+    dropped: int = 0
+    replaced: int = 0
+    stored: int = 0
+    unreduced: int = 0
+    """Frames no kernel has judged (yet): lagging, or the kernel failed."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """Named gaps as (first frame index, frames missing)."""
+    trailing_bytes: int = 0
+    """Bytes after the last whole frame."""
+
+
+class FrameGeometry(msgspec.Struct, frozen=True):
+    """How frames lie in a body: ``origin + i * frame_bytes`` is frame ``i``, C order."""
+
+    dtype: str
+    """numpy dtype string, e.g. ``<u2``."""
+    shape: tuple[int, ...]
+    origin: int
+    """Body offset of frame 0 in bytes."""
+    frame_bytes: int
+    count: int | None = None
+    """Frames the header declares; None when the body's length decides."""
+
+
+class PartRecord(msgspec.Struct, frozen=True):
+    """One part of a multipart object, in part-number order in ``ObjectRecord.parts``."""
+
+    number: int
+    length: int
+    etag: str
+    crc64nvme: int
+    checksums: dict[str, str] = {}
+    extents: tuple[Extent, ...] = ()
+    modified_ns: int = 0
+    settled: bool = True
+
+
+class ArchiveCopy(msgspec.Struct, frozen=True):
+    """A published, verified copy on the archive tier."""
+
+    target: str
+    path: str
+    crc64nvme: int
+    verified_ns: int
+
+
+class BucketRecord(msgspec.Struct, frozen=True):
+    name: str
+    owner: str
+    created_ns: int
+    region: str = ""
+    tags: dict[str, str] = {}
+    """User tags and ``hiss.*`` settings alike; ingest/bucket_settings.py reads the latter."""
+
+
+class ObjectRecord(msgspec.Struct, frozen=True):
+    """One committed version of an object."""
+
+    bucket: str
+    key: bytes
+    version_id: str
+    object_id: bytes
+    """128 bits made by the worker: the idempotence key of the commit."""
+    sequence: int
+    """Commit order on this node; dense."""
+    state: ObjectState
+    length: int
+    stored_length: int
+    etag: str
+    """Without quotes."""
+    crc64nvme: int
+    modified_ns: int
+    owner: str
+    durability: Durability = Durability.DISK
+    settled: bool = True
+    """False while a ``memory`` object's bytes are not yet all on disk."""
+    codec: str = "raw"
+    delete_marker: bool = False
+    checksums: dict[str, str] = {}
+    """Client-visible checksums: lower-case algorithm name -> base64, e.g. ``{"crc32": "…="}``."""
+    checksum_type: str = "FULL_OBJECT"
+    headers: dict[str, str] = {}
+    """Stored Content-* headers, lower-case: content-type, content-encoding, cache-control, …"""
+    metadata: dict[str, str] = {}
+    """User metadata without the ``x-amz-meta-`` prefix, lower-case names."""
+    extents: tuple[Extent, ...] = ()
+    parts: tuple[PartRecord, ...] = ()
+    ledger: FrameLedger | None = None
+    geometry: FrameGeometry | None = None
+    archive: ArchiveCopy | None = None
+    drain_attempts: int = 0
+    drain_error: str = ""
+
+
+class UploadRecord(msgspec.Struct, frozen=True):
+    """A multipart upload between Create and Complete."""
+
+    bucket: str
+    key: bytes
+    upload_id: str
+    owner: str
+    started_ns: int
+    headers: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    checksum_algorithm: str = ""
+    """Lower-case; empty when the client named none."""
+    checksum_type: str = ""
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """``bucket`` is a glob (``*`` for all), ``prefix`` a plain key prefix; ``admin`` implies write implies read."""
+
+    bucket: str = "*"
+    prefix: str = ""
+    access: str = "read"
+
+
+class UserRecord(msgspec.Struct, frozen=True):
+    user_id: str
+    display_name: str
+    access_key: str
+    secret: bytes
+    """The secret key, encrypted with the node key; never logged, never returned."""
+    grants: tuple[Grant, ...] = ()
+    enabled: bool = True
+    root: bool = False
+
+
+class CommitObject(msgspec.Struct, frozen=True):
+    """Ask the catalogue to make a received body the current version of a key."""
+
+    bucket: str
+    key: bytes
+    object_id: bytes
+    length: int
+    etag: str
+    crc64nvme: int
+    owner: str
+    extents: tuple[Extent, ...]
+    durability: Durability = Durability.DISK
+    settled: bool = True
+    checksums: dict[str, str] = {}
+    checksum_type: str = "FULL_OBJECT"
+    headers: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    ledger: FrameLedger | None = None
+    geometry: FrameGeometry | None = None
+    reductions: tuple[str, ...] = ()
+    """Kernels whose product is still to come: they are remembered until ``reduces`` names them."""
+    reduces: tuple[bytes, str] | None = None
+    """(object_id of the source, kernel name): this object is that product; commits only if the source still exists."""
+    if_none_match: str = ""
+    """``*`` or an ETag: precondition, decided at commit."""
+    if_match: str = ""
+
+
+class CommitPart(msgspec.Struct, frozen=True):
+    bucket: str
+    key: bytes
+    upload_id: str
+    part: PartRecord
+    object_id: bytes
+    """Idempotence key of this part's body."""
+
+
+class CompletedPart(msgspec.Struct, frozen=True):
+    """A part as the client's Complete names it."""
+
+    number: int
+    etag: str
+    checksums: dict[str, str] = {}
+
+
+class CompleteUpload(msgspec.Struct, frozen=True):
+    """Link an upload's parts into one object; copies nothing. Digests were combined by the caller."""
+
+    bucket: str
+    key: bytes
+    upload_id: str
+    object_id: bytes
+    parts: tuple[CompletedPart, ...]
+    etag: str
+    crc64nvme: int
+    length: int
+    checksums: dict[str, str] = {}
+    checksum_type: str = "COMPOSITE"
+    durability: Durability = Durability.DISK
+    reductions: tuple[str, ...] = ()
+    if_none_match: str = ""
+    if_match: str = ""
+
+
+class DeleteObject(msgspec.Struct, frozen=True):
+    bucket: str
+    key: bytes
+    version_id: str | None = None
+    if_match: str = ""
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """What a delete did; deleting a missing key succeeds (as on S3)."""
+
+    existed: bool
+    version_id: str = ""
+    delete_marker: bool = False
+
+
+class ReductionJob(msgspec.Struct, frozen=True):
+    """A product that is owed: ``kernel`` over the version ``record``."""
+
+    kernel: str
+    attempts: int
+    record: ObjectRecord
+
+
+class ListedObject(msgspec.Struct, frozen=True):
+    """One row of a listing: a key, or a common prefix (then ``record`` is None)."""
+
+    key: bytes
+    record: ObjectRecord | None
+
+
+class SegmentUse(msgspec.Struct, frozen=True):
+    """Live bytes of one segment generation, as the catalogue counts references."""
+
+    slot: int
+    segment: int
+    generation: int
+    live_bytes: int
+
+
+class FreedExtents(msgspec.Struct, frozen=True):
+    """Pushed to a slot's owner when extents lose their last reference."""
+
+    extents: tuple[Extent, ...]
+
+
+class SettleRequest(msgspec.Struct, frozen=True):
+    """Pushed to a slot's owner: somebody wants to read an unsettled object; write its bytes out now."""
+
+    object_id: bytes
+
+
+class DrainCounts(msgspec.Struct, frozen=True):
+    queued_objects: int
+    queued_bytes: int
+    failing_objects: int
+    oldest_undrained_ns: int | None
+    """modified_ns of the oldest version without a verified archive copy; None when all are safe."""
+    buffered_bytes: int
+    evictable_bytes: int
