@@ -1,0 +1,75 @@
+"""What the protocol rooms and the buffer say to each other about one body: its specification, its digest, the data plane."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+from ingest.bucket_settings import BucketSettings
+from ingest.ports import BodySink, Catalog, ObjectReader
+from ingest.records import (
+    BucketRecord,
+    CommitObject,
+    CommitPart,
+    Extent,
+    LifetimeClass,
+    ObjectRecord,
+    PartRecord,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """A body that wants to be stored."""
+
+    bucket: BucketRecord
+    settings: BucketSettings
+    key: bytes
+    length: int | None
+    """Payload bytes; None when only the end of the body will tell."""
+    algorithms: frozenset[str] = frozenset()
+    """Digests to compute beside CRC64NVME, of {crc32, crc32c, sha1, sha256, md5}."""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    content_type: str = ""
+    lifetime: LifetimeClass = LifetimeClass.STREAM
+    part: bool = False
+    """A part of a multipart upload: kernels see it at Complete."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StreamDigest:
+    """A body that is stored at its bucket's durability level and not yet committed."""
+
+    object_id: bytes
+    length: int
+    extents: tuple[Extent, ...]
+    crc64nvme: int
+    digests: dict[str, bytes]
+    """Algorithm -> raw digest, big-endian for the CRCs."""
+    settled: bool
+
+
+class Stream(BodySink, Protocol):
+    """One body on its way in. ``abort`` is idempotent and does nothing after a commit."""
+
+    object_id: bytes
+
+    async def finish(self) -> StreamDigest: ...
+    async def commit(self, request: CommitObject) -> ObjectRecord: ...
+    async def commit_part(self, request: CommitPart) -> PartRecord: ...
+    async def abort(self) -> None: ...
+
+
+class DataPlane(Protocol):
+    """The buffer as the protocol rooms see it (implemented by ingest.buffer.Buffer)."""
+
+    catalog: Catalog
+
+    def open_stream(self, spec: StreamSpec) -> Stream:
+        """Admit a body; raises BufferFull. No memory is held before its first byte."""
+        ...
+
+    async def open_reader(self, record: ObjectRecord, start: int, stop: int) -> ObjectReader:
+        """Open bytes [start, stop) of a version; recalls it if its bucket says so. Raises ObjectOffline, DataLost."""
+        ...
