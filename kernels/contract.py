@@ -1,0 +1,134 @@
+"""What a kernel is once admitted: its parameters, its state arrays, its verdicts, and how partial states merge.
+
+In: the declarations that the gate (kernels/gate.py) read from a kernel's source. Out: plain frozen values that the
+sandbox, the host and the products share, and ``merge``, the trusted half of a reduction. Nothing here compiles or runs
+a kernel's code; the names and dtypes in these values have passed the gate's limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.ports import KernelRefused
+
+DROP = 0
+KEEP = 1
+VERDICTS = {"DROP": DROP, "KEEP": KEEP}
+"""What ``frame()`` may return. KEEP is 1, so that returning a comparison keeps the frames for which it holds."""
+LATER_VERDICTS = ("REPLACE", "STOP")
+"""Verdicts of the contract that this version does not carry out; the gate refuses them by name."""
+
+ARGUMENTS = ("frame", "params", "state", "index", "out", "feedback")
+"""Positional arguments of ``frame()``, in order."""
+
+INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+FLOAT_DTYPES = ("float32", "float64")
+DTYPES = INTEGER_DTYPES + FLOAT_DTYPES
+"""dtypes of frames, parameters and state; all little-endian as the machine."""
+
+MERGES = ("sum", "min", "max", "or")
+
+MAX_FRAME_NDIM = 4
+MAX_STATE_ARRAYS = 32
+MAX_STATE_NDIM = 4
+MAX_STATE_BYTES = 64 << 20
+"""All state arrays of one slot together; room for a summed image of 8 megapixels in int64."""
+MAX_PARAMS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One array of ``STATE``; it starts at, and resets to, the identity of ``merge``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    merge: str
+    """One of MERGES."""
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def identity(self) -> int | float:
+        """The value that merging leaves unchanged: sum 0, or 0, min the dtype's largest, max its smallest."""
+        if self.merge in ("sum", "or"):
+            return 0
+        dtype = np.dtype(self.dtype)
+        if dtype.kind == "f":
+            return math.inf if self.merge == "min" else -math.inf
+        bounds = np.iinfo(dtype)
+        return int(bounds.max) if self.merge == "min" else int(bounds.min)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One scalar of ``PARAMS``."""
+
+    name: str
+    dtype: str
+    default: int | float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """An admitted kernel. ``name`` has no suffix; ``sha256`` is the hex digest of the submitted bytes."""
+
+    name: str
+    source: str
+    sha256: str
+    params: tuple[ParamSpec, ...]
+    state: tuple[StateSpec, ...]
+
+    @property
+    def file(self) -> str:
+        """The name that messages to the scientist carry."""
+        return f"{self.name}.py"
+
+
+def fits(dtype: str, value: object) -> bool:
+    """Whether a number can be stored in ``dtype`` without changing its meaning (floats may round, never overflow)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if dtype in FLOAT_DTYPES:
+        try:
+            return not math.isfinite(value) or abs(value) <= float(np.finfo(dtype).max)
+        except OverflowError:
+            return False
+    if isinstance(value, float):
+        return False
+    bounds = np.iinfo(dtype)
+    return int(bounds.min) <= value <= int(bounds.max)
+
+
+def resolve_params(kernel: Kernel, given: Mapping[str, int | float]) -> dict[str, int | float]:
+    """The value of every parameter: what is given over what the kernel declares. Raises KernelRefused."""
+    specs = {spec.name: spec for spec in kernel.params}
+    values = {spec.name: spec.default for spec in kernel.params}
+    for name, value in given.items():
+        spec = specs.get(name)
+        if spec is None:
+            declared = ", ".join(specs) or "none"
+            raise KernelRefused(kernel.file, 1, f"parameter {name!r} is not in PARAMS (declared: {declared})")
+        if not fits(spec.dtype, value):
+            raise KernelRefused(kernel.file, 1, f"parameter {name!r}: {value!r} is not a value of {spec.dtype}")
+        values[name] = value
+    return values
+
+
+def merge(spec: StateSpec, into: npt.NDArray[np.generic], other: npt.NDArray[np.generic]) -> None:
+    """Fold a partial state into another, in place. Exact for integers, min, max and or; float sums depend on order.
+
+    Raises ValueError when either array does not have the shape and dtype of ``spec``.
+    """
+    for array in (into, other):
+        if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+            raise ValueError(f"state {spec.name!r} is {spec.dtype}{spec.shape}, not {array.dtype}{array.shape}")
+    operation = {"sum": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or}[spec.merge]
+    operation(into, other, out=into)
