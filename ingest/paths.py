@@ -50,6 +50,21 @@ class NodePaths:
         return self.root / "run"
 
     @property
+    def epoch(self) -> Path:
+        """Count of starts of the node, so that a newer process can always be told from an older one."""
+        return self.root / "epoch"
+
+    @property
+    def ports(self) -> Path:
+        """While a node runs: the ports it bound (JSON)."""
+        return self.run / "ports.json"
+
+    @property
+    def processes(self) -> Path:
+        """While a node runs: its processes and how they are (JSON)."""
+        return self.run / "processes.json"
+
+    @property
     def catalogue_socket(self) -> Path:
         return self.run / "catalogue.sock"
 
