@@ -1,0 +1,159 @@
+"""The contract of an archive target, and the errors a target may raise.
+
+A copy goes through ``stage`` (written under a name nobody reads, durable), ``read_back`` (what really lies there, past
+every cache), ``publish`` (it appears under its own name, whole, durably) and ``recorded`` (the catalogue knows it;
+until then ``unrecorded`` remembers it over crashes). ``discard`` ends a copy that is not published.
+
+Always true of a target: a published name only ever shows a whole file that was staged; a file the target did not
+publish is neither replaced nor removed; nothing outside its root is touched, whatever symbolic links lie inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ingest.bucket_settings import BucketSettings
+from ingest.records import ObjectRecord
+
+
+class TargetError(Exception):
+    """The target could not do it. ``str()`` is fit for an operator. ``whole_target``: the next object will fail too."""
+
+    def __init__(self, message: str, *, whole_target: bool = False) -> None:
+        super().__init__(message)
+        self.whole_target = whole_target
+
+
+class CopyMissing(TargetError):
+    """No published file at that path."""
+
+
+class NameBlocked(TargetError):
+    """Every path the key may have is taken by something that is not ours."""
+
+
+_ERRNO_TABLE: dict[int, tuple[str, bool]] = {
+    errno.ENOSPC: ("the archive is full", True),
+    errno.EDQUOT: ("the archive's quota is used up", True),
+    errno.EROFS: ("the archive is read-only", True),
+    errno.EIO: ("the archive reports an I/O error", False),
+    errno.EACCES: ("the archive process may not write there", False),
+    errno.EPERM: ("the archive process may not give files that owner or mode", False),
+    errno.EFBIG: ("the file is larger than the archive allows", False),
+    errno.ENAMETOOLONG: ("the name is longer than the archive allows", False),
+    errno.EXDEV: (
+        "the folder is another file system than the archive's root, so nothing can be renamed into it",
+        False,
+    ),
+    errno.ESTALE: ("the archive's file system was unmounted or exported anew", True),
+    errno.ENOTCONN: ("the archive's file system is not connected", True),
+    errno.ETIMEDOUT: ("the archive does not answer", True),
+    errno.EHOSTDOWN: ("the archive's host is down", True),
+    errno.ENODEV: ("the archive's device is gone", True),
+}
+
+
+def translated(error: OSError, doing: str) -> TargetError:
+    """The one place where errno becomes a sentence: ``doing`` says what was attempted, with the path."""
+    text, whole_target = _ERRNO_TABLE.get(error.errno or 0, ("the archive refused", False))
+    return TargetError(f"{doing}: {text} ({error.strerror or error})", whole_target=whole_target)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileRights:
+    """Who may read an archived file. ``owner`` and ``group`` are numeric; None keeps the archive process's own."""
+
+    mode: int = 0o640
+    owner: int | None = None
+    group: int | None = None
+
+    @property
+    def folder_mode(self) -> int:
+        """Whoever may read the file may enter its folder; the owner may always write."""
+        return 0o700 | self.mode & 0o077 | (self.mode & 0o044) >> 2
+
+    @classmethod
+    def of(cls, settings: BucketSettings) -> FileRights:
+        return cls(settings.archive_mode, settings.archive_owner, settings.archive_group)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Staged:
+    """A written, durable copy that nobody can see yet."""
+
+    record: ObjectRecord
+    rights: FileRights
+    token: str
+    """The target's own name for it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Published:
+    """What lies under a published name. ``object_id`` is None where the target cannot mark files."""
+
+    object_id: bytes | None
+    length: int
+
+
+class Target(Protocol):
+    """Every method raises TargetError, nothing else of the system's."""
+
+    name: str
+    """What ``ArchiveCopy.target`` says."""
+
+    async def open(self) -> None:
+        """Make the root usable and clear away what dead drains staged. Once, before anything else."""
+        ...
+
+    async def close(self) -> None: ...
+
+    async def stage(self, record: ObjectRecord, rights: FileRights, chunks: AsyncIterator[memoryview]) -> Staged:
+        """Write ``chunks`` (each view valid until the next is asked for); durable on return. An exception of ``chunks``
+        passes through; whatever was written is then gone."""
+        ...
+
+    def read_back(self, staged: Staged, size_bytes: int) -> AsyncGenerator[memoryview, None]:
+        """The staged bytes as the device holds them, in views of up to ``size_bytes``, each valid until the next."""
+        ...
+
+    async def publish(self, staged: Staged) -> str:
+        """Show the copy under its name, replacing an earlier one of ours; durable on return. Returns the path."""
+        ...
+
+    async def recorded(self, object_id: bytes) -> None:
+        """The catalogue and the published names agree about this version; forget its publication."""
+        ...
+
+    async def unrecorded(self) -> Sequence[tuple[bytes, str]]:
+        """(object id, path) of publications that ``recorded`` never confirmed, also those of dead drains."""
+        ...
+
+    async def discard(self, staged: Staged) -> None:
+        """Remove a copy that is not published; nothing happens when it is gone already."""
+        ...
+
+    async def find(self, path: str) -> Published | None:
+        """What is published at ``path``; None when nothing is."""
+        ...
+
+    def read(self, path: str, size_bytes: int) -> AsyncGenerator[memoryview, None]:
+        """Published bytes in order; CopyMissing when there are none."""
+        ...
+
+    async def remove(self, path: str, object_id: bytes | None) -> bool:
+        """Remove a published file, if it is that version (any version of ours for None). False when it is not there."""
+        ...
+
+    async def keep_file(self, name: str, source: Path) -> None:
+        """Store a file of the gateway itself (a catalogue snapshot) under ``name``, whole and durable."""
+        ...
+
+    async def kept_files(self) -> Sequence[tuple[str, int]]:
+        """(name, size in bytes) of what ``keep_file`` stored, oldest first."""
+        ...
+
+    async def drop_file(self, name: str) -> None: ...
