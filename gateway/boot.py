@@ -51,7 +51,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     """memfds of this slot's arena regions, each ``region_bytes`` long; they outlive the process."""
     region_bytes: int = 0
     span_table: int | None = None
-    """memfd of the slot, created empty: its owner sizes it and keeps there what a successor must know of the spans."""
+    """memfd of the slot (ingest/span_table.py): what a successor must know of the regions' content."""
     counters: int | None = None
     ready_fd: int | None = None
     """Write end of a pipe: one byte says ready. Use ``Boot.ready``."""

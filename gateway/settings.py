@@ -266,7 +266,8 @@ def _check(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings:
             name = str(detail["loc"][0])
             row = _row(name, Settings.model_fields[name])
             origin = origins.get(name, "default")
-            lines.append(f"{name} = {detail['input']!r} (from {origin}): allowed is {row.allowed}")
+            value = values.get(name, detail["input"])
+            lines.append(f"{name} = {value!r} (from {origin}): allowed is {row.allowed}")
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
 
 

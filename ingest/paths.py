@@ -26,6 +26,11 @@ class NodePaths:
         return self.root / "root-credentials.json"
 
     @property
+    def users_applied(self) -> Path:
+        """Ids of the users that the last users.toml named."""
+        return self.root / "users-applied.json"
+
+    @property
     def journal(self) -> Path:
         return self.root / "journal"
 

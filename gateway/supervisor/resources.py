@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 from gateway.settings import Settings, human_bytes
-from ingest.arena import create_regions
+from ingest.arena import SLAB_BYTES, create_regions
 from ingest.paths import NodePaths
+from ingest.span_table import SpanTable
 
 BACKLOG = 1024
 LOCK_WAIT_S = 5.0
@@ -121,10 +122,11 @@ def _listen(host: str, port: int) -> socket.socket:
 def create_arenas(settings: Settings) -> list[Arena]:
     """Shared memory of every worker slot. Takes a second for every few GiB: call it in a thread."""
     arenas = []
+    slabs = settings.arena_region_bytes // SLAB_BYTES
     try:
-        for slot in range(settings.workers):
+        for _ in range(settings.workers):
             regions = create_regions(settings.regions_per_worker, settings.arena_region_bytes)
-            arenas.append(Arena(tuple(regions), os.memfd_create(f"hiss-spans-{slot}", os.MFD_CLOEXEC)))
+            arenas.append(Arena(tuple(regions), SpanTable.create(len(regions), slabs)))
     except OSError as error:
         wanted = human_bytes(settings.arena_bytes)
         raise NodeRefused(
