@@ -1,0 +1,151 @@
+"""One S3 request on its way through an operation: who asks, for which bucket and key, and what the operation may use.
+
+Upstream: s3api.service makes a ``Call`` for each routed request. Downstream: every function in s3api/operations takes
+one and returns a ``Response`` or raises an ``S3Error`` or ``IngestError``. Authorisation of the request's own bucket and
+key has happened before the operation runs; operations that touch others (copy, multi-delete) ask ``authorise``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from ingest import bucket_settings
+from ingest.bucket_settings import BucketSettings
+from ingest.ports import Catalog, FrameHost
+from ingest.records import BucketRecord, UserRecord
+from ingest.stream_types import DataPlane
+from s3api.auth import grants
+from s3api.auth.grants import Access
+from s3api.auth.sigv4 import Signed
+from s3api.errors import S3Error
+from s3api.http.message import Request
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+KERNELS_PREFIX = b"_kernels/"
+PRODUCTS_PREFIX = b"_products/"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of what one request may ask for. Sizes in bytes."""
+
+    object_bytes: int = 5 * TIB
+    """One PutObject or UploadPart. AWS stops a single PUT at 5 GiB; instruments stream longer ones."""
+    key_bytes: int = 1024
+    metadata_bytes: int = 2 * KIB
+    kernel_source_bytes: int = 64 * KIB
+    small_object_bytes: int = 256 * KIB
+    """Bodies up to this long share segments with other small ones."""
+    parts: int = 10_000
+    keys_per_delete: int = 1000
+    keys_per_page: int = 1000
+    document_bytes: int = 8 * MIB
+    """A Complete or Delete document: 10,000 parts with checksums, or 1,000 keys of 1,024 escaped bytes."""
+    configuration_bytes: int = 64 * KIB
+    tags_per_bucket: int = 50
+    copy_chunk_bytes: int = 4 * MIB
+
+    def __post_init__(self) -> None:
+        if self.small_object_bytes < self.kernel_source_bytes:
+            raise ValueError("small_object_bytes must be at least kernel_source_bytes")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """What the node's settings say about S3."""
+
+    region: str = "us-east-1"
+    domains: tuple[str, ...] = ()
+    """Buckets are also served as BUCKET.domain (virtual-host style)."""
+    etag: str = "checksum"
+    """``md5``: every ETag is an MD5; else the bucket decides."""
+    host_id: str = ""
+    """``x-amz-id-2``: names this node in a support conversation, says nothing else."""
+    limits: Limits = Limits()
+
+
+class Buckets:
+    """Bucket records and their parsed settings, cached until the catalogue's generation moves."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._generation = -1
+        self._known: dict[str, tuple[BucketRecord, BucketSettings]] = {}
+
+    async def get(self, name: str) -> tuple[BucketRecord, BucketSettings]:
+        """Raises NoSuchBucket."""
+        generation = self._catalog.generation()
+        if generation != self._generation:
+            self._known.clear()
+            self._generation = generation
+        found = self._known.get(name)
+        if found is None:
+            record = await self._catalog.bucket(name)
+            found = (record, bucket_settings.parse(record.tags))
+            # Only what was read under the generation still current may stay.
+            if self._catalog.generation() == generation == self._generation:
+                self._known[name] = found
+        return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Node:
+    """What operations work with; the same for every request of a worker."""
+
+    data: DataPlane
+    buckets: Buckets
+    settings: ServiceSettings
+    kernels: FrameHost | None = None
+    clock: Callable[[], float] = time.time
+    """Seconds since the epoch."""
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    request: Request
+    node: Node
+    signed: Signed
+    bucket_name: str
+    key: bytes
+
+    @property
+    def user(self) -> UserRecord:
+        return self.signed.credentials.user
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.node.data.catalog
+
+    @property
+    def limits(self) -> Limits:
+        return self.node.settings.limits
+
+    async def bucket(self) -> tuple[BucketRecord, BucketSettings]:
+        """The request's bucket; raises NoSuchBucket, and AccessDenied when it is not the owner's the client expects."""
+        record, settings = await self.node.buckets.get(self.bucket_name)
+        expected = self.request.headers.get("x-amz-expected-bucket-owner")
+        if expected and expected != record.owner:
+            raise S3Error("AccessDenied", "The bucket is not owned by x-amz-expected-bucket-owner")
+        return record, settings
+
+    def authorise(self, access: Access, bucket: str, prefix: bytes = b"") -> None:
+        """Raises AccessDenied unless the user may do ``access`` to everything under ``prefix``."""
+        if not grants.allows(self.user, access, bucket, prefix):
+            raise S3Error("AccessDenied")
+
+    def number(self, name: str, low: int, high: int, default: int) -> int:
+        """A whole number from the query; above ``high`` counts as ``high`` (as AWS does for page sizes)."""
+        text = self.request.arg(name)
+        if not text:
+            return default
+        value = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else -1
+        if value < low or value > 2**31 - 1:
+            raise S3Error(
+                "InvalidArgument",
+                f"Argument {name} must be a whole number from {low} to {2**31 - 1}",
+                fields=[("ArgumentName", name), ("ArgumentValue", text[:64])],
+            )
+        return min(value, high)

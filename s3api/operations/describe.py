@@ -1,0 +1,102 @@
+"""Object headers, both ways: what a PUT's head says to remember, what an answer says about a version.
+
+User metadata travels as ``x-amz-meta-*`` and is kept byte for byte; Content-* headers are kept as sent, without the
+``aws-chunked`` coding, which belongs to the transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ingest.bucket_settings import BucketSettings
+from ingest.records import ObjectRecord, ObjectState
+from s3api import checksums, times
+from s3api.call import Call, Limits
+from s3api.errors import S3Error
+from s3api.http.message import Headers
+from s3api.integrity import AWS_CHUNKED
+
+META_PREFIX = "x-amz-meta-"
+DEFAULT_CONTENT_TYPE = "binary/octet-stream"
+_STORED = ("content-type", "content-disposition", "content-language", "cache-control", "expires")
+_OVERRIDES = {
+    "response-content-type": "content-type",
+    "response-content-language": "content-language",
+    "response-expires": "expires",
+    "response-cache-control": "cache-control",
+    "response-content-disposition": "content-disposition",
+    "response-content-encoding": "content-encoding",
+}
+
+
+def stored_headers(headers: Headers) -> dict[str, str]:
+    """The Content-* and caching headers to keep with the object."""
+    kept = {name: value for name in _STORED if (value := headers.get(name))}
+    codings = [coding.strip() for coding in headers.get("content-encoding").split(",")]
+    codings = [coding for coding in codings if coding and coding.lower() != AWS_CHUNKED]
+    if codings:
+        kept["content-encoding"] = ",".join(codings)
+    return kept
+
+
+def user_metadata(headers: Headers, limits: Limits) -> dict[str, str]:
+    """``x-amz-meta-*`` without the prefix. Raises MetadataTooLarge."""
+    metadata = {name[len(META_PREFIX) :]: value for name, value in headers.items() if name.startswith(META_PREFIX)}
+    size = sum(len(name) + len(value) for name, value in metadata.items())
+    if size > limits.metadata_bytes:
+        raise S3Error(
+            "MetadataTooLarge",
+            fields=[("Size", str(size)), ("MaxSizeAllowed", str(limits.metadata_bytes))],
+        )
+    return metadata
+
+
+def is_cold(record: ObjectRecord, settings: BucketSettings) -> bool:
+    """Only on the archive tier, and the bucket does not recall on reading: S3 calls that GLACIER."""
+    return settings.recall == "never" and record.state in (ObjectState.EVICTED, ObjectState.RECALLING)
+
+
+def describe(call: Call, record: ObjectRecord, settings: BucketSettings) -> list[tuple[str, str]]:
+    """Headers of a GET or HEAD of the whole object, except Content-Length, the range and checksums.
+
+    Raises InvalidArgument for a ``response-*`` override that is no header value.
+    """
+    headers = [
+        ("last-modified", times.http_date(record.modified_ns)),
+        ("etag", f'"{record.etag}"'),
+        ("accept-ranges", "bytes"),
+    ]
+    fields: Mapping[str, str] = record.headers
+    if overrides := _overrides(call):
+        fields = {**fields, **overrides}
+    if "content-type" not in fields:
+        headers.append(("content-type", DEFAULT_CONTENT_TYPE))
+    headers.extend(fields.items())
+    headers.extend([(META_PREFIX + name, value) for name, value in record.metadata.items()])
+    if is_cold(record, settings):
+        headers.append(("x-amz-storage-class", "GLACIER"))
+    return headers
+
+
+def _overrides(call: Call) -> dict[str, str]:
+    overrides = {}
+    for argument, value in call.request.query:
+        header = _OVERRIDES.get(argument)
+        if header is None:
+            continue
+        if not all(" " <= character <= "\xff" and character != "\x7f" for character in value):
+            raise S3Error(
+                "InvalidArgument",
+                f"{argument} must be a header value: printable Latin-1 without line breaks",
+                fields=[("ArgumentName", argument)],
+            )
+        overrides[header] = value
+    return overrides
+
+
+def checksum_headers(record: ObjectRecord) -> list[tuple[str, str]]:
+    """Checksums of the whole object, as a GET or HEAD with ``x-amz-checksum-mode: ENABLED`` returns them."""
+    headers = [(checksums.HEADER_PREFIX + name, value) for name, value in record.checksums.items()]
+    if headers:
+        headers.append(("x-amz-checksum-type", record.checksum_type))
+    return headers

@@ -1,0 +1,288 @@
+"""PutObject, GetObject, HeadObject, DeleteObject, DeleteObjects.
+
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html and its neighbours.
+"""
+
+from __future__ import annotations
+
+from ingest.bucket_settings import BucketSettings
+from ingest.errors import NoSuchKey, ObjectOffline, StaleVersion
+from ingest.records import (
+    NULL_VERSION,
+    BucketRecord,
+    CommitObject,
+    DeleteObject,
+    ObjectRecord,
+)
+from ingest.stream_types import Stream, StreamDigest, StreamSpec
+from s3api import checksums, xml
+from s3api.auth.grants import Access, allows
+from s3api.call import Call
+from s3api.conditions import WriteCondition, check_read, range_applies, write_condition
+from s3api.errors import S3Error, translated
+from s3api.http.message import FileBody, Response
+from s3api.integrity import BodyPlan, plan, read_document
+from s3api.operations import kernels
+from s3api.operations.describe import (
+    checksum_headers,
+    describe,
+    is_cold,
+    stored_headers,
+    user_metadata,
+)
+from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
+from s3api.operations.refusals import refuse_unsupported
+from s3api.ranges import parse_range
+
+# -- writing
+
+
+async def put_object(call: Call) -> Response:
+    headers = call.request.headers
+    refuse_unsupported(headers)
+    if call.request.arg("versionId") is not None:
+        raise S3Error("InvalidArgument", "This operation does not accept a version-id")
+    name = kernels.kernel_name(call.key)
+    metadata = user_metadata(headers, call.limits)
+    condition = write_condition(headers)
+    bucket, settings = await call.bucket()
+    if condition:
+        condition.check(await current(call))
+    if name is not None:
+        record = await _put_kernel(call, name, bucket, settings, metadata, condition)
+    else:
+        expected = plan(call.request, call.signed, length_max_bytes=call.limits.object_bytes)
+        spec = spec_of(call, bucket, settings, expected, metadata)
+
+        async def commit(stream: Stream, digest: StreamDigest, verified: dict[str, str]) -> ObjectRecord:
+            return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+
+        record = await received(call, spec, expected, commit)
+    return Response(200, [("etag", f'"{record.etag}"'), *checksum_headers(record)])
+
+
+def spec_of(
+    call: Call, bucket: BucketRecord, settings: BucketSettings, expected: BodyPlan, metadata: dict[str, str]
+) -> StreamSpec:
+    return StreamSpec(
+        bucket=bucket,
+        settings=settings,
+        key=call.key,
+        length=expected.length,
+        algorithms=expected.algorithms(md5=wants_md5(call, settings)),
+        metadata=metadata,
+        content_type=call.request.headers.get("content-type"),
+        lifetime=lifetime_of(call.key, expected.length, call.limits),
+    )
+
+
+def wants_md5(call: Call, settings: BucketSettings) -> bool:
+    """Are ETags MD5s here, whatever the client sent?"""
+    return settings.etag == "md5" or call.node.settings.etag == "md5"
+
+
+def commit_of(
+    call: Call, spec: StreamSpec, digest: StreamDigest, verified: dict[str, str], condition: WriteCondition
+) -> CommitObject:
+    return CommitObject(
+        bucket=call.bucket_name,
+        key=call.key,
+        object_id=digest.object_id,
+        length=digest.length,
+        etag=etag_of(digest),
+        crc64nvme=digest.crc64nvme,
+        owner=call.user.user_id,
+        extents=digest.extents,
+        durability=spec.settings.durability,
+        settled=digest.settled,
+        checksums=verified,
+        headers=stored_headers(call.request.headers),
+        metadata=dict(spec.metadata),
+        if_none_match=condition.if_none_match,
+        if_match=condition.if_match,
+    )
+
+
+async def _put_kernel(
+    call: Call,
+    name: str,
+    bucket: BucketRecord,
+    settings: BucketSettings,
+    metadata: dict[str, str],
+    condition: WriteCondition,
+) -> ObjectRecord:
+    """A kernel is read whole, judged, and only then stored; it is small."""
+    request = call.request
+    source = await read_document(request, call.signed, call.limits.kernel_source_bytes)
+    await kernels.check(call, name, source, metadata)
+    expected = BodyPlan(len(source), None, None, None, None, in_trailer=False)
+    spec = spec_of(call, bucket, settings, expected, metadata)
+
+    async def commit(stream: Stream, digest: StreamDigest) -> ObjectRecord:
+        verified = {"crc64nvme": checksums.crc64_base64(digest.crc64nvme)}
+        return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+
+    return await stored(call, spec, once(source), commit)
+
+
+async def current(call: Call) -> ObjectRecord | None:
+    """The key's current version, if it has one."""
+    try:
+        return await call.catalog.head(call.bucket_name, call.key)
+    except NoSuchKey:
+        return None
+
+
+# -- reading
+
+
+async def get_object(call: Call) -> Response:
+    try:
+        return await _read(call, body=True)
+    except StaleVersion:
+        # Overwritten or deleted between the look-up and the opening: what is current now answers.
+        return await _read(call, body=True)
+
+
+async def head_object(call: Call) -> Response:
+    return await _read(call, body=False)
+
+
+async def version(call: Call) -> ObjectRecord:
+    """The version the request names; NoSuchKey, or NoSuchVersion where it names one that never was."""
+    wanted = call.request.arg("versionId")
+    if wanted not in (None, NULL_VERSION):
+        raise S3Error("NoSuchVersion")
+    return await call.catalog.head(call.bucket_name, call.key, wanted)
+
+
+async def _read(call: Call, *, body: bool) -> Response:
+    headers = call.request.headers
+    _, settings = await call.bucket()
+    record = await version(call)
+    answer = describe(call, record, settings)
+    if check_read(headers, record) is not None:
+        return Response(304, [(name, value) for name, value in answer if name in _KEPT_BY_304])
+    extent = _wanted(call, record)
+    start, stop = extent or (0, record.length)
+    if extent is not None:
+        answer.append(("content-range", f"bytes {start}-{stop - 1}/{record.length}"))
+    elif headers.get("x-amz-checksum-mode").upper() == "ENABLED":
+        # Never beside a range: clients would compare the whole object's checksum with a part of it.
+        answer.extend(checksum_headers(record))
+    if call.request.arg("partNumber") is not None and record.parts:
+        answer.append(("x-amz-mp-parts-count", str(len(record.parts))))
+    status = 206 if extent is not None else 200
+    if not body or start == stop:
+        return Response(status, answer, content_length=stop - start)
+    if is_cold(record, settings):
+        raise S3Error("InvalidObjectState", fields=[("StorageClass", "GLACIER")])
+    try:
+        reader = await call.node.data.open_reader(record, start, stop)
+    except ObjectOffline:
+        if settings.recall == "never":
+            raise S3Error("InvalidObjectState", fields=[("StorageClass", "GLACIER")]) from None
+        raise
+    await reader.__aenter__()
+
+    async def closed() -> None:
+        await reader.__aexit__(None, None, None)
+
+    return Response(status, answer, FileBody(reader.pieces, stop - start, closed))
+
+
+_KEPT_BY_304 = frozenset({"etag", "last-modified", "cache-control", "expires"})
+
+
+def _wanted(call: Call, record: ObjectRecord) -> tuple[int, int] | None:
+    """The range of bytes asked for, by Range or by part number; None for the whole object."""
+    headers = call.request.headers
+    part = call.request.arg("partNumber")
+    field = headers.get("range")
+    if part is not None:
+        if field:
+            raise S3Error("InvalidRequest", "Cannot specify both Range header and partNumber query parameter")
+        return _part_range(call, record)
+    if field and range_applies(headers, record):
+        return parse_range(field, record.length)
+    return None
+
+
+def _part_range(call: Call, record: ObjectRecord) -> tuple[int, int] | None:
+    number = call.number("partNumber", 1, call.limits.parts, 1)
+    if not record.parts:
+        if number != 1:
+            raise S3Error("InvalidRange", "The object has no such part")
+        return (0, record.length) if record.length else None
+    start = 0
+    for position, part in enumerate(record.parts, 1):
+        if position == number:
+            return (start, start + part.length) if part.length else None
+        start += part.length
+    raise S3Error("InvalidRange", "The object has no such part")
+
+
+# -- deleting
+
+
+async def delete_object(call: Call) -> Response:
+    await call.bucket()
+    wanted = call.request.arg("versionId")
+    if wanted not in (None, NULL_VERSION):
+        raise S3Error("NoSuchVersion")
+    condition = write_condition(call.request.headers)
+    if condition.if_none_match:
+        raise S3Error("NotImplemented", "If-None-Match on a delete means nothing")
+    condition.check(await current(call) if condition else None)
+    request = DeleteObject(call.bucket_name, call.key, wanted, condition.if_match)
+    (outcome,) = await call.catalog.delete([request])
+    if isinstance(outcome, Exception):
+        raise outcome
+    headers = [("x-amz-version-id", outcome.version_id)] if wanted is not None else []
+    if outcome.delete_marker:
+        headers.append(("x-amz-delete-marker", "true"))
+    return Response(204, headers)
+
+
+async def delete_objects(call: Call) -> Response:
+    """Up to 1,000 keys at once; each is decided on its own, also whether the user may."""
+    await call.bucket()
+    body = await read_document(call.request, call.signed, call.limits.document_bytes)
+    tree = xml.parse(body, "Delete")
+    quiet = xml.text(tree, "Quiet", "false").lower() == "true"
+    wanted = tree.findall("Object")
+    if not 0 < len(wanted) <= call.limits.keys_per_delete:
+        raise S3Error("MalformedXML", f"Name from 1 to {call.limits.keys_per_delete} objects")
+    failures: list[tuple[str, S3Error]] = []
+    requests: list[DeleteObject] = []
+    for element in wanted:
+        key = xml.raw_text(element, "Key")
+        refusal = _delete_refusal(call, key, xml.text(element, "VersionId", NULL_VERSION))
+        if refusal is not None:
+            failures.append((key, refusal))
+            continue
+        etag = xml.text(element, "ETag", "").strip('"')
+        requests.append(DeleteObject(call.bucket_name, key.encode(), if_match=etag))
+    deleted: list[str] = []
+    if requests:
+        outcomes = await call.catalog.delete(requests)
+        for request, outcome in zip(requests, outcomes, strict=True):
+            key = request.key.decode()
+            if isinstance(outcome, Exception):
+                failures.append((key, translated(outcome)))
+            else:
+                deleted.append(key)
+    entries: list[tuple[str, xml.Value]] = [] if quiet else [("Deleted", [("Key", key)]) for key in deleted]
+    entries += [("Error", [("Key", key), ("Code", error.code), ("Message", error.message)]) for key, error in failures]
+    return Response(200, [("content-type", "application/xml")], xml.document("DeleteResult", entries))
+
+
+def _delete_refusal(call: Call, key: str, version_id: str) -> S3Error | None:
+    name = key.encode("utf-8", "surrogatepass")
+    if not 0 < len(name) <= call.limits.key_bytes:
+        return S3Error("KeyTooLongError") if name else S3Error("MalformedXML", "A Key is empty")
+    if version_id != NULL_VERSION:
+        return S3Error("NoSuchVersion")
+    if not allows(call.user, Access.WRITE, call.bucket_name, name):
+        return S3Error("AccessDenied")
+    return None

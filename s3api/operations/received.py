@@ -1,0 +1,116 @@
+"""How any write gets its bytes in: open a stream, receive or copy, verify, commit; or abort and leave nothing.
+
+Upstream: put, copy and multipart operations. Downstream: ``DataPlane.open_stream``.
+Always holds: every stream that was opened ends in a commit or an abort; a body that does not verify is never committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from ingest.errors import PreconditionFailed, StaleVersion
+from ingest.ports import BodySink, ObjectReader
+from ingest.records import CommitObject, LifetimeClass, ObjectRecord
+from ingest.stream_types import Stream, StreamDigest, StreamSpec
+from s3api import checksums
+from s3api.call import KERNELS_PREFIX, PRODUCTS_PREFIX, Call, Limits
+from s3api.conditions import WriteCondition
+from s3api.errors import S3Error
+from s3api.integrity import BodyPlan, too_large
+
+Result = TypeVar("Result")
+
+
+def lifetime_of(key: bytes, length: int | None, limits: Limits) -> LifetimeClass:
+    if key.startswith((KERNELS_PREFIX, PRODUCTS_PREFIX)):
+        return LifetimeClass.PRODUCT
+    if length is not None and length <= limits.small_object_bytes:
+        return LifetimeClass.SMALL
+    return LifetimeClass.STREAM
+
+
+async def received(
+    call: Call,
+    spec: StreamSpec,
+    plan: BodyPlan,
+    commit: Callable[[Stream, StreamDigest, dict[str, str]], Awaitable[Result]],
+) -> Result:
+    """Receive the request's body into a new stream and commit it. ``commit`` gets the stream, what it measured and the
+    checksums to record. Raises whatever made it fail, after the stream was aborted."""
+    stream = call.node.data.open_stream(spec)
+    try:
+        await call.request.body.into(stream)
+        digest = await stream.finish()
+        if digest.length > call.limits.object_bytes:
+            raise too_large(digest.length, call.limits.object_bytes)
+        verified = plan.verify(digest.length, digest.crc64nvme, digest.digests, call.request.body.trailers)
+        return await commit(stream, digest, verified)
+    except BaseException:
+        await stream.abort()
+        raise
+
+
+async def stored(
+    call: Call,
+    spec: StreamSpec,
+    chunks: AsyncIterator[memoryview],
+    commit: Callable[[Stream, StreamDigest], Awaitable[Result]],
+) -> Result:
+    """As ``received``, for bytes that the node has already: a copy's source, a kernel that was checked."""
+    stream = call.node.data.open_stream(spec)
+    try:
+        async for chunk in chunks:
+            await feed(stream, chunk)
+        return await commit(stream, await stream.finish())
+    except BaseException:
+        await stream.abort()
+        raise
+
+
+async def feed(sink: BodySink, data: memoryview) -> None:
+    """Put bytes into a sink the way the connection would."""
+    done = 0
+    while done < len(data):
+        room = sink.get_buffer()
+        if room is None:
+            await sink.writable()
+            continue
+        count = min(len(room), len(data) - done)
+        room[:count] = data[done : done + count]
+        sink.received(count)
+        done += count
+
+
+async def once(data: bytes) -> AsyncIterator[memoryview]:
+    """Bytes in memory as the chunks ``stored`` takes."""
+    if data:
+        yield memoryview(data)
+
+
+async def opened(call: Call, record: ObjectRecord, start: int, stop: int) -> ObjectReader:
+    """A reader of bytes [start, stop) of ``record``; InvalidObjectState instead of a wait where the source's bucket
+    does not recall. Raises NoSuchKey when the version went away meanwhile."""
+    try:
+        return await call.node.data.open_reader(record, start, stop)
+    except StaleVersion:
+        raise S3Error("NoSuchKey") from None
+
+
+def etag_of(digest: StreamDigest) -> str:
+    """MD5 where one was computed, else derived from CRC64NVME and length."""
+    md5 = digest.digests.get("md5")
+    return md5.hex() if md5 is not None else checksums.etag_from_crc64(digest.crc64nvme, digest.length)
+
+
+async def committed(call: Call, stream: Stream, request: CommitObject, condition: WriteCondition) -> ObjectRecord:
+    """Commit. A condition that held before the body and fails now lost a race: for If-Match that is
+    ConditionalRequestConflict (try again with what is there now), for If-None-Match the object simply exists."""
+    try:
+        return await stream.commit(request)
+    except PreconditionFailed as error:
+        raise lost_race(condition, error) from None
+
+
+def lost_race(condition: WriteCondition, error: PreconditionFailed) -> Exception:
+    return S3Error("ConditionalRequestConflict") if condition.if_match else error

@@ -1,0 +1,35 @@
+"""Headers that ask for what the gateway does not do. Ignoring them would pretend, so they are refused, and say why."""
+
+from __future__ import annotations
+
+from s3api.errors import S3Error
+from s3api.http.message import Headers
+
+_SSE = "Server-side encryption is not implemented; encrypt the gateway's disks and its archive instead"
+_NOT_IMPLEMENTED = {
+    "x-amz-tagging": "Object tags are not implemented",
+    "x-amz-website-redirect-location": "Website redirects are not implemented",
+    "x-amz-object-lock-mode": "Object lock is not implemented",
+    "x-amz-object-lock-retain-until-date": "Object lock is not implemented",
+    "x-amz-object-lock-legal-hold": "Object lock is not implemented",
+    "x-amz-write-offset-bytes": "Appending to objects is not implemented",
+    "x-amz-mfa": "MFA delete is not implemented",
+}  # fmt: skip
+# What clients send by habit and what is the case here anyway.
+_ACLS = frozenset({"private", "bucket-owner-full-control"})
+_STORAGE_CLASSES = frozenset({"STANDARD"})
+
+
+def refuse_unsupported(headers: Headers) -> None:
+    """Raises NotImplemented, AccessControlListNotSupported or InvalidStorageClass; for every write."""
+    for name, value in headers.fields:
+        if not name.startswith("x-amz-"):
+            continue
+        if name.startswith(("x-amz-server-side-encryption", "x-amz-copy-source-server-side-encryption")):
+            raise S3Error("NotImplemented", _SSE, fields=[("Header", name)])
+        if name in _NOT_IMPLEMENTED:
+            raise S3Error("NotImplemented", _NOT_IMPLEMENTED[name], fields=[("Header", name)])
+        if name.startswith("x-amz-grant-") or (name == "x-amz-acl" and value not in _ACLS):
+            raise S3Error("AccessControlListNotSupported")
+        if name == "x-amz-storage-class" and value not in _STORAGE_CLASSES:
+            raise S3Error("InvalidStorageClass")
