@@ -1,4 +1,4 @@
-"""The gateway's side of one sandboxed kernel process: start it, give it batches, take results, be sure that it is gone.
+"""The gateway's side of one sandboxed kernel: start it, give it batches, take its results, be sure that it is gone.
 
 In: an admitted kernel, the layout of frames, descriptors of the regions the frames lie in. Out: verdicts and feedback for
 each batch, and copies of the state arrays. What always holds: nothing the process writes is trusted (values are copied
@@ -8,13 +8,29 @@ has returned, or ``SandboxFailed`` was raised, the process has ended and maps no
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import fcntl
+import math
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from kernels.contract import Kernel
+from ingest.ports import KernelRefused
+from kernels import wire
+from kernels.contract import DTYPES, MAX_FRAME_NDIM, Kernel, resolve_params
+from kernels.process import SandboxFailed, SandboxProcess
+
+__all__ = ["Batch", "Reply", "Sandbox", "SandboxFailed", "SandboxLimits", "check"]
+
+_F_SEAL_FUTURE_WRITE = 0x0010
+_MAX_DROPPED_FEEDBACK = 1 << 40
+
+DEFAULT_LAYOUTS = (("<u2", 2), ("<u4", 2), ("<i4", 2), ("<f4", 2))
+"""(dtype, dimensions) of frames that a kernel is tried with when it does not say what it is for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,13 +50,7 @@ class SandboxLimits:
     """Map regions with MAP_POPULATE: costs about 80 ms per GiB at start, saves a third on the first pass."""
 
 
-class SandboxFailed(Exception):
-    """``kind``: crash | timeout | lie (the process was killed and is gone), or unavailable (it never started)."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-        self.message = message
+_DEFAULT_LIMITS = SandboxLimits()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,8 +75,63 @@ class Reply:
     dropped_feedback: int
 
 
+class _Output:
+    """The output memory, shared read-write with the process: its size is sealed, its content is never trusted."""
+
+    def __init__(self, layout: wire.OutputLayout) -> None:
+        self._layout = layout
+        self.fd = os.memfd_create("hiss-kernel-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, layout.size_bytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._memory = memoryview(mmap.mmap(self.fd, layout.size_bytes))
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.verdicts = layout.verdicts(self._memory)
+        self.counters = layout.counters(self._memory)
+        self.feedback = layout.feedback(self._memory)
+        # Fresh memory is zero already; touching it would cost a page each for nothing.
+        for slot in range(layout.slots):
+            self.reset(slot, fresh=True)
+
+    def reset(self, slot: int, *, fresh: bool = False) -> None:
+        for spec, array in zip(self._layout.state, self._layout.slot_state(self._memory, slot), strict=True):
+            if spec.identity != 0 or not fresh:
+                array.fill(spec.identity)
+
+    def collect(self, slot: int) -> dict[str, npt.NDArray[np.generic]]:
+        arrays = self._layout.slot_state(self._memory, slot)
+        return {spec.name: array.copy() for spec, array in zip(self._layout.state, arrays, strict=True)}
+
+    def close_fd(self) -> None:
+        """The mapping stays until the last array over it is dropped."""
+        os.close(self.fd)
+
+
 class Sandbox:
     """One sandboxed process. Belongs to one event loop; ``run`` calls queue up."""
+
+    def __init__(
+        self,
+        process: SandboxProcess,
+        output: _Output,
+        *,
+        frame_bytes: int,
+        region_count: int,
+        region_bytes: int,
+        slots: int,
+        limits: SandboxLimits,
+    ) -> None:
+        self._process = process
+        self._output: _Output | None = output
+        self._frame_bytes = frame_bytes
+        self._region_count = region_count
+        self._region_bytes = region_bytes
+        self._slots = slots
+        self._limits = limits
+        self._sequence = 0
+        self._turn = asyncio.Lock()
 
     @classmethod
     async def start(
@@ -80,19 +145,274 @@ class Sandbox:
         region_fds: Sequence[int],
         region_bytes: int,
         slots: int = 8,
-        limits: SandboxLimits = SandboxLimits(),
-    ) -> Sandbox: ...
+        limits: SandboxLimits = _DEFAULT_LIMITS,
+    ) -> Sandbox:
+        """Fork, lock down and compile for C-ordered frames of ``dtype`` and ``shape``.
+
+        ``region_fds``: memfds sealed against future writing and shrinking, ``region_bytes`` each. Raises KernelRefused
+        (does not compile; the line is the user's), SandboxFailed, or ValueError for arguments out of their limits.
+        """
+        frame_bytes = _check_geometry(dtype, shape)
+        if not 1 <= slots <= wire.MAX_SLOTS or len(region_fds) > wire.MAX_REGIONS:
+            raise ValueError(f"at most {wire.MAX_SLOTS} slots and {wire.MAX_REGIONS} regions")
+        for fd in region_fds:
+            _check_seals(fd)
+        spec = _spec(kernel, params, ((dtype, shape),), len(region_fds), region_bytes, slots, limits)
+        process, output, refusals = await _launch(zygote_socket, spec, region_fds, limits)
+        if refusals:
+            await process.kill()
+            raise _refusal(kernel, refusals[0])
+        return cls(
+            process,
+            output,
+            frame_bytes=frame_bytes,
+            region_count=len(region_fds),
+            region_bytes=region_bytes,
+            slots=slots,
+            limits=limits,
+        )
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        return self._output is not None and not self._process.ended
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        return self._process.pid
 
-    async def run(self, batch: Batch) -> Reply: ...
+    async def run(self, batch: Batch) -> Reply:
+        """Judge one batch. Raises SandboxFailed (the process is gone then), or ValueError for a batch out of range.
 
-    def reset(self, slot: int) -> None: ...
+        A cancelled call still waits, no longer than the batch's deadline: until then the process reads the frames and
+        writes the slot's state.
+        """
+        self._check_batch(batch)
+        async with self._turn:
+            exchange = asyncio.ensure_future(self._exchange(batch))
+            try:
+                return await asyncio.shield(exchange)
+            except asyncio.CancelledError:
+                while not exchange.done():
+                    await asyncio.wait((exchange,))
+                if not exchange.cancelled():
+                    exchange.exception()
+                raise
 
-    def collect(self, slot: int) -> dict[str, npt.NDArray[np.generic]]: ...
+    def reset(self, slot: int) -> None:
+        """Set the slot's state arrays to the identities of their merges."""
+        self._opened().reset(self._check_slot(slot))
 
-    async def close(self) -> None: ...
+    def collect(self, slot: int) -> dict[str, npt.NDArray[np.generic]]:
+        """Copies of the slot's state arrays, by name."""
+        return self._opened().collect(self._check_slot(slot))
+
+    async def close(self) -> None:
+        """Kill the process and wait for its end; may be called again."""
+        self._output = None
+        await self._process.kill()
+
+    # -- one batch
+
+    async def _exchange(self, batch: Batch) -> Reply:
+        output = self._opened()
+        self._sequence += 1
+        run = wire.Run(
+            self._sequence, batch.region, batch.slot, batch.offset, batch.frame_bytes, batch.first_frame, batch.count
+        )
+        output.verdicts.fill(wire.NO_VERDICT)
+        timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s
+        try:
+            if not self._process.send(run.pack()):
+                raise SandboxFailed("crash", "the process has gone")
+            try:
+                reply = await self._process.receive(timeout_s)
+            except TimeoutError:
+                raise SandboxFailed("timeout", self._where(output, batch, timeout_s)) from None
+            if reply is None:
+                raise SandboxFailed("crash", await self._process.kill())
+            return _validated(reply, run, output)
+        except SandboxFailed:
+            await self.close()
+            raise
+        except asyncio.CancelledError:
+            # Only the end of the event loop cancels an exchange; nobody will read its reply.
+            self._process.signal_kill()
+            raise
+
+    @staticmethod
+    def _where(output: _Output, batch: Batch, timeout_s: float) -> str:
+        frame = int(output.counters[0])
+        last = batch.first_frame + batch.count - 1
+        place = f"frame {frame}" if batch.first_frame <= frame <= last else f"frames {batch.first_frame} to {last}"
+        return f"{place}: {batch.count} frames were not judged within {timeout_s:g} s"
+
+    # -- arguments
+
+    def _opened(self) -> _Output:
+        if self._output is None:
+            raise SandboxFailed("unavailable", "the sandbox is closed")
+        return self._output
+
+    def _check_slot(self, slot: int) -> int:
+        if not 0 <= slot < self._slots:
+            raise ValueError(f"slot {slot} of {self._slots}")
+        return slot
+
+    def _check_batch(self, batch: Batch) -> None:
+        self._check_slot(batch.slot)
+        if not 1 <= batch.count <= wire.MAX_BATCH:
+            raise ValueError(f"{batch.count} frames: a batch has 1 to {wire.MAX_BATCH}")
+        if batch.frame_bytes != self._frame_bytes:
+            raise ValueError(f"frames of {batch.frame_bytes} bytes, compiled for {self._frame_bytes}")
+        if not 0 <= batch.region < self._region_count:
+            raise ValueError(f"region {batch.region} of {self._region_count}")
+        if batch.offset < 0 or batch.offset + batch.count * batch.frame_bytes > self._region_bytes:
+            raise ValueError("the batch does not lie within its region")
+        if not 0 <= batch.first_frame < 1 << 62:
+            raise ValueError(f"first frame {batch.first_frame}")
+
+
+async def check(
+    zygote_socket: str,
+    kernel: Kernel,
+    dtypes: Sequence[tuple[str, int]] = DEFAULT_LAYOUTS,
+    limits: SandboxLimits = _DEFAULT_LIMITS,
+) -> dict[str, str]:
+    """Compile in a throwaway sandbox for each (dtype, dimensions); raises KernelRefused if it compiles for none.
+
+    Returns, for each dtype it does not compile for, the reason: a histogram indexed by pixel values is right to compile
+    for integers only. Raises SandboxFailed when it could not be tried.
+    """
+    layouts = tuple((dtype, (2,) * ndim) for dtype, ndim in dtypes)
+    for dtype, shape in layouts:
+        _check_geometry(dtype, shape)
+    spec = _spec(kernel, {}, layouts, 0, 0, 1, limits)
+    process, _, refusals = await _launch(zygote_socket, spec, (), limits)
+    await process.kill()
+    if refusals and len({refusal.index for refusal in refusals}) >= len(layouts):
+        raise _refusal(kernel, refusals[0])
+    return {
+        layouts[refusal.index][0]: str(_refusal(kernel, refusal))
+        for refusal in refusals
+        if refusal.index < len(layouts)
+    }
+
+
+async def _launch(
+    zygote_socket: str, spec: wire.SandboxSpec, region_fds: Sequence[int], limits: SandboxLimits
+) -> tuple[SandboxProcess, _Output, list[wire.RawReply]]:
+    """A process that has compiled, or has refused for every layout; raises SandboxFailed with the process gone."""
+    output = _Output(wire.OutputLayout(spec.kernel.state, spec.slots))
+    try:
+        process = await SandboxProcess.fork(zygote_socket, spec, output.fd, region_fds)
+    finally:
+        output.close_fd()
+    try:
+        return process, output, await _compiled(process, len(spec.layouts), limits.compile_timeout_s)
+    except TimeoutError:
+        await process.kill()
+        raise SandboxFailed("timeout", f"not compiled within {limits.compile_timeout_s:g} s") from None
+    except SandboxFailed as failure:
+        ending = await process.kill()
+        if failure.kind == "crash" and not failure.message:
+            raise SandboxFailed("crash", f"while compiling, {ending}") from None
+        raise
+    except BaseException:
+        process.signal_kill()
+        await process.kill()
+        raise
+
+
+async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> list[wire.RawReply]:
+    """The refusals, one for each layout at most, heard before READY or the end."""
+    refusals: list[wire.RawReply] = []
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        reply = await process.receive(max(0.0, deadline - asyncio.get_running_loop().time()))
+        if reply is None:
+            if refusals:
+                # It ended without READY: it compiled for none, or its module did not load at all.
+                return [dataclasses.replace(refusals[0], index=index) for index in range(layouts)]
+            raise SandboxFailed("crash", "")
+        if reply.kind == wire.KIND_READY:
+            return refusals
+        if reply.kind == wire.KIND_FAILED:
+            raise SandboxFailed("unavailable", f"lock-down: {reply.text}")
+        if reply.kind != wire.KIND_REFUSED or len(refusals) == layouts:
+            raise SandboxFailed("lie", "an answer that nothing asked for, before the first batch")
+        refusals.append(reply)
+
+
+def _validated(reply: wire.RawReply, run: wire.Run, output: _Output) -> Reply:
+    """The reply's values, copied once and checked. Raises SandboxFailed."""
+    if reply.sequence != run.sequence:
+        raise SandboxFailed("lie", f"an answer to batch {reply.sequence} instead of {run.sequence}")
+    if reply.kind == wire.KIND_RAISED and reply.index < run.count:
+        raise SandboxFailed("crash", f"frame {run.first_frame + reply.index}: {reply.text}")
+    if reply.kind != wire.KIND_DONE or reply.index != run.count:
+        raise SandboxFailed("lie", "the answer does not fit the batch")
+    if reply.feedback_count > wire.MAX_FEEDBACK or reply.dropped_feedback > _MAX_DROPPED_FEEDBACK:
+        raise SandboxFailed("lie", "feedback beyond its limits")
+    verdicts = output.verdicts[: run.count].copy()
+    wrong = np.flatnonzero(verdicts > 1)
+    if wrong.size:
+        frame = run.first_frame + int(wrong[0])
+        if verdicts[wrong[0]] == wire.BAD_VERDICT:
+            raise SandboxFailed("lie", f"frame {frame}: frame() returned neither KEEP nor DROP")
+        raise SandboxFailed("lie", f"frame {frame}: no valid verdict")
+    feedback: list[tuple[int, int, float]] = []
+    if reply.feedback_count:
+        entries = output.feedback[: reply.feedback_count].copy()
+        frames = entries["frame"]
+        if frames.min() < run.first_frame or frames.max() >= run.first_frame + run.count:
+            raise SandboxFailed("lie", "feedback about frames that are not in the batch")
+        feedback = entries.tolist()
+    return Reply(verdicts, feedback, reply.dropped_feedback)
+
+
+def _spec(
+    kernel: Kernel,
+    params: Mapping[str, int | float],
+    layouts: tuple[tuple[str, tuple[int, ...]], ...],
+    region_count: int,
+    region_bytes: int,
+    slots: int,
+    limits: SandboxLimits,
+) -> wire.SandboxSpec:
+    return wire.SandboxSpec(
+        kernel=kernel,
+        params=resolve_params(kernel, params),
+        layouts=layouts,
+        region_count=region_count,
+        region_bytes=region_bytes,
+        slots=slots,
+        memory_bytes=limits.memory_bytes,
+        nice=limits.nice,
+        batch_scheduling=limits.batch_scheduling,
+        populate=limits.populate,
+    )
+
+
+def _refusal(kernel: Kernel, refusal: wire.RawReply) -> KernelRefused:
+    lines = kernel.source.count("\n") + 1
+    return KernelRefused(kernel.file, min(max(refusal.detail, 1), lines), refusal.text or "does not compile")
+
+
+def _check_geometry(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one frame. Raises ValueError for frames no kernel can be compiled for."""
+    try:
+        parsed = np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"frames of {dtype!r}: not a dtype") from None
+    if parsed.name not in DTYPES or not parsed.isnative:
+        raise ValueError(f"frames of {dtype!r} are not supported: little-endian {', '.join(DTYPES)} are")
+    if not 1 <= len(shape) <= MAX_FRAME_NDIM or min(shape) < 1:
+        raise ValueError(f"frames of shape {shape} are not supported: 1 to {MAX_FRAME_NDIM} dimensions, none empty")
+    return math.prod(shape) * parsed.itemsize
+
+
+def _check_seals(fd: int) -> None:
+    """A region that a sandbox maps must be sealed: the process could else make its mapping writable, or shrink it."""
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    if not seals & (_F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE) or not seals & fcntl.F_SEAL_SHRINK:
+        raise ValueError(f"region descriptor {fd} is not sealed against writing and shrinking")

@@ -5,8 +5,8 @@
 - Gateway to sandbox (SOCK_SEQPACKET pair): fixed little-endian structs, one datagram each. A request names a batch of
   frames in a region; a reply names counts only. Values lie in the output memory of ``OutputLayout``.
 
-Everything that comes from a sandbox is untrusted: ``parse_reply`` accepts exactly one datagram size for each kind, and the
-gateway checks sequence and counts before it copies anything.
+Everything that comes from a sandbox is untrusted: ``parse_reply`` bounds the datagram for each kind, and the gateway
+checks sequence and counts before it copies anything.
 """
 
 from __future__ import annotations
@@ -96,12 +96,15 @@ REPLY_BYTES = _REPLY.size
 KIND_READY = 1
 KIND_DONE = 2
 KIND_REFUSED = 3
-"""The kernel does not compile; ``detail`` is the line, ``index`` the layout, the text says why."""
+"""The kernel does not compile for layout ``index``; ``detail`` is the line, the text says why. One for each layout that
+fails; READY follows if any other succeeds, else the process ends."""
 KIND_RAISED = 4
-"""The kernel raised during a batch; ``detail`` is the line, the text says what."""
+"""The kernel raised during a batch, in frame ``first_frame + index``; the text says what."""
 KIND_PROBE = 5
 """A self-test probe survived; the text is its outcome."""
-_TEXT_KINDS = (KIND_REFUSED, KIND_RAISED, KIND_PROBE)
+KIND_FAILED = 6
+"""The process could not be locked down, and runs nothing; the text says why."""
+_TEXT_KINDS = (KIND_REFUSED, KIND_RAISED, KIND_PROBE, KIND_FAILED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,8 +192,8 @@ class OutputLayout:
         return np.frombuffer(memory, np.uint8, MAX_BATCH, self.verdicts_offset)
 
     def counters(self, memory: memoryview) -> npt.NDArray[np.int64]:
-        """The driver's own: [batch index of the frame under way, its frame number, feedback entries, feedback dropped]."""
-        return np.frombuffer(memory, np.int64, 4, self.progress_offset)
+        """The driver's own: [number of the frame under way, feedback entries, feedback dropped]."""
+        return np.frombuffer(memory, np.int64, 3, self.progress_offset)
 
     def feedback(self, memory: memoryview) -> npt.NDArray[np.void]:
         return np.frombuffer(memory, FEEDBACK_DTYPE, MAX_FEEDBACK, self.feedback_offset)
