@@ -274,6 +274,11 @@ class FrameReduction(Protocol):
 class FrameHost(Protocol):
     """The kernel room inside a worker."""
 
+    async def prepare(self, bucket: str) -> None:
+        """Know the bucket's kernels as of now: to be awaited before ``open`` or ``kernels_for``. Never raises; costs a
+        comparison while ``Catalog.generation()`` stands still."""
+        ...
+
     def open(self, info: StreamInfo) -> FrameReduction | None:
         """None when no kernel of the bucket matches: the stream then shares ordinary regions."""
         ...

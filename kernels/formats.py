@@ -29,7 +29,7 @@ HEADER_BYTES_MAX = 65_536 + 10
 NDIM_MAX = 4
 SHAPE_MAX = 2**31 - 1
 FRAME_BYTES_MAX = 2**40
-DTYPES = frozenset("b1 u1 u2 u4 u8 i1 i2 i4 i8 f4 f8".split())
+DTYPES = frozenset("u1 u2 u4 u8 i1 i2 i4 i8 f4 f8".split())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

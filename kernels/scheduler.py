@@ -230,20 +230,26 @@ class Schedule:
         if state.gone:
             self._forget(step.stream)
 
-    def failed(self) -> None:
-        """The sandbox is dead and reaped: every slot's state is lost, its frames lag, the step under way is undone."""
+    def failed(self) -> list[tuple[int, int, int]]:
+        """The sandbox is dead and reaped: every slot's state is lost, its frames lag, the step under way is undone.
+
+        Returns the frames whose verdicts are void: (stream, first frame, count).
+        """
         step, self._step = self._step, None
         self._bury()
         if isinstance(step, Run):
             self._streams[step.stream].lagging.add(step.first_frame, step.count)
             for batch in step.finished:
                 batch.release()
+        void = []
         for number, state in list(self._streams.items()):
+            void += [(number, first, count) for first, count in state.judged]
             state.lagging.update(state.judged)
             state.judged.clear()
             self._vacate(state)
             if state.gone:
                 self._forget(number)
+        return void
 
     # -- choosing
 

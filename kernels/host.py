@@ -1,0 +1,358 @@
+"""The kernel host of a worker: opens reductions for streams, owns the lanes, pays the reductions that are owed.
+
+In: streams that open (``FrameHost``), stored versions that were not reduced yet, submitted kernels to check. Out:
+reductions and, through them, products. What always holds: every call from ingest returns at once and never raises; a
+kernel that fails three times in a row is disabled in its bucket until another source is put; what a dead worker left
+unreduced is found by the sweep; after ``close`` no process and no hold on a memory region is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+
+from ingest.counters import Counters
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.ports import Catalog, Domain, FeedbackSink, FrameReduction, KernelRefused, LandingPad, StreamInfo
+from ingest.records import FrameGeometry, ObjectRecord
+from kernels.attach import Attachment, Registry, attach, is_internal, kernel_name
+from kernels.formats import HEADER_BYTES_MAX, NotFrames, sniff
+from kernels.gate import admit
+from kernels.lane import Lane, LaneKey
+from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
+from kernels.pool import LanePool
+from kernels.reduction import Reduction
+from kernels.sandbox import SandboxFailed, SandboxLimits, check
+from kernels.tally import Tally
+
+log = logging.getLogger("hiss.kernels")
+
+GAUGE_S = 1.0
+"""How often the lag gauge is set."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostLimits:
+    """Bounds of one worker's kernel room."""
+
+    processes_max: int = 8
+    """Sandboxes at once; a further kernel waits for an idle one to be closed (its frames lag meanwhile)."""
+    idle_s: float = 120.0
+    """How long a sandbox without streams is kept warm."""
+    strikes_max: int = 3
+    """Failures in a row, without a product in between, that disable a kernel."""
+    attempts_max: int = 20
+    """Sweeps that may come back to one owed product before it is given up."""
+    catchups_max: int = 2
+    """Versions read back from disk at once."""
+    backlog_max: int = 4096
+    """Owed versions remembered between sweeps."""
+    sweep_s: float = 15.0
+    """Between two looks for owed reductions and idle sandboxes."""
+    sandbox: SandboxLimits = dataclasses.field(default_factory=SandboxLimits)
+
+
+class KernelHost:
+    """Implements ``ingest.ports.FrameHost``. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        pad: LandingPad,
+        zygote_socket: str,
+        feedback: FeedbackSink,
+        counters: Counters,
+        slot: int,
+        limits: HostLimits,
+    ) -> None:
+        self.catalog = catalog
+        self.pad = pad
+        self.zygote_socket = zygote_socket
+        self.counters = counters
+        self.sandbox_limits = limits.sandbox
+        self._slot = slot
+        self._limits = limits
+        self._tally = Tally(counters)
+        self._registry = Registry(catalog, pad)
+        self._strikes: dict[tuple[str, str], int] = {}
+        self._reductions: set[Reduction] = set()
+        self._owing: set[tuple[bytes, str]] = set()
+        self._backlog: deque[tuple[ObjectRecord, tuple[str, ...]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._work = asyncio.Semaphore(0)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
+        self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
+        self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.catchups_max))
+
+    async def start(self) -> None:
+        """Begin to pay what is owed. Returns at once."""
+        self.spawn(self._sweep(), "kernel sweep")
+        for _ in range(self._limits.catchups_max):
+            self.spawn(self._pay(), "catch up")
+
+    async def close(self) -> None:
+        """End every process; what is unfinished stays owed in the catalogue."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for reduction in list(self._reductions):
+            reduction.aborted()
+        await self._pool.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._thread.shutdown(wait=True)
+
+    # -- FrameHost
+
+    async def prepare(self, bucket: str) -> None:
+        """Know the bucket's kernels as of now, so that ``open`` and ``kernels_for`` see every kernel put before. Never
+        raises; costs a comparison while nothing changed."""
+        if self._registry.fresh(bucket):
+            return
+        try:
+            await self._registry.refresh(bucket)
+        except NoSuchBucket:
+            return
+        except IngestError as error:
+            self._pool.close_idle(lambda lane: lane.key.bucket != bucket)
+            log.warning("the kernels of bucket %s could not be read: %s", bucket, error)
+
+    def open(self, info: StreamInfo) -> FrameReduction | None:
+        """None: no kernel matches, or no memory region is free for the bucket (``kernels_for`` tells which)."""
+        try:
+            return self._open(info)
+        except Exception:
+            log.exception("no reduction for %s/%r", info.bucket, info.key)
+            return None
+
+    def _open(self, info: StreamInfo) -> Reduction | None:
+        attachments = self._matching(info.bucket, info.key)
+        if not attachments:
+            return None
+        domain = self.pad.domain(info.bucket)
+        if domain is None:
+            # Warm processes of other buckets keep their regions; give those up for whoever comes next.
+            self._pool.close_idle(lambda lane: lane.key.bucket != info.bucket)
+            return None
+        return self._begin(info, attachments, domain)
+
+    def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
+        return tuple(attachment.kernel.name for attachment in self._matching(bucket, key))
+
+    def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
+        """Reduce a stored version in the background. Beyond ``backlog_max`` the sweep finds it later."""
+        wanted = tuple(name for name in kernels if (record.object_id, name) not in self._owing)
+        if wanted and not self._closed and len(self._backlog) < self._limits.backlog_max:
+            self._owing.update((record.object_id, name) for name in wanted)
+            self._backlog.append((record, wanted))
+            self._work.release()
+
+    async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
+        """Gate, attachment and compiler, for a kernel put at ``_kernels/<name>.py``. Raises KernelRefused."""
+        try:
+            if kernel_name(f"_kernels/{name}.py".encode()) is None:
+                raise KernelRefused(f"{name}.py", 1, "a kernel's name is a letter, then letters, digits, _ or -")
+            kernel = await asyncio.to_thread(admit, name, source)
+            attach(kernel, metadata)
+            await check(self.zygote_socket, kernel)
+        except KernelRefused:
+            self._tally.error("refused")
+            raise
+
+    # -- what reductions and lanes ask (ReductionHost, LaneOwner)
+
+    def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane:
+        key = LaneKey.of(bucket, attachment, geometry, domain)
+        return self._pool.get(key, lambda: Lane(key, attachment, geometry, domain, self))
+
+    async def admit(self, lane: Lane) -> None:
+        await self._pool.admit(lane)
+
+    def dismissed(self, lane: Lane) -> None:
+        self._pool.dismissed(lane)
+
+    def struck(self, lane: Lane, failure: SandboxFailed) -> bool:
+        self._tally.error(failure.kind)
+        owner = (lane.key.bucket, lane.key.sha256)
+        strikes = self._strikes[owner] = self._strikes.get(owner, 0) + 1
+        last = strikes >= self._limits.strikes_max
+        log.warning(
+            "kernel %s in bucket %s failed (%d of %d%s): %s",
+            lane.key.kernel,
+            lane.key.bucket,
+            strikes,
+            self._limits.strikes_max,
+            ", disabled until another source is put" if last else "",
+            failure,
+        )
+        return last
+
+    def succeeded(self, bucket: str, attachment: Attachment) -> None:
+        self._strikes.pop((bucket, attachment.kernel.sha256), None)
+
+    def refused(self, lane: Lane) -> None:
+        """The kernel does not compile for this layout."""
+        self._tally.error("compile")
+
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+        """Run in the background until it ends or the host closes; an exception is logged."""
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(self._logged(work, name), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview:
+        """Products are built one at a time: they are large, and HDF5 has one lock anyway."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def done(self, reduction: Reduction) -> None:
+        self._reductions.discard(reduction)
+        self._owing.difference_update((reduction.info.object_id, name) for name in reduction.kernels)
+        self._pool.became_idle()
+
+    # -- inside
+
+    async def _logged(self, work: Coroutine[object, object, None], name: str) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("background work of the kernel host failed: %s", name)
+
+    def _matching(self, bucket: str, key: bytes) -> tuple[Attachment, ...]:
+        if is_internal(key) or self._closed:
+            return ()
+        if not self._registry.fresh(bucket):
+            self.spawn(self.prepare(bucket), "read kernels")
+        return tuple(
+            attachment
+            for attachment in self._registry.known(bucket)
+            if attachment.matches(key) and not self._disabled(bucket, attachment)
+        )
+
+    def _disabled(self, bucket: str, attachment: Attachment) -> bool:
+        return self._strikes.get((bucket, attachment.kernel.sha256), 0) >= self._limits.strikes_max
+
+    def _begin(self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain) -> Reduction:
+        reduction = Reduction(self, info, attachments, domain)
+        self._reductions.add(reduction)
+        self._owing.update((info.object_id, name) for name in reduction.kernels)
+        return reduction
+
+    async def _sweep(self) -> None:
+        """Forever: find owed reductions, close idle lanes."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time()
+        while True:
+            self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
+            if loop.time() >= due_s:
+                due_s = loop.time() + self._limits.sweep_s
+                try:
+                    self._pool.sweep()
+                    if not self._backlog:
+                        await self._find_owed()
+                except IngestError as error:
+                    log.warning("owed reductions could not be listed: %s", error)
+                except Exception:
+                    log.exception("a sweep of the kernel host failed")
+            await asyncio.sleep(min(GAUGE_S, self._limits.sweep_s))
+
+    async def _find_owed(self) -> None:
+        owed: dict[bytes, tuple[ObjectRecord, list[str]]] = {}
+        for job in await self.catalog.pending_reductions(self._slot, self._limits.backlog_max):
+            identity = (job.record.object_id, job.kernel)
+            if identity in self._owing:
+                continue
+            if job.attempts >= self._limits.attempts_max:
+                await self._give_up(job.record, job.kernel, f"given up after {job.attempts} attempts")
+                continue
+            owed.setdefault(job.record.object_id, (job.record, []))[1].append(job.kernel)
+        for record, kernels in owed.values():
+            self.catch_up(record, tuple(kernels))
+
+    async def _pay(self) -> None:
+        """Forever: reduce the next owed version from disk."""
+        while True:
+            await self._work.acquire()
+            record, kernels = self._backlog.popleft()
+            try:
+                await self._reduce_stored(record, kernels)
+            except Gone:
+                log.info("%s/%r was deleted or replaced before it was reduced", record.bucket, record.key)
+            except (Postponed, Hopeless, IngestError) as error:
+                log.warning("the reduction of %s/%r is postponed: %s", record.bucket, record.key, error)
+                await self._count_attempt(record, kernels, str(error))
+            except Exception:
+                log.exception("the reduction of %s/%r failed", record.bucket, record.key)
+                await self._count_attempt(record, kernels, "internal error of the kernel host")
+            finally:
+                self._owing.difference_update((record.object_id, name) for name in kernels)
+
+    async def _reduce_stored(self, record: ObjectRecord, names: tuple[str, ...]) -> None:
+        await self._registry.refresh(record.bucket)
+        attached = {attachment.kernel.name: attachment for attachment in self._registry.known(record.bucket)}
+        attachments = []
+        for name in names:
+            attachment = attached.get(name)
+            if attachment is None:
+                await self._give_up(record, name, "the kernel is no longer there")
+            elif self._disabled(record.bucket, attachment):
+                await self._give_up(record, name, "the kernel is disabled: it failed too often")
+            else:
+                attachments.append(attachment)
+        if not attachments:
+            return
+        domain = self.pad.domain(record.bucket)
+        if domain is None:
+            self._pool.close_idle(lambda lane: lane.key.bucket != record.bucket)
+            raise Postponed("no memory region is free")
+        info = StreamInfo(
+            record.bucket,
+            record.key,
+            record.object_id,
+            record.length,
+            record.headers.get("content-type", ""),
+            record.metadata,
+        )
+        reduction = self._begin(info, tuple(attachments), domain)
+        try:
+            found = record.geometry or await self._geometry(record, domain)
+            matching = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
+            reduction.begin_stored(record, found, partial=not matching <= set(names))
+            await reduction.finished.wait()
+        finally:
+            reduction.aborted()
+
+    async def _geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
+        length = min(record.length, HEADER_BYTES_MAX)
+        head = b""
+        if length:
+            loaded = await load(self.pad, record, 0, length, domain)
+            try:
+                head = os.pread(domain.region_fds[loaded.region], length, loaded.offset)
+            finally:
+                loaded.release()
+        found = sniff(memoryview(head), record.metadata, complete=True)
+        assert not isinstance(found, int)
+        return found
+
+    async def _count_attempt(self, record: ObjectRecord, kernels: tuple[str, ...], error: str) -> None:
+        for name in kernels:
+            await self._record_failure(record, name, error, give_up=False)
+
+    async def _give_up(self, record: ObjectRecord, kernel: str, error: str) -> None:
+        log.warning("kernel %s over %s/%r: %s", kernel, record.bucket, record.key, error)
+        await self._record_failure(record, kernel, error, give_up=True)
+
+    async def _record_failure(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
+        try:
+            await self.catalog.reduction_failed(record.object_id, kernel, error[:1000], give_up=give_up)
+        except (StaleVersion, NoSuchKey, NoSuchBucket):
+            return
+        except IngestError as refusal:
+            log.warning("a failed reduction was not recorded: %s", refusal)

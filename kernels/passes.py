@@ -1,0 +1,264 @@
+"""One kernel's pass over one object version: from its first frame to the stored product.
+
+In: frames from the reduction (kernels/reduction.py), verdicts and state from the lane, the committed record. Out:
+verdicts, feedback events, and at the end the state, or why there is none. Frames that lag are read back from disk once
+the version exists. What always holds: a frame is judged exactly once in the state that comes out, and the instrument
+hears of each frame at most once, however often sandboxes died in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.errors import DataLost, IngestError, NoSuchBucket, NoSuchKey, ObjectOffline, StaleVersion
+from ingest.ports import Domain, FeedbackEvent, FeedbackSink, FrameBatch, LandingPad, LoadedBytes
+from ingest.records import FrameGeometry, ObjectRecord
+from kernels.attach import Attachment
+from kernels.contract import merge
+from kernels.lane import Lane, StateArrays
+from kernels.ranges import Ranges
+from kernels.sandbox import Reply
+from kernels.scheduler import Run
+from kernels.tally import Tally
+from kernels.verdicts import Verdicts
+
+log = logging.getLogger("hiss.kernels")
+
+CATCHUP_BYTES = 16 << 20
+"""One piece read from disk; at least one frame."""
+CATCHUP_PIECES = 2
+"""Pieces in memory at once: one is reduced while the next is read."""
+LOAD_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0)
+"""Waits after a failed read; then the pass is postponed to the next sweep."""
+
+
+class Gone(Exception):
+    """The version was deleted or replaced: the pass is of no use."""
+
+
+class Postponed(Exception):
+    """The pass cannot go on now; the sweep will begin it anew. ``str()`` says why."""
+
+
+class Hopeless(Exception):
+    """The pass will never succeed. ``kind`` as in hiss_kernel_errors_total; ``str()`` is fit for the scientist."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class LoadedBatch:
+    """Frames read back from disk, offered like live ones."""
+
+    revoked = False
+
+    def __init__(self, loaded: LoadedBytes, first_frame: int, count: int, window: asyncio.Semaphore) -> None:
+        self.region = loaded.region
+        self.offset = loaded.offset
+        self.first_frame = first_frame
+        self.count = count
+        self._loaded = loaded
+        self._window = window
+
+    def dispatched(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        self._loaded.release()
+        self._window.release()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassContext:
+    """What every pass of a host shares."""
+
+    pad: LandingPad
+    feedback: FeedbackSink
+    tally: Tally
+    gate: asyncio.Semaphore
+    """How many passes may read back from disk at once."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished pass."""
+
+    state: StateArrays
+    verdicts: npt.NDArray[np.uint8]
+    feedback_events: int
+
+
+class KernelPass:
+    """Implements ``LaneClient``. ``row`` is this kernel's row in the reduction's verdicts."""
+
+    def __init__(
+        self,
+        context: PassContext,
+        attachment: Attachment,
+        lane: Lane,
+        geometry: FrameGeometry,
+        verdicts: Verdicts,
+        row: int,
+        bucket: str,
+        key: bytes,
+    ) -> None:
+        self.attachment = attachment
+        self.feedback_events = 0
+        self._context = context
+        self._lane = lane
+        self._geometry = geometry
+        self._verdicts = verdicts
+        self._row = row
+        self._bucket = bucket
+        self._key = key
+        self._state: StateArrays | None = None
+        self._answered = Ranges()
+        self._final = False
+        self._refusal: Hopeless | None = None
+        self._changed = asyncio.Event()
+        self._stream = lane.join(self)
+
+    # -- frames, from the reduction
+
+    def offer(self, batch: FrameBatch) -> None:
+        if self._refusal is not None:
+            batch.release()
+        else:
+            self._lane.offer(self._stream, batch, live=True)
+
+    def lag(self, first: int, count: int) -> None:
+        if self._refusal is None:
+            self._lane.lag(self._stream, first, count)
+            self._changed.set()
+
+    def leave(self) -> None:
+        """The stream was aborted, or the pass is over. Idempotent."""
+        self._lane.leave(self._stream)
+
+    # -- outcomes, from the lane
+
+    def judged(self, run: Run, reply: Reply) -> None:
+        if reply.feedback or reply.dropped_feedback:
+            self._publish(run, reply)
+        self._answered.add(run.first_frame, run.count)
+        self._verdicts.record(self._row, run.first_frame, reply.verdicts)
+        self._context.tally.judged(reply.verdicts, live=run.live)
+
+    def voided(self, first: int, count: int) -> None:
+        self._verdicts.void(self._row, first, count)
+
+    def merge(self, state: StateArrays) -> None:
+        if self._state is None:
+            self._state = state
+            return
+        for spec in self.attachment.kernel.state:
+            merge(spec, self._state[spec.name], state[spec.name])
+
+    def banked(self, final: bool) -> None:
+        if final:
+            self._final = True
+            self._changed.set()
+
+    def lagged(self) -> None:
+        self._changed.set()
+
+    def refused(self, kind: str, reason: str) -> None:
+        if self._refusal is None:
+            self._refusal = Hopeless(kind, reason)
+            self._changed.set()
+            # Not now: the lane is going through its clients.
+            asyncio.get_running_loop().call_soon(self.leave)
+
+    def _publish(self, run: Run, reply: Reply) -> None:
+        now_ns = time.time_ns()
+        # A frame that is judged again (its state was lost) has told the instrument already.
+        again = self._answered if self._answered.total else None
+        events = [
+            FeedbackEvent(self._bucket, self._key, self.attachment.kernel.name, frame, code, value, now_ns)
+            for frame, code, value in reply.feedback
+            if again is None or not again.covers(frame, 1)
+        ]
+        self.feedback_events += len(events)
+        self._context.feedback.publish(events)
+        if reply.dropped_feedback:
+            self._context.tally.feedback_dropped(reply.dropped_feedback)
+
+    # -- the end
+
+    async def finish(self, record: ObjectRecord, frames: int, domain: Domain) -> Outcome:
+        """Wait for, or read back, every frame; then the state. Raises Gone, Postponed or Hopeless."""
+        self._lane.finish(self._stream)
+        window = asyncio.Semaphore(CATCHUP_PIECES)
+        try:
+            while not self._final:
+                self._changed.clear()
+                if self._refusal is not None:
+                    if self._refusal.kind == "unavailable":
+                        raise Postponed(str(self._refusal))
+                    raise self._refusal
+                if not await self._catch_up(record, domain, window) and not self._final and self._refusal is None:
+                    await self._changed.wait()
+        finally:
+            self.leave()
+        assert self._state is not None
+        return Outcome(self._state, self._verdicts.row(self._row, frames), self.feedback_events)
+
+    async def _catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
+        """Read back every frame that lags now; False when none did."""
+        frame_bytes = self._geometry.frame_bytes
+        size = max(1, min(CATCHUP_BYTES, domain.region_bytes) // frame_bytes)
+        head = self._take(size)
+        if head is None:
+            return False
+        # A lane that has no process yet must not hold the gate: those that have one may need it to finish.
+        await self._lane.admitted()
+        async with self._context.gate:
+            while head is not None:
+                await window.acquire()
+                first, count = head
+                try:
+                    loaded = await self._load(record, first, count, domain)
+                except BaseException:
+                    window.release()
+                    if self._refusal is None:
+                        self._lane.lag(self._stream, first, count)
+                    raise
+                if self._refusal is not None:
+                    loaded.release()
+                    window.release()
+                    return True
+                self._lane.offer(self._stream, LoadedBatch(loaded, first, count, window), live=False)
+                head = self._take(size)
+        return True
+
+    def _take(self, count_max: int) -> tuple[int, int] | None:
+        return None if self._refusal is not None else self._lane.load(self._stream, count_max)
+
+    async def _load(self, record: ObjectRecord, first: int, count: int, domain: Domain) -> LoadedBytes:
+        start = self._geometry.origin + first * self._geometry.frame_bytes
+        return await load(self._context.pad, record, start, count * self._geometry.frame_bytes, domain)
+
+
+async def load(pad: LandingPad, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
+    """Read body bytes back, waiting out shortages. Raises Gone, Postponed or Hopeless."""
+    error: IngestError | None = None
+    for wait_s in LOAD_BACKOFF_S:
+        try:
+            return await pad.load(record, start, length, domain)
+        except (StaleVersion, NoSuchKey, NoSuchBucket):
+            raise Gone from None
+        except ObjectOffline:
+            raise Postponed("its bytes are on the archive tier") from None
+        except DataLost as lost:
+            raise Hopeless("crash", f"the stored bytes cannot be read back: {lost}") from None
+        except IngestError as shortage:
+            error = shortage
+        await asyncio.sleep(wait_s)
+    raise Postponed(f"reading it back failed: {type(error).__name__} {error}")

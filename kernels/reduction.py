@@ -1,0 +1,383 @@
+"""All kernels of one object version: geometry, fan-out of frames, frame ledger, products.
+
+In: the body's first bytes and whole frames from the stream while it arrives (``FrameReduction``), or a stored version
+that is owed a reduction. Out: for each kernel exactly one of a product, a product that says why there is none, a failure
+recorded in the catalogue, or nothing because the version is gone. What always holds: every batch is released exactly
+once; nothing raises into the stream, whatever happens here; after ``done`` nothing of the version is left in the room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from ingest.crashpoints import crashpoint
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.ports import Catalog, Domain, FrameBatch, LandingPad, StreamInfo
+from ingest.records import CommitObject, FrameGeometry, FrameLedger, ObjectRecord
+from kernels import product
+from kernels.attach import PRODUCT_PREFIX, Attachment
+from kernels.formats import NotFrames, sniff
+from kernels.lane import Lane
+from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
+from kernels.ranges import Ranges
+from kernels.sharing import SharedBatch
+from kernels.verdicts import Verdicts
+
+log = logging.getLogger("hiss.kernels")
+
+FRAMES_MAX = 1 << 26
+"""Frames of one version (a verdict of each is kept in memory)."""
+PRODUCT_BYTES_MAX = 512 << 20
+KEY_BYTES_MAX = 1024
+STORE_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+"""Waits between attempts to store a product; then the sweep tries again later."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ReductionHost(Protocol):
+    """The host, as its reductions see it."""
+
+    catalog: Catalog
+    pad: LandingPad
+    context: PassContext
+
+    def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane: ...
+    def spawn(self, work: Coroutine[object, object, None], name: str) -> None: ...
+    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
+    def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
+    def done(self, reduction: Reduction) -> None: ...
+
+
+def _contained(
+    method: Callable[Concatenate[Reduction, P], R],
+) -> Callable[Concatenate[Reduction, P], R | None]:
+    """Whatever goes wrong in the kernel room costs this version's products, never its stream."""
+
+    def guarded(self: Reduction, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            log.exception("the reduction of %s/%r failed", self.info.bucket, self.info.key)
+            self.break_off("internal error of the kernel host")
+            return None
+
+    return guarded
+
+
+class Reduction:
+    """Implements ``ingest.ports.FrameReduction``."""
+
+    def __init__(
+        self, host: ReductionHost, info: StreamInfo, attachments: Sequence[Attachment], domain: Domain
+    ) -> None:
+        self.info = info
+        self.domain = domain
+        self.attachments = tuple(attachments)
+        self._host = host
+        self._geometry: FrameGeometry | None = None
+        self._trouble: Hopeless | None = None
+        self._verdicts = Verdicts(len(self.attachments))
+        self._passes: list[KernelPass] = []
+        self._announced = Ranges()
+        self._received = 0
+        self._trailing_bytes = 0
+        self._prior: FrameLedger | None = None
+        self._started_ns = time.time_ns()
+        self._amending = asyncio.Lock()
+        self._unfinished = len(self.attachments)
+        self._over = False
+        self.finished = asyncio.Event()
+        domain.hold()
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return tuple(attachment.kernel.name for attachment in self.attachments)
+
+    # -- the stream
+
+    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
+        """See ``FrameReduction``. Asks for at most HEADER_BYTES_MAX bytes."""
+        return self._sniff(head, complete=complete)
+
+    @_contained
+    def _sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
+        found = sniff(head, self.info.metadata, complete=complete)
+        if isinstance(found, int):
+            return found
+        return self.settle(found)
+
+    def settle(self, found: FrameGeometry | NotFrames) -> FrameGeometry | None:
+        """The geometry is known (or known to be none): open a pass for each kernel."""
+        if isinstance(found, FrameGeometry):
+            found = self._within_limits(found)
+        if isinstance(found, NotFrames):
+            self._trouble = Hopeless("format", found.reason)
+            return None
+        self._geometry = found
+        for row, attachment in enumerate(self.attachments):
+            lane = self._host.lane(self.info.bucket, attachment, found, self.domain)
+            self._passes.append(
+                KernelPass(
+                    self._host.context, attachment, lane, found, self._verdicts, row, self.info.bucket, self.info.key
+                )
+            )
+        return found
+
+    def _within_limits(self, found: FrameGeometry) -> FrameGeometry | NotFrames:
+        if found.frame_bytes > self.domain.region_bytes:
+            return NotFrames(
+                f"a frame of {found.frame_bytes} bytes is larger than a region of {self.domain.region_bytes} bytes"
+            )
+        frames = found.count
+        if self.info.length is not None:
+            most = max(0, self.info.length - found.origin) // found.frame_bytes
+            frames = most if frames is None else min(frames, most)
+        if frames is not None and frames > FRAMES_MAX:
+            return NotFrames(f"{frames} frames are more than the {FRAMES_MAX} of one object")
+        return found
+
+    def offer(self, batch: FrameBatch) -> None:
+        shared = SharedBatch(batch, max(1, len(self._passes)))
+        if self._trouble is not None or self._over or not self._passes or not self._fits(batch):
+            shared.shares[0].release()
+            return
+        try:
+            self._announced.add(batch.first_frame, batch.count)
+            for kernel_pass, share in zip(self._passes, shared.shares, strict=True):
+                kernel_pass.offer(share)
+        except Exception:
+            log.exception("the reduction of %s/%r failed", self.info.bucket, self.info.key)
+            self.break_off("internal error of the kernel host")
+            shared.expire()
+
+    def _fits(self, batch: FrameBatch) -> bool:
+        if batch.first_frame + batch.count <= FRAMES_MAX:
+            return True
+        self.break_off(f"more than {FRAMES_MAX} frames in one object")
+        return False
+
+    def lagging(self, first_frame: int, count: int) -> None:
+        self._lagging(first_frame, count)
+
+    @_contained
+    def _lagging(self, first_frame: int, count: int) -> None:
+        for first, size in self._unannounced(first_frame, count):
+            self._announced.add(first, size)
+            for kernel_pass in self._passes:
+                kernel_pass.lag(first, size)
+
+    def _unannounced(self, first_frame: int, count: int) -> list[tuple[int, int]]:
+        missing = Ranges()
+        missing.add(first_frame, count)
+        for first, size in self._announced:
+            missing.remove(first, size)
+        return list(missing)
+
+    def ledger(self, received: int, trailing_bytes: int) -> FrameLedger:
+        self._received = received
+        self._trailing_bytes = trailing_bytes
+        return self._counts()
+
+    def _counts(self) -> FrameLedger:
+        received = self._received
+        kept, dropped = min(self._verdicts.kept, received), min(self._verdicts.dropped, received)
+        if self._prior is not None:
+            # Other kernels judged these frames before; what any of them kept stays kept.
+            kept, dropped = max(kept, self._prior.kept), min(dropped, self._prior.dropped)
+        declared = self._geometry.count if self._geometry is not None else None
+        missing = declared - received if declared is not None else 0
+        return FrameLedger(
+            received=received,
+            kept=kept,
+            dropped=dropped,
+            stored=received,
+            unreduced=max(0, received - kept - dropped),
+            gaps=((received, missing),) if missing > 0 else (),
+            trailing_bytes=self._trailing_bytes,
+        )
+
+    def committed(self, record: ObjectRecord) -> None:
+        if self._over:
+            return
+        # Whatever the stream did not announce is read back, too.
+        self._lagging(0, self._received)
+        for row, attachment in enumerate(self.attachments):
+            name = f"reduce {record.bucket}/{attachment.kernel.name}"
+            self._host.spawn(self._finish(row, record), name)
+
+    def aborted(self) -> None:
+        """Also right after the end: then it changes nothing."""
+        self._end()
+
+    def break_off(self, reason: str) -> None:
+        """No frame is judged from here on; the products become failures. Idempotent."""
+        if self._trouble is None:
+            self._trouble = Hopeless("crash", reason)
+        for kernel_pass in self._passes:
+            kernel_pass.refused("crash", reason)
+
+    def _end(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        for kernel_pass in self._passes:
+            kernel_pass.leave()
+        self.domain.drop()
+        self.finished.set()
+        self._host.done(self)
+
+    # -- a version that is stored already
+
+    def begin_stored(self, record: ObjectRecord, found: FrameGeometry | NotFrames, *, partial: bool) -> None:
+        """Reduce a stored version: every frame lags. ``partial``: other kernels' verdicts are in the ledger already."""
+        geometry = self.settle(found)
+        if geometry is not None:
+            payload = max(0, record.length - geometry.origin)
+            frames = payload // geometry.frame_bytes
+            if geometry.count is not None:
+                frames = min(frames, geometry.count)
+            self._received = frames
+            self._trailing_bytes = payload - frames * geometry.frame_bytes
+            if partial and record.ledger is not None and record.ledger.kept + record.ledger.dropped > 0:
+                self._prior = record.ledger
+        self.committed(record)
+
+    # -- the end of one kernel
+
+    async def _finish(self, row: int, record: ObjectRecord) -> None:
+        attachment = self.attachments[row]
+        name = attachment.kernel.name
+        try:
+            if self._trouble is not None:
+                raise self._trouble
+            outcome = await self._passes[row].finish(record, self._received, self.domain)
+            await self._store(attachment, record, outcome)
+            self._host.succeeded(record.bucket, attachment)
+        except Gone:
+            log.info("kernel %s: %s/%r was deleted or replaced before its product", name, record.bucket, record.key)
+        except Hopeless as trouble:
+            await self._give_up(attachment, record, trouble)
+        except Postponed as reason:
+            log.warning("kernel %s: %s/%r is postponed: %s", name, record.bucket, record.key, reason)
+            await self._say_failed(record, name, str(reason), give_up=False)
+        except IngestError as error:
+            log.warning("kernel %s: the product of %s/%r is postponed: %s", name, record.bucket, record.key, error)
+            await self._say_failed(record, name, f"{type(error).__name__}: {error}", give_up=False)
+        except Exception as error:
+            log.exception("kernel %s over %s/%r failed", name, record.bucket, record.key)
+            self._host.context.tally.error("crash")
+            await self._say_failed(record, name, f"internal error: {type(error).__name__}", give_up=True)
+        finally:
+            self._unfinished -= 1
+            if self._unfinished == 0:
+                self._end()
+
+    async def _give_up(self, attachment: Attachment, record: ObjectRecord, trouble: Hopeless) -> None:
+        """Format and compile errors are the answer to this version: the product says so. Others are failures."""
+        name = attachment.kernel.name
+        tally = self._host.context.tally
+        tally.given_up(self._counts().unreduced)
+        log.warning("kernel %s cannot reduce %s/%r: %s", name, record.bucket, record.key, trouble)
+        if trouble.kind not in ("format", "compile"):
+            await self._say_failed(record, name, f"{trouble.kind}: {trouble}", give_up=True)
+            return
+        if trouble.kind == "format":
+            tally.error("format")
+        try:
+            await self._store(attachment, record, str(trouble))
+        except Gone:
+            return
+        except IngestError as error:
+            await self._say_failed(record, name, f"{type(error).__name__}: {error}", give_up=False)
+
+    async def _say_failed(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
+        try:
+            if give_up:
+                await self._amend(record)
+            await self._host.catalog.reduction_failed(record.object_id, kernel, error[:1000], give_up=give_up)
+        except (Gone, StaleVersion, NoSuchKey, NoSuchBucket):
+            return
+        except IngestError as refusal:
+            # The reduction stays owed; the sweep comes back to it.
+            log.warning("kernel %s: the failure over %r was not recorded: %s", kernel, record.key, refusal)
+
+    async def _amend(self, record: ObjectRecord) -> FrameLedger:
+        async with self._amending:
+            ledger = self._counts()
+            try:
+                if ledger != record.ledger:
+                    await self._host.catalog.amend_ledger(record.object_id, ledger)
+            except (StaleVersion, NoSuchKey, NoSuchBucket):
+                raise Gone from None
+            return ledger
+
+    async def _store(self, attachment: Attachment, record: ObjectRecord, outcome: Outcome | str) -> None:
+        """The ledger first: a crash between the two leaves the product owed, and doing both again is harmless."""
+        ledger = await self._amend(record)
+        kernel = attachment.kernel
+        lineage = product.Lineage(
+            kernel=kernel,
+            params=attachment.params,
+            match=attachment.match,
+            source=record,
+            geometry=self._geometry,
+            started_ns=self._started_ns,
+            ended_ns=time.time_ns(),
+        )
+        found: product.Findings | str
+        if isinstance(outcome, str):
+            found = outcome
+        elif product.estimated_bytes(kernel.state, len(outcome.verdicts)) > PRODUCT_BYTES_MAX:
+            found = f"the product would be larger than {PRODUCT_BYTES_MAX} bytes"
+        else:
+            found = product.Findings(outcome.state, outcome.verdicts, ledger, outcome.feedback_events)
+        body = await self._host.in_thread(lambda: product.build(lineage, found))
+        request = CommitObject(
+            bucket=record.bucket,
+            key=product_key(kernel.name, record.key),
+            object_id=secrets.token_bytes(16),
+            length=len(body),
+            etag="",
+            crc64nvme=0,
+            owner=record.owner,
+            extents=(),
+            headers={"content-type": product.CONTENT_TYPE},
+            metadata={
+                "hiss-kernel": kernel.name,
+                "hiss-kernel-sha256": kernel.sha256,
+                "hiss-source-object-id": record.object_id.hex(),
+            },
+            reduces=(record.object_id, kernel.name),
+        )
+        crashpoint("product-before")
+        await self._commit(request, body)
+        self._host.context.tally.product()
+
+    async def _commit(self, request: CommitObject, body: memoryview) -> None:
+        for wait_s in STORE_BACKOFF_S:
+            try:
+                await self._host.pad.store(request, body)
+                return
+            except (StaleVersion, NoSuchKey, NoSuchBucket):
+                raise Gone from None
+            except IngestError as error:
+                log.warning("a product was not stored (%s: %s); trying again", type(error).__name__, error)
+            await asyncio.sleep(wait_s)
+        raise Postponed("the product could not be stored")
+
+
+def product_key(kernel: str, key: bytes) -> bytes:
+    """``_products/<kernel>/<key>.nxs``; a key too long for that is named by its SHA-256 under ``.long/``."""
+    prefix = PRODUCT_PREFIX + kernel.encode() + b"/"
+    plain = prefix + key + b".nxs"
+    if len(plain) <= KEY_BYTES_MAX:
+        return plain
+    return prefix + b".long/" + hashlib.sha256(key).hexdigest().encode() + b".nxs"

@@ -1,0 +1,46 @@
+"""What the kernel room counts: one place that knows the names of its metrics (ingest/counters.py)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.counters import Counters
+from kernels.contract import KEEP
+
+ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused")
+
+
+class Tally:
+    """Cells of this worker; every method costs a few additions."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._keep = counters.cell("hiss_kernel_frames_total", "keep")
+        self._drop = counters.cell("hiss_kernel_frames_total", "drop")
+        self._unreduced = counters.cell("hiss_kernel_frames_total", "unreduced")
+        self._caught_up = counters.cell("hiss_kernel_catchup_frames_total")
+        self._products = counters.cell("hiss_kernel_products_total")
+        self._feedback_dropped = counters.cell("hiss_feedback_dropped_total")
+        self._errors = {kind: counters.cell("hiss_kernel_errors_total", kind) for kind in ERROR_KINDS}
+        self.sandboxes = counters.cell("hiss_kernel_sandboxes")
+        self.lag = counters.cell("hiss_kernel_lag_frames")
+
+    def judged(self, verdicts: npt.NDArray[np.uint8], *, live: bool) -> None:
+        kept = int(np.count_nonzero(verdicts == KEEP))
+        self._keep.add(kept)
+        self._drop.add(len(verdicts) - kept)
+        if not live:
+            self._caught_up.add(len(verdicts))
+
+    def given_up(self, frames: int) -> None:
+        self._unreduced.add(frames)
+
+    def error(self, kind: str) -> None:
+        """A kind that is not in the table counts as a crash."""
+        self._errors.get(kind, self._errors["crash"]).add()
+
+    def product(self) -> None:
+        self._products.add()
+
+    def feedback_dropped(self, events: int) -> None:
+        self._feedback_dropped.add(events)

@@ -1,0 +1,308 @@
+"""Peers for the kernel host: memory regions as the arena makes them, and a store that behaves like buffer and catalogue.
+
+The sandboxes, the zygote, numba and HDF5 are the real ones. ``Store`` keeps bodies in a dict and speaks the same contracts
+(``LandingPad`` and the part of ``Catalog`` that the kernel room uses), so that a test can hold, lose or overwrite a
+version at the very moment it wants to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import itertools
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ingest.errors import IngestError, StaleVersion
+from ingest.ports import Domain, FeedbackEvent
+from ingest.records import (
+    CommitObject,
+    FrameLedger,
+    ListedObject,
+    ObjectRecord,
+    ObjectState,
+    ReductionJob,
+)
+
+REGION_BYTES = 8 << 20
+F_SEAL_FUTURE_WRITE = 0x0010
+
+
+class Regions:
+    """Domain of one bucket: two sealed memfds, mapped writable only here; a bump allocator that starts anew when empty."""
+
+    def __init__(self, bucket: str, count: int = 2) -> None:
+        self.bucket = bucket
+        self.region_bytes = REGION_BYTES
+        self.region_fds: list[int] = []
+        self.maps: list[mmap.mmap] = []
+        self.holds = 0
+        self._used = [0] * count
+        self._live = [0] * count
+        for index in range(count):
+            fd = os.memfd_create(f"region-{index}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, REGION_BYTES)
+            self.maps.append(mmap.mmap(fd, REGION_BYTES))
+            seals = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            self.region_fds.append(fd)
+
+    def hold(self) -> None:
+        self.holds += 1
+
+    def drop(self) -> None:
+        self.holds -= 1
+        assert self.holds >= 0
+
+    def place(self, data: bytes | memoryview) -> tuple[int, int]:
+        """Copy ``data`` into some region: (region, offset). IngestError when full."""
+        for index, used in enumerate(self._used):
+            start = -(-used // 4096) * 4096
+            if start + len(data) <= REGION_BYTES:
+                self.maps[index][start : start + len(data)] = bytes(data)
+                self._used[index] = start + len(data)
+                self._live[index] += 1
+                return index, start
+        raise IngestError("no span is free")
+
+    def free(self, region: int) -> None:
+        self._live[region] -= 1
+        assert self._live[region] >= 0
+        if self._live[region] == 0:
+            self._used[region] = 0
+
+    @property
+    def live(self) -> int:
+        return sum(self._live)
+
+    def close(self) -> None:
+        for fd, memory in zip(self.region_fds, self.maps, strict=True):
+            memory.close()
+            os.close(fd)
+
+
+@dataclasses.dataclass
+class Loaded:
+    regions: Regions
+    region: int
+    offset: int
+    length: int
+    releases: int = 0
+
+    def release(self) -> None:
+        self.releases += 1
+        assert self.releases == 1
+        self.regions.free(self.region)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Live frames in a region."""
+
+    regions: Regions
+    region: int
+    offset: int
+    first_frame: int
+    count: int
+    revoked: bool = False
+    sent: bool = False
+    releases: int = 0
+
+    def dispatched(self) -> bool:
+        self.sent = not self.revoked
+        return self.sent
+
+    def release(self) -> None:
+        self.releases += 1
+        assert self.releases == 1
+        self.regions.free(self.region)
+
+
+class Store:
+    """LandingPad and Catalog over dicts; ``before_*`` hooks run inside the calls."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, bytes], ObjectRecord] = {}
+        self.bodies: dict[bytes, bytes] = {}
+        self.owed: dict[tuple[bytes, str], int] = {}
+        self.failures: list[tuple[bytes, str, str, bool]] = []
+        self.ledgers: dict[bytes, FrameLedger] = {}
+        self.domains: dict[str, Regions] = {}
+        self.domains_max = 4
+        self.loads = 0
+        self.before_load: Callable[[ObjectRecord], None] = lambda record: None
+        self.before_store: Callable[[CommitObject], None] = lambda request: None
+        self._generation = 1
+        self._sequence = itertools.count(1)
+
+    # -- LandingPad
+
+    def domain(self, bucket: str) -> Domain | None:
+        found = self.domains.get(bucket)
+        if found is None:
+            if len(self.domains) >= self.domains_max:
+                idle = next((name for name, regions in self.domains.items() if regions.holds == 0), None)
+                if idle is None:
+                    return None
+                self.domains.pop(idle).close()
+            found = self.domains[bucket] = Regions(bucket)
+        return found
+
+    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> Loaded:
+        await asyncio.sleep(0)
+        self.before_load(record)
+        self._live(record.object_id)
+        self.loads += 1
+        assert isinstance(domain, Regions)
+        region, offset = domain.place(self.bodies[record.object_id][start : start + length])
+        return Loaded(domain, region, offset, length)
+
+    async def store(self, request: CommitObject, body: memoryview | bytes, lifetime: str = "product") -> ObjectRecord:
+        self.before_store(request)
+        if request.reduces is not None:
+            self._live(request.reduces[0])
+            self.owed.pop(request.reduces, None)
+        return self.commit_now(request, bytes(body))
+
+    # -- Catalog
+
+    def commit_now(self, request: CommitObject, body: bytes) -> ObjectRecord:
+        record = ObjectRecord(
+            bucket=request.bucket,
+            key=request.key,
+            version_id="null",
+            object_id=request.object_id,
+            sequence=next(self._sequence),
+            state=ObjectState.BUFFERED,
+            length=len(body),
+            stored_length=len(body),
+            etag="0123456789abcdef0123456789abcdef-1",
+            crc64nvme=0x1234,
+            modified_ns=time.time_ns(),
+            owner=request.owner,
+            headers=request.headers,
+            metadata=request.metadata,
+            ledger=request.ledger,
+            geometry=request.geometry,
+        )
+        self.objects[request.bucket, request.key] = record
+        self.bodies[request.object_id] = body
+        self.owed.update({(request.object_id, name): 0 for name in request.reductions})
+        if request.key.startswith(b"_kernels/"):
+            self._generation += 1
+        return record
+
+    def put(self, bucket: str, key: bytes, body: bytes, **metadata: str) -> ObjectRecord:
+        request = CommitObject(
+            bucket=bucket,
+            key=key,
+            object_id=secrets.token_bytes(16),
+            length=len(body),
+            etag="",
+            crc64nvme=0,
+            owner="tester",
+            extents=(),
+            metadata={name.replace("_", "-"): value for name, value in metadata.items()},
+        )
+        return self.commit_now(request, body)
+
+    def delete(self, bucket: str, key: bytes) -> None:
+        del self.objects[bucket, key]
+
+    def _live(self, object_id: bytes) -> ObjectRecord:
+        for record in self.objects.values():
+            if record.object_id == object_id:
+                return record
+        raise StaleVersion(object_id.hex())
+
+    def generation(self) -> int:
+        return self._generation
+
+    async def list_objects(
+        self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> tuple[Sequence[ListedObject], bool]:
+        rows = [
+            ListedObject(key, record)
+            for (name, key), record in sorted(self.objects.items())
+            if name == bucket and key.startswith(prefix)
+        ]
+        return rows[:limit], len(rows) > limit
+
+    async def amend_ledger(self, object_id: bytes, ledger: FrameLedger) -> None:
+        self._live(object_id)
+        self.ledgers[object_id] = ledger
+
+    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
+        self._live(object_id)
+        self.failures.append((object_id, kernel, error, give_up))
+        if give_up:
+            self.owed.pop((object_id, kernel), None)
+        elif (object_id, kernel) in self.owed:
+            self.owed[object_id, kernel] += 1
+
+    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
+        return [
+            ReductionJob(kernel, attempts, self._live(object_id))
+            for (object_id, kernel), attempts in list(self.owed.items())[:limit]
+        ]
+
+    async def request_recall(self, object_id: bytes) -> ObjectRecord:
+        return self._live(object_id)
+
+
+@dataclasses.dataclass
+class Feedback:
+    """A ``FeedbackSink`` that remembers."""
+
+    events: list[FeedbackEvent] = dataclasses.field(default_factory=list)
+
+    def publish(self, events: Sequence[FeedbackEvent]) -> None:
+        self.events.extend(events)
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    store = Store()
+    yield store
+    for regions in store.domains.values():
+        assert regions.live == 0, "a batch was never released"
+        assert regions.holds == 0, "a hold on a domain was never dropped"
+        regions.close()
+
+
+@pytest.fixture
+def feedback() -> Feedback:
+    return Feedback()
+
+
+@pytest.fixture(scope="session")
+def aps_frames() -> np.ndarray:
+    """Ten real Pilatus frames, (10, 195, 487) int32; skips where the data is not there."""
+    import h5py
+
+    here = Path(os.environ.get("HISS_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "aps_nxsas.h5"
+    if not here.exists():
+        pytest.skip("real detector data is not here")
+    with h5py.File(here) as file:
+        return np.ascontiguousarray(file["entry/data/frames"][:])
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Poll until ``condition()`` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        await asyncio.sleep(0.002)
+
+
+@pytest.fixture(name="until")
+def until_fixture() -> Callable[..., object]:
+    return until
