@@ -104,6 +104,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_drain_failing_objects", "gauge", "Versions whose last drain attempt failed."),
     Metric("hiss_evicted_objects_total", "counter", "Buffered copies dropped after verification."),
     Metric("hiss_evicted_bytes_total", "counter", "Buffered bytes dropped after verification."),
+    Metric("hiss_evict_stalled", "gauge", "1 while the buffer is above its high mark and nothing may be evicted.",
+           merge="max"),
     Metric("hiss_recall_objects_total", "counter", "Versions recalled from the archive."),
     Metric("hiss_recall_failures_total", "counter", "Recalls that failed."),
     Metric("hiss_reconciler_repairs_total", "counter", "Published names put right after the fact."),
@@ -188,4 +190,4 @@ class Counters:
     def read(self, slot: int, name: str, labels: tuple[str, ...], cells: int) -> list[float]:
         """Raw cells of any process, for the exporter."""
         start = slot * CELLS_PER_SLOT + CELLS[name, labels]
-        return self._all[start : start + cells].tolist()
+        return [self._all[index] for index in range(start, start + cells)]

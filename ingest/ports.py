@@ -98,6 +98,10 @@ class Catalog(Protocol):
         """Have the owning slot write an unsettled object out, wait for it, return the record."""
         ...
 
+    async def unsettled(self, slot: int, limit: int) -> Sequence[ObjectRecord]:
+        """``memory`` versions of a slot whose bytes are not known to be on disk."""
+        ...
+
     async def amend_ledger(self, object_id: bytes, ledger: FrameLedger) -> None: ...
     async def claim_drain(self, limit: int, lease_s: float) -> Sequence[ObjectRecord]:
         """Lease up to ``limit`` buffered versions whose drain is due, oldest deadline first; they become draining.

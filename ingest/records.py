@@ -222,6 +222,8 @@ class CommitObject(msgspec.Struct, frozen=True):
     if_none_match: str = ""
     """``*`` or an ETag: precondition, decided at commit."""
     if_match: str = ""
+    source: bytes = b""
+    """object_id of the version whose extents this one shares (a copy without copying); commits only if they are still its."""
 
 
 class CommitPart(msgspec.Struct, frozen=True):

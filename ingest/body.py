@@ -1,0 +1,179 @@
+"""What every body has in common once its bytes are stored: the commit, an unknown outcome, the abort, settling.
+
+A body ends exactly once: accepted (its commit is in the journal), refused (it never will be), or, while the catalogue does not
+answer, in limbo: then nothing of it is freed until ``Buffer.resolve`` has learnt the outcome by committing again.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ingest.errors import CatalogUnavailable, IngestError, StreamAborted
+from ingest.records import CommitObject, CommitPart, Durability, Extent, FrameGeometry, ObjectRecord, PartRecord
+from ingest.stream_types import StreamSpec
+
+if TYPE_CHECKING:
+    from ingest.buffer import Buffer
+    from ingest.ports import FrameReduction
+
+
+class Body(abc.ABC):
+    """Base of SpanStream and PackedStream."""
+
+    reduction: FrameReduction | None = None
+    geometry: FrameGeometry | None = None
+
+    def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
+        self.plane = plane
+        self.spec = spec
+        self.object_id = object_id
+        self.length = 0
+        self.memory = spec.settings.durability is Durability.MEMORY and not spec.part
+        self.ended = False
+        self.accepted = False
+        self.limbo = False
+        self.record: ObjectRecord | None = None
+        self.failure: IngestError | None = None
+        self.committed_extents: tuple[Extent, ...] = ()
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- what the two kinds do differently
+
+    @abc.abstractmethod
+    def extents(self) -> tuple[Extent, ...]:
+        """Where the bytes are (to be) on disk."""
+
+    @property
+    @abc.abstractmethod
+    def is_settled(self) -> bool:
+        """A flush covers every byte."""
+
+    @abc.abstractmethod
+    def hasten(self) -> None:
+        """A reader waits for this object: write what is still only in memory."""
+
+    @abc.abstractmethod
+    def let_go(self) -> None:
+        """The body has ended: free what nobody needs any more."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """The body was refused: take back what has not been started."""
+
+    # -- waiting for memory
+
+    async def wait_for_memory(self) -> None:
+        self.plane.backpressure.add()
+        self._waiter = asyncio.get_running_loop().create_future()
+        self.plane.wait_for_memory(self.wake)
+        await self._waiter
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, error: IngestError) -> None:
+        if self.failure is None:
+            self.failure = error
+            self.wake()
+
+    # -- the end
+
+    async def commit(self, request: CommitObject) -> ObjectRecord:
+        """Make the body the current version of its key; kernels get to know. Raises CatalogError.
+
+        When the catalogue does not answer, the outcome is unknown: the extents stay reserved until it is known.
+        """
+        request = msgspec.structs.replace(request, extents=self.extents(), settled=self.is_settled)
+        if self.reduction is not None:
+            request = msgspec.structs.replace(
+                request,
+                ledger=self.reduction.ledger(*self.frame_counts()),
+                geometry=self.geometry,
+                reductions=self.reduction.kernels,
+            )
+        try:
+            record = await self.plane.catalog.commit(request)
+        except (CatalogUnavailable, asyncio.CancelledError):
+            self._to_limbo(request)
+            raise
+        self.adopt(record, request.extents)
+        return record
+
+    async def commit_part(self, request: CommitPart) -> PartRecord:
+        """Make the body a part of its upload. Raises CatalogError."""
+        part = msgspec.structs.replace(request.part, extents=self.extents(), settled=True)
+        request = msgspec.structs.replace(request, part=part)
+        try:
+            committed = await self.plane.catalog.commit_part(request)
+        except (CatalogUnavailable, asyncio.CancelledError):
+            self._to_limbo(request)
+            raise
+        self.adopt(None, part.extents)
+        return committed
+
+    def _to_limbo(self, request: CommitObject | CommitPart) -> None:
+        self.limbo = self.ended = True
+        self.plane.ended(self)
+        self.plane.resolve(self, request)
+
+    def frame_counts(self) -> tuple[int, int]:
+        """(whole frames received, bytes after the last)."""
+        geometry = self.geometry
+        if geometry is None:
+            return 0, 0
+        frames, trailing = divmod(max(0, self.length - geometry.origin), geometry.frame_bytes)
+        if geometry.count is not None and frames > geometry.count:
+            trailing += (frames - geometry.count) * geometry.frame_bytes
+            frames = geometry.count
+        return frames, trailing
+
+    def adopt(self, record: ObjectRecord | None, extents: tuple[Extent, ...]) -> None:
+        """The commit is in the journal (``record`` is None for a part)."""
+        if not self.ended:
+            self.plane.ended(self)
+        self.limbo = False
+        self.ended = self.accepted = True
+        self.record = record
+        self.committed_extents = extents
+        self.plane.segments.adopt(extents)
+        self.plane.committed_objects.add()
+        self.plane.committed_bytes.add(self.length)
+        if record is not None and self.reduction is not None:
+            self.reduction.committed(record)
+        if self.memory and record is not None:
+            self.plane.unsettled(self)
+        self.let_go()
+        self.check_settled()
+
+    def check_settled(self) -> None:
+        """Tell the catalogue once a ``memory`` object has reached the disk."""
+        if self.memory and self.record is not None and self.is_settled:
+            self.memory = False
+            self.plane.settled(self, self.record, self.committed_extents, self.extents())
+
+    async def abort(self) -> None:
+        """Forget the body: its memory and its extents are free again. Does nothing after a commit, or twice."""
+        if not self.ended:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """The body will not be committed."""
+        if not self.ended:
+            self.plane.ended(self)
+        self.limbo = False
+        self.ended = True
+        self.plane.aborted_streams.add()
+        self.fail(StreamAborted("the stream was aborted"))
+        if self.reduction is not None:
+            self.reduction.aborted()
+        self.cancel()
+        self.let_go()
+
+    @property
+    def is_refused(self) -> bool:
+        return self.ended and not self.accepted and not self.limbo

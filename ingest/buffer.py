@@ -1,0 +1,477 @@
+"""The buffer of one worker: where the other rooms meet arena, segments and catalogue.
+
+Upstream: s3api and WebDAV open streams and readers; the kernel room loads and stores through it (``LandingPad``).
+Downstream: arena, packer, writer, segments, catalogue. One event loop owns it.
+Always holds: every admitted stream can count on its guaranteed spans; memory handed out beyond that never eats into what is
+owed to others; an extent is free only when the catalogue has said that no committed version has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import msgspec
+
+from ingest import bucket_settings
+from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
+from ingest.blockio import open_direct, read_fully
+from ingest.body import Body
+from ingest.counters import Counters
+from ingest.errors import (
+    BufferFull,
+    CatalogError,
+    CatalogUnavailable,
+    DataLost,
+    ObjectOffline,
+    StaleVersion,
+)
+from ingest.label import Label
+from ingest.packing import PACKED_BYTES_MAX, PackedStream, Packer
+from ingest.paths import NodePaths
+from ingest.ports import Catalog, Domain, FrameHost, StreamInfo
+from ingest.reader import SegmentReader, StaleExtent
+from ingest.records import (
+    BLOCK_BYTES,
+    CommitObject,
+    CommitPart,
+    Extent,
+    FreedExtents,
+    LifetimeClass,
+    ObjectRecord,
+    ObjectState,
+    SettleRequest,
+)
+from ingest.segments import Reservation, SegmentStore
+from ingest.span_table import OwedSpan, SpanTable
+from ingest.stream import SpanStream
+from ingest.stream_types import StreamSpec
+from ingest.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+GUARANTEED_SHARE = 0.75
+"""Admitted streams may be promised this share of the arena; the rest keeps packing slabs and bursts going."""
+SETTLE_TIMEOUT_S = 30.0
+OPEN_TRIES = 5
+RESOLVE_RETRY_S = 0.5
+
+
+class Loaded:
+    """Stored bytes in a domain's memory (implements ``ingest.ports.LoadedBytes``)."""
+
+    def __init__(self, span: Span, region: int, offset: int, length: int, give: Callable[[Span], None]) -> None:
+        self.region = region
+        self.offset = offset
+        self.length = length
+        self._span = span
+        self._give = give
+
+    def release(self) -> None:
+        if not self._span.freed:
+            self._give(self._span)
+
+
+class Buffer:
+    """Implements ``ingest.stream_types.DataPlane`` and ``ingest.ports.LandingPad``."""
+
+    def __init__(
+        self,
+        *,
+        paths: NodePaths,
+        arena: Arena,
+        spans: SpanTable,
+        segments: SegmentStore,
+        catalog: Catalog,
+        executor: Executor,
+        counters: Counters,
+        recall_timeout_s: float = 30.0,
+    ) -> None:
+        self.paths = paths
+        self.arena = arena
+        self.segments = segments
+        self.catalog = catalog
+        self.executor = executor
+        self.recall_timeout_s = recall_timeout_s
+        self.writer = Writer(segments, executor, counters, lambda: arena.used_bytes / max(1, arena.size_bytes))
+        self.packer = Packer(self)
+        self.host: FrameHost | None = None
+        self._spans = spans
+        self._streams: set[SpanStream] = set()
+        """Streams that have not ended, and ended ones whose frames a kernel still reads."""
+        self._active: set[Body] = set()
+        self._unsettled: dict[bytes, Body] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._starving = False
+        self.received_bytes = counters.cell("hiss_ingest_received_bytes_total")
+        self.committed_objects = counters.cell("hiss_ingest_committed_objects_total")
+        self.committed_bytes = counters.cell("hiss_ingest_committed_bytes_total")
+        self.aborted_streams = counters.cell("hiss_ingest_aborted_streams_total")
+        self.backpressure = counters.cell("hiss_ingest_backpressure_total")
+        self._slow_down = counters.cell("hiss_ingest_slow_down_total")
+        self._active_gauge = counters.cell("hiss_ingest_active_streams")
+        self._active_gauge.set(0)
+        catalog.subscribe(self._pushed)
+
+    # -- bodies in
+
+    def open_stream(self, spec: StreamSpec) -> SpanStream | PackedStream:
+        """Admit a body; raises BufferFull. No memory is held before its first byte."""
+        if not self.segments.can_hold(spec.length or 0):
+            self._slow_down.add()
+            raise BufferFull("the buffer has no room for this body until older data has drained")
+        object_id = os.urandom(16)
+        reduction = None
+        if self.host is not None and not spec.part and spec.length != 0:
+            info = StreamInfo(
+                bucket=spec.bucket.name,
+                key=spec.key,
+                object_id=object_id,
+                length=spec.length,
+                content_type=spec.content_type,
+                metadata=spec.metadata,
+            )
+            reduction = self.host.open(info)
+        stream: SpanStream | PackedStream
+        if reduction is None and spec.length is not None and spec.length <= PACKED_BYTES_MAX:
+            stream = PackedStream(self, spec, object_id)
+        else:
+            domain = reduction.domain if reduction is not None else None
+            assert domain is None or isinstance(domain, ArenaDomain)
+            if domain is not None and not self._admissible(domain):
+                domain = None  # its kernels catch up from disk; ingest does not wait for them
+            if domain is None and not self._admissible(None):
+                if reduction is not None:
+                    reduction.aborted()
+                self._slow_down.add()
+                raise BufferFull("too many bodies are arriving for the memory of this worker")
+            stream = SpanStream(self, spec, reduction, domain, object_id)
+            self._streams.add(stream)
+            if domain is not None:
+                domain.users += 1
+        self._active.add(stream)
+        self._active_gauge.set(len(self._active))
+        return stream
+
+    def _admissible(self, domain: ArenaDomain | None) -> bool:
+        promised = sum(self._guarantee(stream) for stream in self._streams_of(domain))
+        return promised + SPANS_GUARANTEED <= GUARANTEED_SHARE * self.arena.total_slabs(domain)
+
+    def _streams_of(self, domain: ArenaDomain | None) -> list[SpanStream]:
+        return [stream for stream in self._streams if stream.domain is domain and not stream.ended]
+
+    @staticmethod
+    def _guarantee(stream: SpanStream) -> int:
+        return SPANS_GUARANTEED * stream.span_slabs
+
+    def ended(self, body: Body) -> None:
+        """The body has been committed, refused, or is in limbo."""
+        self._active.discard(body)
+        self._active_gauge.set(len(self._active))
+
+    def closed_out(self, stream: SpanStream) -> None:
+        """The stream holds no memory any more."""
+        if stream in self._streams:
+            self._streams.discard(stream)
+            if stream.domain is not None:
+                stream.domain.users -= 1
+                self.arena.retire_idle_domains()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._active)
+
+    # -- memory
+
+    def take_span(self, stream: SpanStream, size_bytes: int) -> Span | None:
+        """Memory for a stream: within its guarantee, or beyond it where that takes nothing from what others are owed."""
+        slabs = size_bytes // SLAB_BYTES
+        if stream.held_slabs + slabs > self._guarantee(stream) and not self._spare(stream.domain, slabs, stream):
+            return None
+        span = self.arena.take(size_bytes, stream.domain)
+        if span is not None:
+            stream.held_slabs += span.slabs
+        return span
+
+    def _spare(self, domain: ArenaDomain | None, slabs: int, asking: SpanStream | None) -> bool:
+        owed = sum(
+            max(0, self._guarantee(stream) - stream.held_slabs)
+            for stream in self._streams_of(domain)
+            if stream is not asking
+        )
+        return self.arena.free_slabs(domain) - slabs >= owed
+
+    def give_span(self, span: Span) -> None:
+        self.paid(span)
+        span.free()
+
+    def take_pack_span(self, size_bytes: int) -> Span | None:
+        if not self._spare(None, size_bytes // SLAB_BYTES, None):
+            return None
+        return self.arena.take(size_bytes, None)
+
+    def wait_for_memory(self, waiter: Callable[[], None]) -> None:
+        """Call ``waiter`` when memory may be free, and do what can be done to make it so."""
+        self.arena.notify(waiter)
+        self._starving = True
+        self.relieve()
+        self.writer.pump_lazy()
+
+    def relieve(self) -> None:
+        """Take frames back that no sandbox has begun: a slow kernel costs its product, never the stream."""
+        if not self._starving:
+            return
+        self._starving = False
+        for stream in list(self._streams):
+            batches = stream.revocable()
+            for batch in batches:
+                batch.revoke()
+            if batches:
+                stream.release_pieces()
+
+    def owe(self, span: Span, owed: OwedSpan) -> None:
+        self._spans.owe(span.offset // SLAB_BYTES, owed)
+
+    def paid(self, span: Span) -> None:
+        self._spans.paid(span.region.index, span.offset // SLAB_BYTES)
+
+    def label(
+        self,
+        object_id: bytes,
+        spec: StreamSpec,
+        reservation: Reservation,
+        position: int,
+        offset: int | None = None,
+        length: int | None = None,
+    ) -> Label:
+        """The label of a body's extent; ``offset`` and ``length`` where the extent is only part of the reservation."""
+        return Label(
+            object_id=object_id,
+            bucket=spec.bucket.name,
+            key=spec.key,
+            node=self.segments.node,
+            slot=self.segments.slot,
+            segment=reservation.segment.number,
+            generation=reservation.segment.generation,
+            offset=reservation.offset if offset is None else offset,
+            position=position,
+            length=reservation.capacity if length is None else length,
+            created_ns=time.time_ns(),
+        )
+
+    # -- after the commit
+
+    def unsettled(self, body: Body) -> None:
+        self._unsettled[body.object_id] = body
+
+    def settled(self, body: Body, record: ObjectRecord, committed: Sequence[Extent], extents: Sequence[Extent]) -> None:
+        """A ``memory`` object is on disk, perhaps not where its commit said (a segment failed meanwhile)."""
+        self._keep(self._settle(record.object_id, tuple(committed), tuple(extents)))
+
+    async def _settle(self, object_id: bytes, committed: Sequence[Extent], extents: Sequence[Extent]) -> None:
+        try:
+            for old, new in _moved(committed, extents):
+                self.segments.adopt(new)
+                await self.catalog.relocate(object_id, old, new)
+            await self.catalog.settled([object_id])
+        except StaleVersion:
+            pass  # deleted or replaced meanwhile: nobody waits for it
+        except CatalogError as error:
+            logger.warning("object %s is on disk but the catalogue does not know yet: %s", object_id.hex(), error)
+            await asyncio.sleep(RESOLVE_RETRY_S)
+            self._keep(self._settle(object_id, committed, extents))
+            return
+        self._unsettled.pop(object_id, None)
+
+    def resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
+        """The outcome of a commit is unknown: commit again (it is idempotent) until the catalogue says."""
+        self._keep(self._resolve(body, request))
+
+    async def _resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
+        while True:
+            try:
+                if isinstance(request, CommitPart):
+                    await self.catalog.commit_part(request)
+                    body.adopt(None, request.part.extents)
+                else:
+                    body.adopt(await self.catalog.commit(request), request.extents)
+                return
+            except CatalogUnavailable:
+                await asyncio.sleep(RESOLVE_RETRY_S)
+            except CatalogError:
+                body.refuse()
+                return
+
+    async def _pushed(self, push: FreedExtents | SettleRequest) -> None:
+        if isinstance(push, FreedExtents):
+            self.segments.freed(push.extents)
+        elif body := self._unsettled.get(push.object_id):
+            body.hasten()
+
+    def _keep(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- bytes out
+
+    async def open_reader(self, record: ObjectRecord, start: int, stop: int) -> SegmentReader:
+        """Open bytes [start, stop) of a version, settled and recalled if need be.
+
+        Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, CatalogUnavailable.
+        """
+        for _ in range(OPEN_TRIES):
+            if start >= stop:
+                return SegmentReader(self.executor)
+            if not record.settled:
+                record = await self.catalog.settle(record.object_id, SETTLE_TIMEOUT_S)
+            if record.state in (ObjectState.EVICTED, ObjectState.RECALLING):
+                record = await self._recall(record)
+            try:
+                return await SegmentReader.open(self.paths, self.executor, record.extents, start, stop)
+            except StaleExtent as stale:
+                fresh = await self.catalog.by_id(record.object_id)
+                if fresh.extents == record.extents and fresh.state == record.state:
+                    raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
+                record = fresh
+        raise CatalogUnavailable("the object moves faster than it can be opened")
+
+    async def _recall(self, record: ObjectRecord) -> ObjectRecord:
+        bucket = await self.catalog.bucket(record.bucket)
+        if bucket_settings.parse(bucket.tags).recall == "never":
+            raise ObjectOffline("the object is on the archive tier and its bucket does not recall on read")
+        deadline = time.monotonic() + self.recall_timeout_s
+        record = await self.catalog.request_recall(record.object_id)
+        while record.state is not ObjectState.ARCHIVED:
+            if time.monotonic() > deadline:
+                raise ObjectOffline("the object is being recalled from the archive tier; try again")
+            await asyncio.sleep(0.02)
+            record = await self.catalog.by_id(record.object_id)
+        return record
+
+    # -- LandingPad: what the kernel room needs
+
+    async def store(self, request: CommitObject, body: memoryview | bytes, lifetime: str = "product") -> ObjectRecord:
+        """Store a small object of our own; see ``ingest.ports.LandingPad``."""
+        body = memoryview(body)
+        bucket = await self.catalog.bucket(request.bucket)
+        spec = StreamSpec(
+            bucket=bucket,
+            settings=bucket_settings.parse(bucket.tags),
+            key=request.key,
+            length=len(body),
+            lifetime=LifetimeClass(lifetime),
+        )
+        stream: SpanStream | PackedStream
+        if len(body) <= PACKED_BYTES_MAX:
+            stream = PackedStream(self, spec, request.object_id)
+        else:
+            stream = SpanStream(self, spec, None, None, request.object_id)
+            self._streams.add(stream)
+        self._active.add(stream)
+        try:
+            done = 0
+            while done < len(body):
+                view = stream.get_buffer()
+                if view is None:
+                    await stream.writable()
+                    continue
+                count = min(len(view), len(body) - done)
+                view[:count] = body[done : done + count]
+                stream.received(count)
+                done += count
+            digest = await stream.finish()
+            crc = digest.crc64nvme
+            request = msgspec.structs.replace(
+                request,
+                length=digest.length,
+                crc64nvme=crc,
+                etag=f"{crc:016x}{digest.length:016x}-1",
+                durability=spec.settings.durability,
+                checksums={"crc64nvme": base64.b64encode(crc.to_bytes(8, "big")).decode()},
+            )
+            return await stream.commit(request)
+        finally:
+            await stream.abort()
+
+    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> Loaded:
+        """Read stored bytes into one contiguous piece of the domain's memory, past the page cache where alignment allows."""
+        assert isinstance(domain, ArenaDomain)
+        room = length + BLOCK_BYTES
+        if room > domain.region_bytes:
+            raise BufferFull(f"{length} bytes do not fit an arena region of {domain.region_bytes}")
+        async with await self.open_reader(record, start, start + length) as reader:
+            while (span := self.arena.take(room, domain)) is None:
+                freed = asyncio.Event()
+                self.wait_for_memory(freed.set)
+                await freed.wait()
+            try:
+                skip = reader.pieces[0].offset % BLOCK_BYTES
+                await asyncio.get_running_loop().run_in_executor(
+                    self.executor, _load, reader, span.view[skip : skip + length], span.view
+                )
+            except BaseException:
+                self.give_span(span)
+                raise
+        return Loaded(span, domain.region_number(span.region), span.offset + skip, length, self.give_span)
+
+    def domain(self, bucket: str) -> Domain | None:
+        return self.arena.domain(bucket)
+
+    # -- the end
+
+    async def close(self, timeout_s: float) -> None:
+        """Settle what is only in memory and stop."""
+        await self.writer.close(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while self._tasks and time.monotonic() < deadline:
+            await asyncio.wait(self._tasks, timeout=0.1)
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def _load(reader: SegmentReader, view: memoryview, span: memoryview) -> None:
+    """In a thread. One piece: straight into the span, block-aligned. Several: buffered, each behind the other."""
+    if len(reader.pieces) == 1:
+        piece = reader.pieces[0]
+        skip = piece.offset % BLOCK_BYTES
+        whole = -(-(skip + piece.length) // BLOCK_BYTES) * BLOCK_BYTES
+        fd = open_direct(f"/proc/self/fd/{piece.fd}", os.O_RDONLY)
+        try:
+            if read_fully(fd, span[:whole], piece.offset - skip) < skip + piece.length:
+                raise DataLost("a segment ends inside an extent")
+        finally:
+            os.close(fd)
+        return
+    done = 0
+    for piece in reader.pieces:
+        end = done + piece.length
+        offset = piece.offset
+        while done < end:
+            count = os.preadv(piece.fd, [view[done:end]], offset)
+            if count <= 0:
+                raise DataLost("a segment ends inside an extent")
+            done += count
+            offset += count
+
+
+def _moved(committed: Sequence[Extent], extents: Sequence[Extent]) -> list[tuple[Extent, list[Extent]]]:
+    """Which committed extents were replaced, each with the extents that now hold its bytes (same body range)."""
+    kept = set(extents)
+    moved = []
+    rest = list(extents)
+    for old in committed:
+        new: list[Extent] = []
+        while sum(extent.length for extent in new) < old.length:
+            new.append(rest.pop(0))
+        if old not in kept:
+            moved.append((old, new))
+    return moved

@@ -1,0 +1,432 @@
+"""Segment files of one slot: where buffered bytes lie on disk.
+
+In: requests for room (``reserve``) and news of extents that died. Out: ``Reservation``s in preallocated, recycled files.
+Always holds: a file is appended to only by the process that opened it in this life (what an earlier process left is sealed);
+a file is reused only under its exclusive ``flock`` and under a new generation; a file that failed once is never written again.
+Files: block 0 is the header (``SegmentHeader``), then extents, each a label and its payload padded to whole blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+from awscrt import checksums
+
+from ingest.blockio import AlignedBuffer, Flusher, open_direct, write_fully
+from ingest.counters import Counters
+from ingest.crashpoints import crashpoint
+from ingest.errors import BufferFull
+from ingest.paths import NodePaths
+from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, SegmentUse
+
+logger = logging.getLogger(__name__)
+
+OPEN_EXTENT_BYTES = 64 << 20
+"""Payload reserved at a time for a body of unknown length."""
+SMALL_TAIL_BYTES = 4 << 20
+"""A segment whose free tail is smaller is sealed rather than split further for a large body."""
+PREWRITE_BYTES = 8 << 20
+
+_HEADER = struct.Struct("<8sIIIIQQ")  # magic, format, node, slot, segment, generation, size; then a CRC32C
+_MAGIC = b"HISSSEG1"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    node: int
+    slot: int
+    segment: int
+    generation: int
+    size_bytes: int
+
+    def encode(self) -> bytes:
+        packed = _HEADER.pack(_MAGIC, _FORMAT, self.node, self.slot, self.segment, self.generation, self.size_bytes)
+        packed += struct.pack("<I", checksums.crc32c(packed))
+        return packed + bytes(BLOCK_BYTES - len(packed))
+
+    @classmethod
+    def read(cls, fd: int) -> SegmentHeader | None:
+        """The header of an open segment file (buffered descriptor); None where it is missing or damaged."""
+        block = os.pread(fd, _HEADER.size + 4, 0)
+        if len(block) < _HEADER.size + 4:
+            return None
+        magic, version, node, slot, segment, generation, size = _HEADER.unpack_from(block)
+        (crc,) = struct.unpack_from("<I", block, _HEADER.size)
+        if magic != _MAGIC or version != _FORMAT or crc != checksums.crc32c(block[: _HEADER.size]):
+            return None
+        return cls(node, slot, segment, generation, size)
+
+
+class Segment:
+    """One file. ``tail`` is the first free byte; extents in flight are counted in ``open_extents``."""
+
+    def __init__(self, header: SegmentHeader, path: Path, executor: Executor, counters: Counters) -> None:
+        self.number = header.segment
+        self.generation = header.generation
+        self.size_bytes = header.size_bytes
+        self.path = path
+        self.fd = open_direct(path, os.O_RDWR)
+        self.flusher = Flusher(self.fd, executor, counters)
+        self.tail = BLOCK_BYTES
+        self.live_bytes = 0
+        self.open_extents = 0
+        self.sealed = False
+        self.retired = False
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Reservation:
+    """Room for one extent: label at ``offset``, then ``capacity`` payload bytes."""
+
+    segment: Segment
+    offset: int
+    capacity: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + LABEL_BYTES + -(-self.capacity // BLOCK_BYTES) * BLOCK_BYTES
+
+    def extent(self, node: int, slot: int, length: int) -> Extent:
+        return Extent(node, slot, self.segment.number, self.segment.generation, self.offset, length)
+
+
+class SegmentStore:
+    """All segments of one slot. One event loop owns it; blocking work goes to ``executor``.
+
+    ``files_elsewhere()``: segment files of the node's other slots, for the node-wide limit ``files_max``.
+    """
+
+    def __init__(
+        self,
+        paths: NodePaths,
+        *,
+        node: int,
+        slot: int,
+        segment_bytes: int,
+        files_max: int,
+        files_elsewhere: Callable[[], int],
+        executor: Executor,
+        counters: Counters,
+    ) -> None:
+        self.paths = paths
+        self.node = node
+        self.slot = slot
+        self.segment_bytes = segment_bytes
+        self.segments: dict[int, Segment] = {}
+        self._files_max = files_max
+        self._files_elsewhere = files_elsewhere
+        self.executor = executor
+        self._counters = counters
+        self._current: dict[LifetimeClass, Segment] = {}
+        self._free: list[Segment] = []
+        self._next_number = 1
+        self._recycled = counters.cell("hiss_segment_recycled_total")
+        self._retired = counters.cell("hiss_segment_retired_total")
+        self._files = counters.cell("hiss_segment_files")
+        self._used = counters.cell("hiss_buffer_used_bytes")
+        self._disk_full = False
+
+    # -- start-up
+
+    def open(self, use: Iterable[SegmentUse]) -> None:
+        """Adopt the files of an earlier life: those with live extents are sealed, the others may be recycled.
+
+        ``use`` is the catalogue's count of live bytes. Runs before the slot serves anything (blocking).
+        """
+        live = {(item.segment, item.generation): item.live_bytes for item in use}
+        folder = self.paths.segment_file(self.slot, 0).parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in sorted(folder.iterdir()):
+            if path.suffix != ".seg":
+                path.unlink()
+                continue
+            with open(path, "rb") as file:
+                header = SegmentHeader.read(file.fileno())
+            number = int(path.stem)
+            self._next_number = max(self._next_number, number + 1)
+            if header is None or header.segment != number or header.slot != self.slot:
+                if any(segment == number for segment, _ in live):
+                    logger.error("segment %s: its header is damaged but the catalogue has live extents in it", path)
+                else:
+                    path.unlink()
+                continue
+            segment = Segment(header, path, self.executor, self._counters)
+            segment.live_bytes = live.get((number, header.generation), 0)
+            segment.sealed = True
+            segment.tail = segment.size_bytes
+            self.segments[number] = segment
+        self._publish()
+
+    async def recycle_idle(self) -> None:
+        """Try to make every dead segment free again; called at start, when extents die and when room is short."""
+        for segment in list(self.segments.values()):
+            if self._dead(segment):
+                await self._recycle(segment)
+        self._publish()
+
+    # -- room
+
+    def reserve(self, lifetime: LifetimeClass, payload_bytes: int | None, unit_bytes: int = 1) -> Reservation:
+        """Room for the next extent of a body with ``payload_bytes`` still to come (None: unknown).
+
+        The capacity may be less than asked for: reserve again for the rest. Where it ends before the body does, it is a
+        multiple of ``unit_bytes`` (whole frames). Raises BufferFull.
+        """
+        wanted = OPEN_EXTENT_BYTES if payload_bytes is None else payload_bytes
+        segment = self._current.get(lifetime)
+        if segment is not None:
+            room = segment.size_bytes - segment.tail - LABEL_BYTES
+            if room >= wanted or (room >= SMALL_TAIL_BYTES and room >= unit_bytes and wanted > SMALL_TAIL_BYTES):
+                return self._cut(segment, wanted, unit_bytes)
+            self._seal(segment)
+            del self._current[lifetime]
+        segment = self._current[lifetime] = self._fresh()
+        return self._cut(segment, wanted, unit_bytes)
+
+    def reserve_whole(self, lifetime: LifetimeClass, payload_bytes: int, least_bytes: int) -> Reservation:
+        """Room for one extent of at least ``least_bytes``: bytes that have to move and cannot be split again."""
+        reservation = self.reserve(lifetime, payload_bytes)
+        if reservation.capacity < least_bytes:
+            self.finish(reservation, 0)
+            self._seal(self._current.pop(lifetime))
+            reservation = self.reserve(lifetime, payload_bytes)
+        return reservation
+
+    def _cut(self, segment: Segment, wanted: int, unit_bytes: int) -> Reservation:
+        room = segment.size_bytes - segment.tail - LABEL_BYTES
+        capacity = wanted
+        if wanted > room:
+            capacity = room - room % unit_bytes if room >= unit_bytes else room
+        offset = segment.tail
+        segment.tail += LABEL_BYTES + -(-capacity // BLOCK_BYTES) * BLOCK_BYTES
+        segment.open_extents += 1
+        return Reservation(segment, offset, capacity)
+
+    def finish(self, reservation: Reservation, used_bytes: int) -> None:
+        """Nobody writes to the reservation any more; ``used_bytes`` of the file from its label on hold something."""
+        segment = reservation.segment
+        segment.open_extents -= 1
+        if reservation.end == segment.tail and not segment.sealed:
+            segment.tail = reservation.offset + -(-used_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        if self._dead(segment):
+            self._recycle_soon()
+
+    def adopt(self, extents: Iterable[Extent]) -> None:
+        """These extents are committed: their segments live until the catalogue frees them."""
+        for extent in extents:
+            segment = self.segments.get(extent.segment)
+            if segment is not None and segment.generation == extent.generation:
+                segment.live_bytes += extent.stored_bytes
+        self._publish()
+
+    def can_hold(self, payload_bytes: int) -> bool:
+        """Whether a body of this length would find room now (its admission; not a promise)."""
+        if payload_bytes == 0:
+            return True
+        room = sum(segment.size_bytes for segment in self._free)
+        room += max(0, self._files_max - len(self.segments) - self._files_elsewhere()) * self.segment_bytes
+        room += sum(segment.size_bytes - segment.tail for segment in self._current.values())
+        per_file = self.segment_bytes - BLOCK_BYTES
+        return room > payload_bytes + LABEL_BYTES * (2 + payload_bytes // per_file)
+
+    def freed(self, extents: Sequence[Extent]) -> None:
+        """The catalogue dropped these extents."""
+        for extent in extents:
+            segment = self.segments.get(extent.segment)
+            if segment is None or segment.generation != extent.generation:
+                continue
+            segment.live_bytes -= extent.stored_bytes
+        self._publish()
+        if any(self._dead(segment) for segment in self.segments.values()):
+            self._recycle_soon()
+
+    def retire(self, segment: Segment) -> None:
+        """Never write this file again: a write or flush of it failed."""
+        if segment.retired:
+            return
+        segment.retired = segment.sealed = True
+        self._retired.add()
+        logger.error("segment %s retired after a storage error; its live extents stay readable", segment.path)
+        self._current = {lifetime: current for lifetime, current in self._current.items() if current is not segment}
+
+    def sparse(self, below: float) -> Segment | None:
+        """The emptiest sealed segment with less than this share live, for compaction."""
+        candidates = [
+            segment
+            for segment in self.segments.values()
+            if segment.sealed
+            and not segment.retired
+            and not segment.open_extents
+            and 0 < segment.live_bytes < below * segment.size_bytes
+        ]
+        return min(candidates, key=lambda segment: segment.live_bytes, default=None)
+
+    def seal_all(self) -> None:
+        for segment in list(self._current.values()):
+            self._seal(segment)
+        self._current.clear()
+
+    @property
+    def live_bytes(self) -> int:
+        return sum(segment.live_bytes for segment in self.segments.values())
+
+    # -- files
+
+    def _dead(self, segment: Segment) -> bool:
+        return (
+            segment.sealed and not segment.retired and segment.live_bytes <= 0 and not segment.open_extents
+        ) and segment not in self._free
+
+    def _seal(self, segment: Segment) -> None:
+        segment.sealed = True
+        if self._dead(segment):
+            self._recycle_soon()
+
+    def _fresh(self) -> Segment:
+        if self._free:
+            segment = self._free.pop(0)
+            segment.sealed = False
+            segment.tail = BLOCK_BYTES
+            segment.live_bytes = 0
+            return segment
+        if len(self.segments) + self._files_elsewhere() >= self._files_max:
+            self._recycle_soon()
+            raise BufferFull("every segment of the buffer holds live data")
+        return self._create()
+
+    def _create(self) -> Segment:
+        number = self._next_number
+        header = SegmentHeader(self.node, self.slot, number, 1, self.segment_bytes)
+        path = self.paths.segment_file(self.slot, number)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, self.segment_bytes)
+                os.pwrite(fd, header.encode(), 0)
+                os.fsync(fd)
+                _fsync_folder(path.parent)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            if not self._disk_full:
+                logger.error("cannot create segment %s: %s", path, error)
+                self._disk_full = True
+            raise BufferFull(f"no space for another segment: {error.strerror}") from error
+        self._disk_full = False
+        self._next_number += 1
+        segment = self.segments[number] = Segment(header, path, self.executor, self._counters)
+        self._publish()
+        return segment
+
+    def _recycle_soon(self) -> None:
+        with contextlib.suppress(RuntimeError):  # no loop: start-up and tools call recycle_idle themselves
+            asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self.recycle_idle())))
+
+    _tasks: frozenset[asyncio.Task[None]] = frozenset()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks |= {task}
+        task.add_done_callback(lambda done: setattr(self, "_tasks", self._tasks - {done}))
+
+    async def _recycle(self, segment: Segment) -> None:
+        segment.open_extents += 1  # nobody else may start on it meanwhile
+        loop = asyncio.get_running_loop()
+        try:
+            done = await loop.run_in_executor(self.executor, self._mark_recycled, segment)
+        except OSError as error:
+            logger.error("segment %s cannot be recycled: %s", segment.path, error)
+            self.retire(segment)
+            done = False
+        finally:
+            segment.open_extents -= 1
+        if done:
+            segment.generation += 1
+            self._recycled.add()
+            segment.tail = BLOCK_BYTES
+            segment.live_bytes = 0
+            if len(self._free) >= 2 and len(self.segments) + self._files_elsewhere() >= 0.9 * self._files_max:
+                self._discard(segment)
+            else:
+                self._free.append(segment)
+
+    def _mark_recycled(self, segment: Segment) -> bool:
+        """Write the next generation into the header; False while a reader still holds the file."""
+        lock = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            crashpoint("recycle-locked")
+            header = SegmentHeader(self.node, self.slot, segment.number, segment.generation + 1, segment.size_bytes)
+            os.pwrite(lock, header.encode(), 0)
+            os.fdatasync(lock)
+            # Cached pages of the old generation must never be served for the new one.
+            os.posix_fadvise(lock, 0, 0, os.POSIX_FADV_DONTNEED)
+            crashpoint("recycle-marked")
+            return True
+        finally:
+            os.close(lock)
+
+    def _discard(self, segment: Segment) -> None:
+        """Give a free file back to the file system, so that another slot may use the space."""
+        del self.segments[segment.number]
+        segment.close()
+        segment.path.unlink()
+        self._publish()
+
+    async def prepare_spare(self, busy: Callable[[], bool]) -> None:
+        """Keep one free, fully written file ahead: flushes into it cost a third less than into unwritten extents.
+
+        Works in small steps and stops as soon as the slot is ``busy``.
+        """
+        if self._free or len(self.segments) + self._files_elsewhere() >= self._files_max or busy():
+            return
+        segment = self._create()
+        segment.open_extents += 1
+        zeros = AlignedBuffer(PREWRITE_BYTES)
+        loop = asyncio.get_running_loop()
+        try:
+            offset = BLOCK_BYTES
+            while offset < segment.size_bytes and not busy():
+                step = min(PREWRITE_BYTES, segment.size_bytes - offset)
+                await loop.run_in_executor(self.executor, write_fully, segment.fd, [zeros.view[:step]], offset)
+                offset += step
+        except OSError:
+            self.retire(segment)
+            return
+        finally:
+            zeros.close()
+            segment.open_extents -= 1
+        self._free.append(segment)
+
+    def _publish(self) -> None:
+        self._files.set(len(self.segments))
+        self._used.set(self.live_bytes)
+
+    def close(self) -> None:
+        for segment in self.segments.values():
+            segment.close()
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,467 @@
+"""A body on its way from the socket to the arena, its kernels and its segments.
+
+In: ``get_buffer``/``received`` from the HTTP room (bytes land in a span, nowhere else), then ``finish`` and ``commit``.
+Out: a ``StreamDigest`` at the bucket's durability level, whole frames to the kernel room, extents in segments.
+Always holds: a span is freed only when a flush covers it and everything before it, its bytes are hashed, and no kernel
+still reads it; bytes never leave the arena for a segment that failed without being written elsewhere first.
+
+A span's memory is the image of its place in the segment file: address and file offset agree modulo 4096. The first span
+of an extent starts with the label, a later one with the last partial block of its predecessor (the carry).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+from typing import TYPE_CHECKING
+
+from ingest.arena import SLAB_BYTES, ArenaDomain, Span
+from ingest.blockio import AlignedBuffer
+from ingest.body import Body
+from ingest.crashpoints import crashpoint
+from ingest.digests import CrcChain, Hash, crcs_of, digests, new_hashes
+from ingest.errors import IngestError, StorageFailed, StreamAborted
+from ingest.label import Label, write_label
+from ingest.piece import Piece, SpanBatch
+from ingest.ports import FrameReduction
+from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
+from ingest.segments import Reservation, Segment
+from ingest.span_table import OwedSpan
+from ingest.stream_types import StreamDigest, StreamSpec
+from ingest.writer import REHOMES_MAX
+
+if TYPE_CHECKING:
+    from ingest.buffer import Buffer
+
+logger = logging.getLogger(__name__)
+
+SNIFF_BYTES = 64 << 10
+"""Most bytes handed out at a time until the frames' geometry is known."""
+SNIFF_BYTES_MAX = SLAB_BYTES // 2
+"""A header that is still not complete after this much is no header."""
+
+
+class SpanStream(Body):
+    """A body received through spans of its own. Made by ``Buffer.open_stream``; one event loop."""
+
+    def __init__(
+        self,
+        plane: Buffer,
+        spec: StreamSpec,
+        reduction: FrameReduction | None,
+        domain: ArenaDomain | None,
+        object_id: bytes,
+    ) -> None:
+        super().__init__(plane, spec, object_id)
+        self.domain = domain
+        self.held_slabs = 0
+        self.span_slabs = 1
+        self.reduction = reduction
+        self._sniffing = reduction is not None
+        self._sniff_needed = 0
+        self._next_frame = 0
+        self._pieces: list[Piece] = []
+        self._open: Piece | None = None
+        self._layout: list[tuple[Reservation, int]] = []
+        """Reservations in body order with the payload bytes used of each."""
+        self._reservations: list[Reservation] = []
+        self._reserved: Reservation | None = None
+        self._reserved_used = 0
+        self._carry = memoryview(bytearray(BLOCK_BYTES))
+        self._carry_bytes = 0
+        self._chain = CrcChain()
+        self._unfolded: collections.deque[Piece] = collections.deque()
+        self._hashes: dict[str, Hash] = new_hashes(spec.algorithms)
+        self._hashing = False
+        self._busy = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._rehomes = 0
+        if reduction is not None:
+            self._sniff(memoryview(b""), complete=False)
+
+    # -- receiving (BodySink)
+
+    def get_buffer(self) -> memoryview | None:
+        if self.failure is not None:
+            raise self.failure
+        piece = self._open or self._next_piece()
+        if piece is None:
+            return None
+        end = min(piece.limit, piece.fill + SNIFF_BYTES) if self._sniffing else piece.limit
+        return piece.span.view[piece.fill : end]
+
+    def received(self, count: int) -> None:
+        piece = self._open
+        if piece is None:
+            raise StreamAborted("the stream was aborted")
+        piece.fill += count
+        self.length += count
+        self.plane.received_bytes.add(count)
+        if self.spec.length is not None and self.length > self.spec.length:
+            raise StreamAborted("the body is longer than it said")
+        if self._sniffing and self.length >= self._sniff_needed:
+            self._sniff(piece.payload, complete=False)
+        if self.geometry is not None:
+            self._offer_frames(piece)
+        if piece.fill == piece.limit:
+            self._close_piece(last=self.length == self.spec.length)
+
+    async def writable(self) -> None:
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            if self._open is not None or self._next_piece() is not None:
+                return
+            await self.wait_for_memory()
+
+    def fail(self, error: IngestError) -> None:
+        super().fail(error)
+        self._check_idle()
+
+    # -- spans and extents
+
+    def _next_piece(self) -> Piece | None:
+        """Open a span for the bytes to come; None while there is no memory."""
+        span = self.plane.take_span(self, self.span_slabs * SLAB_BYTES)
+        if span is None:
+            return None
+        reservation = self._reserved
+        if reservation is None or self._reserved_used == reservation.capacity:
+            try:
+                reservation = self._reserve()
+            except IngestError as error:
+                self._give_span(span)
+                self.fail(error)
+                raise
+            start = LABEL_BYTES
+            file_offset = reservation.offset
+            write_label(self._label(reservation, self.length), span.view)
+        else:
+            start = self._carry_bytes
+            file_offset = reservation.offset + LABEL_BYTES + self._reserved_used - start
+            span.view[:start] = self._carry[:start]
+        piece = self._open = Piece(self, span, reservation, file_offset, start, self.length)
+        piece.limit = min(span.size_bytes, start + reservation.capacity - self._reserved_used)
+        self._limit_to_frames(piece)
+        self._pieces.append(piece)
+        return piece
+
+    def _reserve(self) -> Reservation:
+        left = None if self.spec.length is None else self.spec.length - self.length
+        unit = self.geometry.frame_bytes if self.geometry else 1
+        reservation = self.plane.segments.reserve(self.spec.lifetime, left, unit)
+        self._reserved = reservation
+        self._reserved_used = 0
+        self._layout.append((reservation, 0))
+        self._reservations.append(reservation)
+        return reservation
+
+    def _label(self, reservation: Reservation, position: int) -> Label:
+        return self.plane.label(self.object_id, self.spec, reservation, position)
+
+    def _close_piece(self, *, last: bool) -> None:
+        """The open span is full, or the body has ended: hand it to the hashes and to the disk."""
+        piece = self._open
+        assert piece is not None
+        self._open = None
+        self._reserved_used += piece.fill - piece.start
+        self._layout[-1] = (piece.reservation, self._reserved_used)
+        if last or self._reserved_used == piece.reservation.capacity:
+            end = -(-piece.fill // BLOCK_BYTES) * BLOCK_BYTES
+            piece.span.view[piece.fill : end] = bytes(end - piece.fill)
+            piece.write_bytes = end
+            self._carry_bytes = 0
+        else:
+            piece.write_bytes = piece.fill - piece.fill % BLOCK_BYTES
+            self._carry_bytes = piece.fill - piece.write_bytes
+            self._carry[: self._carry_bytes] = piece.span.view[piece.write_bytes : piece.fill]
+        piece.memory_only = self.memory
+        piece.hashed = not self._hashes
+        self._unfolded.append(piece)
+        self.plane.writer.submit(piece)
+        if self._hashes and not self._hashing:
+            self._hash_next()
+
+    def work_begun(self) -> None:
+        self._busy += 1
+
+    def piece_written(self, piece: Piece, segment: Segment) -> bool:
+        """A thread is done with the piece. True: its bytes are in ``segment`` now and need a flush."""
+        self._busy -= 1
+        while self._unfolded and self._unfolded[0].crcs:
+            folded = self._unfolded.popleft()
+            self._chain.append(folded.crcs, folded.fill - folded.start)
+        counts = False
+        if not self.is_refused and piece.memory_only:
+            piece.memory_only = False
+            self._owe(piece)
+            self.plane.writer.defer(piece)
+        elif not self.is_refused and piece.segment is segment:
+            crashpoint("settle-written" if self.memory else "data-written")
+            counts = True
+        self._check_idle()
+        self.release_pieces()
+        return counts
+
+    @property
+    def awaited(self) -> bool:
+        """Somebody waits for this stream's bytes to be durable: do not wait for the flush timer."""
+        return self._idle is not None and not self._idle.done()
+
+    def piece_durable(self, piece: Piece, segment: Segment) -> None:
+        if piece.segment is not segment:
+            return
+        piece.durable = True
+        self.release_pieces()
+        self.plane.relieve()
+        self._check_idle()
+        self.check_settled()
+
+    def release_pieces(self) -> None:
+        """Free what is durable together with everything before it, hashed, and read by nobody."""
+        kept = []
+        prefix = True
+        for piece in self._pieces:
+            prefix = prefix and piece.durable
+            done = self.is_refused or (prefix and piece.hashed)
+            if done and not piece.batches and not piece.in_work and piece is not self._open:
+                self._give_span(piece.span)
+                if piece.label is not None:
+                    piece.label.close()
+                    piece.label = None
+            else:
+                kept.append(piece)
+        self._pieces = kept
+        if not kept and self.ended and not self.limbo:
+            self._close_out()
+
+    def _give_span(self, span: Span) -> None:
+        self.held_slabs -= span.slabs
+        self.plane.give_span(span)
+
+    def revocable(self) -> list[SpanBatch]:
+        """Batches that keep an otherwise free span and have not been dispatched: the arena may take them back."""
+        ready = [piece for piece in self._pieces if piece.durable and piece.hashed]
+        return [batch for piece in ready for batch in piece.batches if batch.revocable]
+
+    # -- ordered hashes
+
+    def _hash_next(self) -> None:
+        """Feed the next closed piece to MD5/SHA in a thread; one at a time keeps the order."""
+        piece = next((piece for piece in self._pieces if not piece.hashed and piece is not self._open), None)
+        if piece is None:
+            self._hashing = False
+            self._check_idle()
+            return
+        self._hashing = True
+        piece.in_work += 1
+
+        def work() -> None:
+            for state in self._hashes.values():
+                state.update(piece.payload)
+
+        def done(_: asyncio.Future[None]) -> None:
+            piece.in_work -= 1
+            piece.hashed = True
+            self.release_pieces()
+            self._hash_next()
+
+        asyncio.get_running_loop().run_in_executor(self.plane.executor, work).add_done_callback(done)
+
+    # -- frames
+
+    def _sniff(self, head: memoryview, *, complete: bool) -> None:
+        assert self.reduction is not None
+        answer = self.reduction.sniff(head, complete=complete)
+        if isinstance(answer, int):
+            self._sniff_needed = max(answer, self.length + 1)
+            self._sniffing = self._sniff_needed <= SNIFF_BYTES_MAX and not complete
+            return
+        self._sniffing = False
+        if answer is None:
+            return
+        self.geometry = answer
+        largest = self.domain.region_bytes if self.domain is not None else 0
+        if answer.frame_bytes + 2 * LABEL_BYTES <= largest:
+            while self.span_slabs * SLAB_BYTES < answer.frame_bytes + 2 * LABEL_BYTES:
+                self.span_slabs *= 2
+        if self._open is not None:
+            self._fit_open_piece(self._open)
+
+    def _fit_open_piece(self, piece: Piece) -> None:
+        """The geometry became known while the first span fills: end it on a frame, in a larger span if need be."""
+        if self.span_slabs * SLAB_BYTES > piece.span.size_bytes:
+            larger = self.plane.take_span(self, self.span_slabs * SLAB_BYTES)
+            if larger is not None:
+                larger.view[: piece.fill] = piece.span.view[: piece.fill]
+                self._give_span(piece.span)
+                piece.span = larger
+                piece.limit = min(larger.size_bytes, piece.start + piece.reservation.capacity - self._reserved_used)
+        self._limit_to_frames(piece)
+
+    def _limit_to_frames(self, piece: Piece) -> None:
+        geometry = self.geometry
+        if geometry is None:
+            return
+        body_end = piece.position + piece.limit - piece.start
+        whole = (body_end - geometry.origin) // geometry.frame_bytes
+        limit = piece.start + geometry.origin + whole * geometry.frame_bytes - piece.position
+        if whole > 0 and limit > piece.fill:
+            piece.limit = limit
+
+    def _offer_frames(self, piece: Piece) -> None:
+        """Offer every frame that has become whole; frames split over two spans are read from disk later."""
+        geometry = self.geometry
+        assert geometry is not None
+        assert self.reduction is not None
+        complete = max(0, self.length - geometry.origin) // geometry.frame_bytes
+        if geometry.count is not None:
+            complete = min(complete, geometry.count)
+        if complete <= self._next_frame:
+            return
+        first_here = -(-max(0, piece.position - geometry.origin) // geometry.frame_bytes)
+        if self.domain is None:
+            first_here = complete
+        if first_here > self._next_frame:
+            end = min(first_here, complete)
+            self.reduction.lagging(self._next_frame, end - self._next_frame)
+            self._next_frame = end
+        if complete > self._next_frame and self.domain is not None:
+            offset = piece.start + geometry.origin + self._next_frame * geometry.frame_bytes - piece.position
+            region = self.domain.region_number(piece.span.region)
+            count = complete - self._next_frame
+            self.reduction.offer(SpanBatch(piece, region, piece.span.offset + offset, self._next_frame, count))
+            self._next_frame = complete
+
+    # -- the end
+
+    async def finish(self) -> StreamDigest:
+        """Wait until every byte is stored at the bucket's durability level. Raises IngestError."""
+        if self._sniffing:
+            self._sniff(self._open.payload if self._open is not None else memoryview(b""), complete=True)
+            if self.geometry is not None and self._open is not None:
+                self._offer_frames(self._open)
+        while self._open is None and self._carry_bytes:
+            await self.writable()
+        if self._open is not None:
+            self._close_piece(last=True)
+        self._idle = asyncio.get_running_loop().create_future()
+        for segment in {piece.segment for piece in self._pieces}:
+            self.plane.writer.flush(segment)
+        self._check_idle()
+        await self._idle
+        if self.failure is not None:
+            raise self.failure
+        crashpoint("data-flushed")
+        crcs = self._chain.values or crcs_of(memoryview(b""), self.spec.algorithms)
+        return StreamDigest(
+            object_id=self.object_id,
+            length=self.length,
+            extents=self.extents(),
+            crc64nvme=crcs["crc64nvme"],
+            digests=digests(crcs, self._hashes),
+            settled=self.is_settled,
+        )
+
+    def _check_idle(self) -> None:
+        if self._idle is None or self._idle.done():
+            return
+        stored = not self._hashing and not self._unfolded and (self.memory or self.is_settled)
+        if stored or self.failure is not None:
+            self._idle.set_result(None)
+
+    @property
+    def is_settled(self) -> bool:
+        return self._open is None and all(piece.durable for piece in self._pieces)
+
+    def extents(self) -> tuple[Extent, ...]:
+        store = self.plane.segments
+        return tuple(reservation.extent(store.node, store.slot, used) for reservation, used in self._layout if used)
+
+    def let_go(self) -> None:
+        self.release_pieces()
+
+    def cancel(self) -> None:
+        self._open = None
+        for piece in self._pieces:
+            self.plane.writer.cancel(piece)
+            for batch in list(piece.batches):
+                if batch.revocable:
+                    batch.revoke()
+
+    def _close_out(self) -> None:
+        """No memory is held any more: nobody will write to the reservations again."""
+        used = dict(self._layout) if self.accepted else {}
+        for reservation in self._reservations:
+            length = used.get(reservation, 0)
+            self.plane.segments.finish(reservation, LABEL_BYTES + length if length else 0)
+        self._reservations.clear()
+        self.plane.closed_out(self)
+
+    # -- ``memory`` durability: written back later
+
+    def _owe(self, piece: Piece) -> None:
+        owed = OwedSpan(
+            region=piece.span.region.index,
+            offset=piece.span.offset,
+            length=piece.write_bytes,
+            segment=piece.segment.number,
+            generation=piece.segment.generation,
+            file_offset=piece.file_offset,
+        )
+        self.plane.owe(piece.span, owed)
+
+    def hasten(self) -> None:
+        for piece in list(self._pieces):
+            self.plane.writer.hasten(piece)
+
+    # -- when a segment fails
+
+    def storage_failed(self, segment: Segment, error: OSError) -> None:
+        """Move everything that no flush covers yet from the failed segment to another: it is still in the arena."""
+        if self.failure is not None or self.is_refused:
+            return
+        try:
+            for reservation in [entry for entry, _ in self._layout if entry.segment is segment]:
+                moving = [piece for piece in self._pieces if piece.reservation is reservation]
+                while moving and moving[0].durable:
+                    moving.pop(0)
+                if moving:
+                    self._rehomes += 1
+                    if self._rehomes > REHOMES_MAX:
+                        raise StorageFailed(f"{REHOMES_MAX} segments failed in a row: {error.strerror}")
+                    self._move(reservation, moving)
+        except IngestError as failure:
+            if self.record is not None:
+                logger.critical("object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure)
+            self.fail(StorageFailed(str(failure)))
+
+    def _move(self, old: Reservation, pieces: list[Piece]) -> None:
+        head, last = pieces[0], pieces[-1]
+        own_label = head.file_offset == old.offset
+        kept = 0 if own_label else head.file_offset - old.offset - LABEL_BYTES
+        cut = old.offset + LABEL_BYTES + kept
+        needed = last.file_offset + last.limit - cut
+        new = self.plane.segments.reserve_whole(self.spec.lifetime, max(needed, old.capacity - kept), needed)
+        self._reservations.append(new)
+        if own_label:
+            write_label(self._label(new, head.position), head.span.view)
+        else:
+            head.label = AlignedBuffer(LABEL_BYTES)
+            write_label(self._label(new, head.position - head.start), head.label.view)
+        index, used = next((i, used) for i, (entry, used) in enumerate(self._layout) if entry is old)
+        self._layout[index : index + 1] = [(old, kept), (new, used - kept)] if kept else [(new, used)]
+        if self._reserved is old:
+            self._reserved = new
+            self._reserved_used -= kept
+        for piece in pieces:
+            piece.file_offset += new.offset + LABEL_BYTES - cut
+            piece.reservation = new
+            piece.durable = False
+            if piece is self._open or piece.memory_only:
+                continue
+            if self.plane.writer.waiting(piece):
+                self._owe(piece)
+            else:
+                self.plane.writer.submit(piece)
