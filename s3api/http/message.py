@@ -42,10 +42,20 @@ class Headers:
         return tuple(self._by_name.items())
 
 
-class Decoder(Protocol):
-    """Unwraps a payload coding (aws-chunked) in place. Pure: no I/O. See s3api/http/chunked.py."""
+class ChunkVerifier(Protocol):
+    """Checks the signatures of an aws-chunked body as it passes. Raises HttpError(403, "SignatureDoesNotMatch")."""
 
-    decoded_length: int | None
+    def payload(self, view: memoryview) -> None:
+        """The next payload bytes, in order, at their final place; valid only during the call."""
+        ...
+
+    def chunk_end(self, size: int, signature: str) -> None:
+        """A chunk of ``size`` payload bytes is complete; also called for the final chunk, of size 0."""
+        ...
+
+    def trailers(self, raw: Sequence[tuple[str, str]], signature: str) -> None:
+        """The trailer fields as received (names in their own case, values stripped), without the signature's."""
+        ...
 
 
 class Body(Protocol):
@@ -62,7 +72,17 @@ class Body(Protocol):
 
     async def into(self, sink: BodySink) -> int:
         """Receive the payload straight into the sink; returns its length. Raises HttpError on bad framing (400), on a
-        body shorter than declared (400 IncompleteBody) and on a stalled peer (408)."""
+        body shorter than declared (400 IncompleteBody) and on a stalled peer (408); ConnectionResetError when the
+        connection is gone; whatever the sink or a verifier raises."""
+        ...
+
+    def unwrap_aws_chunked(
+        self, decoded_length: int | None, signed: bool, trailer: bool, verifier: ChunkVerifier | None
+    ) -> None:
+        """Before the first byte is read: the content is aws-chunked. ``decoded_length``: x-amz-decoded-content-length,
+        which the payload must match; ``trailer``: trailers may follow; ``signed``: every chunk carries a signature
+        that ``verifier`` checks. From now on ``length`` is ``decoded_length``. Raises HttpError 400 when
+        there is no body."""
         ...
 
     @property
