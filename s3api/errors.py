@@ -154,20 +154,27 @@ def translated(error: Exception, *, user_id: str = "") -> S3Error:
     """The S3 error for anything a handler may raise; a bug becomes InternalError without its text."""
     if isinstance(error, S3Error):
         return error
+    if isinstance(error, ingest.IngestError):
+        return _from_ingest(error, user_id)
+    if isinstance(error, HttpError):
+        return _from_http(error)
     if isinstance(error, KernelRefused):
         return S3Error("InvalidKernel", str(error))
     if isinstance(error, BadSetting):
         return S3Error("InvalidTag", str(error))
-    if isinstance(error, HttpError):
-        return _from_http(error)
+    if isinstance(error, xml.BadXml):
+        return S3Error("MalformedXML", f"{CODES['MalformedXML'].message}: {error}")
+    return S3Error("InternalError")
+
+
+def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
     if isinstance(error, ingest.BucketExists) and error.owner == user_id:
         return S3Error("BucketAlreadyOwnedByYou")
     if isinstance(error, ingest.PreconditionFailed):
         return S3Error("PreconditionFailed", fields=[("Condition", error.condition)])
-    if isinstance(error, ingest.IngestError):
-        for kind in type(error).__mro__:
-            if kind in INGEST_CODES:
-                return S3Error(INGEST_CODES[kind], _MESSAGES.get(kind, ""))
+    for kind in type(error).__mro__:
+        if kind in INGEST_CODES:
+            return S3Error(INGEST_CODES[kind], _MESSAGES.get(kind, ""))
     return S3Error("InternalError")
 
 

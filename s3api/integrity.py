@@ -95,17 +95,25 @@ def bad_checksum(algorithm: Algorithm) -> S3Error:
     return S3Error("BadDigest", f"The {algorithm.name.upper()} you specified did not match the calculated checksum.")
 
 
-def plan(request: Request, signed: Signed, *, length_max_bytes: int, upload_algorithm: str = "") -> BodyPlan:
+def plan(
+    request: Request,
+    signed: Signed,
+    *,
+    length_max_bytes: int,
+    upload_algorithm: str = "",
+    headers_describe_body: bool = True,
+) -> BodyPlan:
     """Read the head. Takes the body out of its aws-chunked framing as a side effect, which costs no byte of it.
 
     ``upload_algorithm``: what a part's upload was created with; computed even if the part itself says nothing.
+    ``headers_describe_body``: False for a Complete, whose ``x-amz-checksum-*`` headers describe the object.
     """
     headers = request.headers
     _unwrap(request, signed)
     length = request.body.length
     if length is not None and length > length_max_bytes:
         raise too_large(length, length_max_bytes)
-    algorithm, value, in_trailer = _checksum(headers, signed)
+    algorithm, value, in_trailer = _checksum(headers, signed) if headers_describe_body else (None, None, False)
     if upload_algorithm:
         if algorithm is not None and algorithm.name != upload_algorithm:
             raise S3Error(
@@ -190,9 +198,11 @@ def _content_md5(headers: Headers) -> bytes | None:
     return digest
 
 
-async def read_document(request: Request, signed: Signed, limit_bytes: int) -> bytes:
+async def read_document(
+    request: Request, signed: Signed, limit_bytes: int, *, headers_describe_body: bool = True
+) -> bytes:
     """The whole body of a control document (XML, a kernel's source), verified like any other body."""
-    expected = plan(request, signed, length_max_bytes=limit_bytes)
+    expected = plan(request, signed, length_max_bytes=limit_bytes, headers_describe_body=headers_describe_body)
     body = await request.body.read(limit_bytes)
     wanted = expected.algorithms(md5=False)
     digests = {name: checksums.ALGORITHMS[name].digest(body) for name in wanted if name != "md5"}

@@ -37,6 +37,6 @@ def parse_http_date(text: str) -> int | None:
     if parsed is None:
         return None
     try:
-        return calendar.timegm(parsed[:6] + (0, 0, 0)) - (parsed[9] or 0)
+        return calendar.timegm((*parsed[:6], 0, 0, 0)) - (parsed[9] or 0)
     except (ValueError, OverflowError):
         return None

@@ -6,7 +6,7 @@ https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html and its neigh
 from __future__ import annotations
 
 from ingest.bucket_settings import BucketSettings
-from ingest.errors import NoSuchKey, ObjectOffline, StaleVersion
+from ingest.errors import StaleVersion
 from ingest.records import (
     NULL_VERSION,
     BucketRecord,
@@ -26,10 +26,10 @@ from s3api.operations import kernels
 from s3api.operations.describe import (
     checksum_headers,
     describe,
-    is_cold,
     stored_headers,
     user_metadata,
 )
+from s3api.operations.reading import current, open_version, version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
 from s3api.operations.refusals import refuse_unsupported
 from s3api.ranges import parse_range
@@ -125,14 +125,6 @@ async def _put_kernel(
     return await stored(call, spec, once(source), commit)
 
 
-async def current(call: Call) -> ObjectRecord | None:
-    """The key's current version, if it has one."""
-    try:
-        return await call.catalog.head(call.bucket_name, call.key)
-    except NoSuchKey:
-        return None
-
-
 # -- reading
 
 
@@ -146,14 +138,6 @@ async def get_object(call: Call) -> Response:
 
 async def head_object(call: Call) -> Response:
     return await _read(call, body=False)
-
-
-async def version(call: Call) -> ObjectRecord:
-    """The version the request names; NoSuchKey, or NoSuchVersion where it names one that never was."""
-    wanted = call.request.arg("versionId")
-    if wanted not in (None, NULL_VERSION):
-        raise S3Error("NoSuchVersion")
-    return await call.catalog.head(call.bucket_name, call.key, wanted)
 
 
 async def _read(call: Call, *, body: bool) -> Response:
@@ -175,14 +159,7 @@ async def _read(call: Call, *, body: bool) -> Response:
     status = 206 if extent is not None else 200
     if not body or start == stop:
         return Response(status, answer, content_length=stop - start)
-    if is_cold(record, settings):
-        raise S3Error("InvalidObjectState", fields=[("StorageClass", "GLACIER")])
-    try:
-        reader = await call.node.data.open_reader(record, start, stop)
-    except ObjectOffline:
-        if settings.recall == "never":
-            raise S3Error("InvalidObjectState", fields=[("StorageClass", "GLACIER")]) from None
-        raise
+    reader = await open_version(call, record, settings, start, stop)
     await reader.__aenter__()
 
     async def closed() -> None:

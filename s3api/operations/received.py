@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
-from ingest.errors import PreconditionFailed, StaleVersion
-from ingest.ports import BodySink, ObjectReader
+from ingest.errors import PreconditionFailed
+from ingest.ports import BodySink
 from ingest.records import CommitObject, LifetimeClass, ObjectRecord
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
 from s3api import checksums
@@ -86,15 +86,6 @@ async def once(data: bytes) -> AsyncIterator[memoryview]:
     """Bytes in memory as the chunks ``stored`` takes."""
     if data:
         yield memoryview(data)
-
-
-async def opened(call: Call, record: ObjectRecord, start: int, stop: int) -> ObjectReader:
-    """A reader of bytes [start, stop) of ``record``; InvalidObjectState instead of a wait where the source's bucket
-    does not recall. Raises NoSuchKey when the version went away meanwhile."""
-    try:
-        return await call.node.data.open_reader(record, start, stop)
-    except StaleVersion:
-        raise S3Error("NoSuchKey") from None
 
 
 def etag_of(digest: StreamDigest) -> str:

@@ -1,0 +1,231 @@
+"""CopyObject and UploadPartCopy: bytes from one version into a new stream, without a client in between.
+
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html. The copy is read past the page cache and its
+CRC64NVME is compared with the source's, so that a copy is never worse than what was acknowledged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from urllib.parse import unquote_to_bytes
+
+from ingest.bucket_settings import BucketSettings
+from ingest.errors import DataLost
+from ingest.records import CommitObject, CommitPart, LifetimeClass, ObjectRecord, PartRecord
+from ingest.stream_types import Stream, StreamDigest, StreamSpec
+from s3api import checksums, times, xml
+from s3api.auth.grants import Access
+from s3api.call import Call
+from s3api.conditions import check_read, failed, write_condition
+from s3api.errors import S3Error
+from s3api.http.message import Response
+from s3api.operations import kernels
+from s3api.operations.buckets import XML_TYPE
+from s3api.operations.describe import stored_headers, user_metadata
+from s3api.operations.multipart import part_number, upload_of
+from s3api.operations.objects import wants_md5
+from s3api.operations.reading import check_version_id, current, open_version
+from s3api.operations.received import committed, etag_of, lifetime_of, once, stored
+from s3api.operations.refusals import refuse_unsupported
+from s3api.ranges import parse_copy_range
+
+COPY_SOURCE = "x-amz-copy-source"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    record: ObjectRecord
+    settings: BucketSettings
+
+    @property
+    def algorithm(self) -> str:
+        """The checksum its client chose."""
+        return next(iter(self.record.checksums), "crc64nvme")
+
+
+async def source_of(call: Call) -> Source:
+    """The version ``x-amz-copy-source`` names, if the user may read it and the copy conditions hold."""
+    headers = call.request.headers
+    path, _, query = headers.get(COPY_SOURCE).partition("?")
+    bucket_text, _, key_text = path.removeprefix("/").partition("/")
+    try:
+        bucket = unquote_to_bytes(bucket_text).decode("ascii")
+        key = unquote_to_bytes(key_text.encode("latin-1"))
+        key.decode("utf-8")
+    except UnicodeError:
+        bucket, key = "", b""
+    if not bucket or not key or len(key) > call.limits.key_bytes:
+        raise S3Error("InvalidArgument", "Copy Source must mention the source bucket and key: sourcebucket/sourcekey")
+    check_version_id(query.removeprefix("versionId=") if query else None)
+    call.authorise(Access.READ, bucket, key)
+    record_of_bucket, settings = await call.node.buckets.get(bucket)
+    expected = headers.get("x-amz-source-expected-bucket-owner")
+    if expected and expected != record_of_bucket.owner:
+        raise S3Error("AccessDenied", "The bucket is not owned by x-amz-source-expected-bucket-owner")
+    record = await call.catalog.head(bucket, key)
+    unchanged = check_read(headers, record, prefix=COPY_SOURCE + "-")
+    if unchanged is not None:
+        raise failed(unchanged.condition)
+    return Source(record, settings)
+
+
+async def copy_object(call: Call) -> Response:
+    headers = call.request.headers
+    refuse_unsupported(headers)
+    kernel = kernels.kernel_name(call.key)
+    replace = _directive(headers.get("x-amz-metadata-directive"))
+    algorithm = _algorithm(headers.get("x-amz-checksum-algorithm"))
+    condition = write_condition(headers)
+    replaced_metadata = user_metadata(headers, call.limits) if replace else {}
+    source = await source_of(call)
+    record = source.record
+    if (record.bucket, record.key) == (call.bucket_name, call.key) and not replace:
+        raise S3Error(
+            "InvalidRequest",
+            "This copy request is illegal because it is trying to copy an object to itself without changing the"
+            " object's metadata.",
+        )
+    bucket, settings = await call.bucket()
+    if condition:
+        condition.check(await current(call))
+    kept_headers = stored_headers(headers) if replace else record.headers
+    metadata = replaced_metadata if replace else record.metadata
+    chosen = algorithm or source.algorithm
+    spec = StreamSpec(
+        bucket=bucket,
+        settings=settings,
+        key=call.key,
+        length=record.length,
+        algorithms=_wanted(chosen, md5=wants_md5(call, settings)),
+        metadata=metadata,
+        content_type=kept_headers.get("content-type", ""),
+        lifetime=lifetime_of(call.key, record.length, call.limits),
+    )
+
+    async def commit(stream: Stream, digest: StreamDigest) -> ObjectRecord:
+        if (digest.crc64nvme, digest.length) != (record.crc64nvme, record.length):
+            raise DataLost(f"{record.bucket}/{record.key!r} did not read back as it was acknowledged")
+        request = CommitObject(
+            bucket=call.bucket_name,
+            key=call.key,
+            object_id=digest.object_id,
+            length=digest.length,
+            etag=etag_of(digest),
+            crc64nvme=digest.crc64nvme,
+            owner=call.user.user_id,
+            extents=digest.extents,
+            durability=settings.durability,
+            settled=digest.settled,
+            checksums=_checksum(chosen, digest),
+            headers=dict(kept_headers),
+            metadata=dict(metadata),
+            if_none_match=condition.if_none_match,
+            if_match=condition.if_match,
+        )
+        return await committed(call, stream, request, condition)
+
+    if kernel is not None:
+        text = await _source_text(call, source)
+        await kernels.check(call, kernel, text, dict(metadata))
+        copied = await stored(call, spec, once(text), commit)
+    else:
+        copied = await stored(call, spec, _bytes_of(call, source, 0, record.length), commit)
+    return _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type)
+
+
+async def upload_part_copy(call: Call) -> Response:
+    headers = call.request.headers
+    refuse_unsupported(headers)
+    number = part_number(call)
+    source = await source_of(call)
+    bucket, settings = await call.bucket()
+    upload = await upload_of(call)
+    field = headers.get(COPY_SOURCE + "-range")
+    length = source.record.length
+    start, stop = parse_copy_range(field, length) if field else (0, length)
+    chosen = upload.checksum_algorithm or "crc64nvme"
+    spec = StreamSpec(
+        bucket=bucket,
+        settings=settings,
+        key=call.key,
+        length=stop - start,
+        algorithms=_wanted(chosen, md5=wants_md5(call, settings)),
+        metadata=upload.metadata,
+        content_type=upload.headers.get("content-type", ""),
+        lifetime=LifetimeClass.STREAM,
+        part=True,
+    )
+
+    async def commit(stream: Stream, digest: StreamDigest) -> PartRecord:
+        part = PartRecord(
+            number=number,
+            length=digest.length,
+            etag=etag_of(digest),
+            crc64nvme=digest.crc64nvme,
+            checksums=_checksum(chosen, digest),
+            extents=digest.extents,
+            modified_ns=int(call.node.clock() * 1e9),
+            settled=digest.settled,
+        )
+        return await stream.commit_part(
+            CommitPart(call.bucket_name, call.key, upload.upload_id, part, digest.object_id)
+        )
+
+    part = await stored(call, spec, _bytes_of(call, source, start, stop), commit)
+    return _result("CopyPartResult", part.etag, part.modified_ns, part.checksums, None)
+
+
+def _directive(text: str) -> bool:
+    if text not in ("", "COPY", "REPLACE"):
+        raise S3Error("InvalidArgument", "Unknown metadata directive; use COPY or REPLACE")
+    return text == "REPLACE"
+
+
+def _algorithm(text: str) -> str:
+    name = text.lower()
+    if name and name not in checksums.ALGORITHMS:
+        raise S3Error(
+            "InvalidRequest",
+            "Checksum algorithm provided is unsupported; known are CRC32, CRC32C, CRC64NVME, SHA1 and SHA256",
+        )
+    return name
+
+
+def _wanted(algorithm: str, *, md5: bool) -> frozenset[str]:
+    wanted = {"md5"} if md5 else set()
+    if algorithm != "crc64nvme":
+        wanted.add(algorithm)
+    return frozenset(wanted)
+
+
+def _checksum(algorithm: str, digest: StreamDigest) -> dict[str, str]:
+    if algorithm == "crc64nvme":
+        return {algorithm: checksums.crc64_base64(digest.crc64nvme)}
+    return {algorithm: checksums.encode(digest.digests[algorithm])}
+
+
+async def _bytes_of(call: Call, source: Source, start: int, stop: int) -> AsyncIterator[memoryview]:
+    if start == stop:
+        return
+    async with await open_version(call, source.record, source.settings, start, stop) as reader:
+        async for chunk in reader.chunks(call.limits.copy_chunk_bytes):
+            yield chunk
+
+
+async def _source_text(call: Call, source: Source) -> bytes:
+    """A kernel's source; it is small or refused."""
+    most = call.limits.kernel_source_bytes
+    if source.record.length > most:
+        raise S3Error("EntityTooLarge", f"A kernel's source must not be longer than {most} bytes")
+    return b"".join([bytes(chunk) async for chunk in _bytes_of(call, source, 0, source.record.length)])
+
+
+def _result(name: str, etag: str, modified_ns: int, values: dict[str, str], kind: str | None) -> Response:
+    document: list[tuple[str, xml.Value]] = [
+        ("LastModified", times.iso(modified_ns)),
+        ("ETag", f'"{etag}"'),
+        *((f"Checksum{algorithm.upper()}", value) for algorithm, value in values.items()),
+        ("ChecksumType", kind),
+    ]
+    return Response(200, [XML_TYPE], xml.document(name, document))

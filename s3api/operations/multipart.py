@@ -1,0 +1,394 @@
+"""Multipart uploads: Create, UploadPart, Complete, Abort, ListParts, ListMultipartUploads.
+
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html. Parts are streams like any other; Complete links
+their extents and combines their digests, and touches no byte. An upload's id is also the object id of what it becomes,
+so that a Complete whose answer was lost can be asked again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from xml.etree.ElementTree import Element
+
+from ingest.errors import NoSuchKey, NoSuchUpload, PreconditionFailed
+from ingest.records import (
+    CommitPart,
+    CompletedPart,
+    CompleteUpload,
+    LifetimeClass,
+    ObjectRecord,
+    PartRecord,
+    UploadRecord,
+)
+from ingest.stream_types import Stream, StreamDigest, StreamSpec
+from s3api import checksums, times, xml
+from s3api.call import Call
+from s3api.checksums import ALGORITHMS, COMPOSITE, FULL_OBJECT
+from s3api.conditions import write_condition
+from s3api.errors import S3Error
+from s3api.http.message import Headers, Response
+from s3api.integrity import bad_checksum, plan, read_document
+from s3api.operations import kernels
+from s3api.operations.buckets import XML_TYPE
+from s3api.operations.describe import checksum_headers, stored_headers, user_metadata
+from s3api.operations.listing import namer
+from s3api.operations.objects import wants_md5
+from s3api.operations.reading import current
+from s3api.operations.received import etag_of, lost_race, received
+from s3api.operations.refusals import refuse_unsupported
+
+_CATALOG_PAGE = 1000
+
+
+async def create_multipart_upload(call: Call) -> Response:
+    headers = call.request.headers
+    refuse_unsupported(headers)
+    kernels.refuse_reserved(call.key)
+    metadata = user_metadata(headers, call.limits)
+    algorithm, kind = _chosen_checksum(headers)
+    await call.bucket()
+    upload = UploadRecord(
+        bucket=call.bucket_name,
+        key=call.key,
+        upload_id=secrets.token_hex(16),
+        owner=call.user.user_id,
+        started_ns=int(call.node.clock() * 1e9),
+        headers=stored_headers(headers),
+        metadata=metadata,
+        checksum_algorithm=algorithm,
+        checksum_type=kind,
+    )
+    await call.catalog.create_upload(upload)
+    answer = [XML_TYPE]
+    if algorithm:
+        answer += [("x-amz-checksum-algorithm", algorithm.upper()), ("x-amz-checksum-type", kind)]
+    document: list[tuple[str, xml.Value]] = [
+        ("Bucket", call.bucket_name),
+        ("Key", call.key.decode()),
+        ("UploadId", upload.upload_id),
+    ]
+    return Response(200, answer, xml.document("InitiateMultipartUploadResult", document))
+
+
+def _chosen_checksum(headers: Headers) -> tuple[str, str]:
+    name = headers.get("x-amz-checksum-algorithm").lower()
+    kind = headers.get("x-amz-checksum-type").upper()
+    if not name:
+        if kind:
+            raise S3Error(
+                "InvalidRequest",
+                "The x-amz-checksum-type header can only be used with the x-amz-checksum-algorithm header.",
+            )
+        return "", ""
+    algorithm = ALGORITHMS.get(name)
+    if algorithm is None:
+        raise S3Error(
+            "InvalidRequest",
+            "Checksum algorithm provided is unsupported. Please try again with any of the"
+            " valid types: [CRC32, CRC32C, CRC64NVME, SHA1, SHA256]",
+        )
+    if kind and kind not in algorithm.types:
+        raise S3Error("InvalidRequest", f"The {kind} checksum type cannot be used with the {name} checksum algorithm.")
+    return name, kind or algorithm.types[0]
+
+
+def part_number(call: Call) -> int:
+    text = call.request.arg("partNumber") or ""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else 0
+    if not 1 <= number <= call.limits.parts:
+        raise S3Error(
+            "InvalidArgument",
+            f"Part number must be an integer between 1 and {call.limits.parts}, inclusive",
+            fields=[("ArgumentName", "partNumber"), ("ArgumentValue", text[:32])],
+        )
+    return number
+
+
+async def upload_of(call: Call) -> UploadRecord:
+    return await call.catalog.upload(call.bucket_name, call.key, call.request.arg("uploadId") or "")
+
+
+async def upload_part(call: Call) -> Response:
+    headers = call.request.headers
+    refuse_unsupported(headers)
+    number = part_number(call)
+    bucket, settings = await call.bucket()
+    upload = await upload_of(call)
+    expected = plan(
+        call.request,
+        call.signed,
+        length_max_bytes=call.limits.object_bytes,
+        upload_algorithm=upload.checksum_algorithm,
+    )
+    spec = StreamSpec(
+        bucket=bucket,
+        settings=settings,
+        key=call.key,
+        length=expected.length,
+        algorithms=expected.algorithms(md5=wants_md5(call, settings)),
+        metadata=upload.metadata,
+        content_type=upload.headers.get("content-type", ""),
+        lifetime=LifetimeClass.STREAM,
+        part=True,
+    )
+
+    async def commit(stream: Stream, digest: StreamDigest, verified: dict[str, str]) -> PartRecord:
+        part = PartRecord(
+            number=number,
+            length=digest.length,
+            etag=etag_of(digest),
+            crc64nvme=digest.crc64nvme,
+            checksums=verified,
+            extents=digest.extents,
+            modified_ns=int(call.node.clock() * 1e9),
+            settled=digest.settled,
+        )
+        return await stream.commit_part(
+            CommitPart(call.bucket_name, call.key, upload.upload_id, part, digest.object_id)
+        )
+
+    part = await received(call, spec, expected, commit)
+    answer = [("etag", f'"{part.etag}"')]
+    answer += [(checksums.HEADER_PREFIX + name, value) for name, value in part.checksums.items()]
+    return Response(200, answer)
+
+
+async def complete_multipart_upload(call: Call) -> Response:
+    headers = call.request.headers
+    condition = write_condition(headers)
+    body = await read_document(call.request, call.signed, call.limits.document_bytes, headers_describe_body=False)
+    wanted = _wanted_parts(xml.parse(body, "CompleteMultipartUpload"), call.limits.parts)
+    _, settings = await call.bucket()
+    try:
+        upload = await upload_of(call)
+    except NoSuchUpload:
+        return _completed(call, await _completed_before(call))
+    parts = _matched(wanted, await _all_parts(call))
+    values, kind = _object_checksum(upload, parts)
+    length = sum(part.length for part in parts)
+    _check_claims(headers, values, kind, length)
+    if condition:
+        condition.check(await current(call))
+    crc = checksums.combined_crc64([(part.crc64nvme, part.length) for part in parts])
+    host = call.node.kernels
+    reductions = host.kernels_for(call.bucket_name, call.key) if host is not None else ()
+    request = CompleteUpload(
+        bucket=call.bucket_name,
+        key=call.key,
+        upload_id=upload.upload_id,
+        object_id=bytes.fromhex(upload.upload_id),
+        parts=wanted,
+        etag=checksums.etag_from_parts([part.etag for part in parts], crc, length),
+        crc64nvme=crc,
+        length=length,
+        checksums=values,
+        checksum_type=kind,
+        durability=settings.durability,
+        reductions=reductions,
+        if_none_match=condition.if_none_match,
+        if_match=condition.if_match,
+    )
+    try:
+        record = await call.catalog.complete_upload(request)
+    except PreconditionFailed as error:
+        raise lost_race(condition, error) from None
+    if host is not None and reductions:
+        host.catch_up(record, reductions)
+    return _completed(call, record)
+
+
+async def _completed_before(call: Call) -> ObjectRecord:
+    """What this upload became, if it was completed already and is still there; else NoSuchUpload."""
+    try:
+        object_id = bytes.fromhex(call.request.arg("uploadId") or "")
+    except ValueError:
+        raise S3Error("NoSuchUpload") from None
+    try:
+        record = await call.catalog.by_id(object_id)
+    except NoSuchKey:
+        raise S3Error("NoSuchUpload") from None
+    if (record.bucket, record.key) != (call.bucket_name, call.key):
+        raise S3Error("NoSuchUpload")
+    return record
+
+
+def _completed(call: Call, record: ObjectRecord) -> Response:
+    scheme = "https" if call.request.secure else "http"
+    document: list[tuple[str, xml.Value]] = [
+        ("Location", f"{scheme}://{call.request.headers.get('host')}{call.request.path}"),
+        ("Bucket", call.bucket_name),
+        ("Key", call.key.decode()),
+        ("ETag", f'"{record.etag}"'),
+        *((f"Checksum{name.upper()}", value) for name, value in record.checksums.items()),
+        ("ChecksumType", record.checksum_type if record.checksums else None),
+    ]
+    return Response(200, [XML_TYPE, *checksum_headers(record)], xml.document("CompleteMultipartUploadResult", document))
+
+
+def _wanted_parts(tree: Element, parts_max: int) -> tuple[CompletedPart, ...]:
+    """Parts as the document names them. ETags arrive quoted and bare; both mean the same."""
+    elements = tree.findall("Part")
+    if not 0 < len(elements) <= parts_max:
+        raise S3Error("MalformedXML", f"Name from 1 to {parts_max} parts")
+    wanted = []
+    previous = 0
+    for element in elements:
+        text = xml.text(element, "PartNumber")
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= 6 else 0
+        if not 1 <= number <= parts_max:
+            raise S3Error("InvalidArgument", f"PartNumber must be an integer between 1 and {parts_max}, inclusive")
+        if number <= previous:
+            raise S3Error("InvalidPartOrder")
+        previous = number
+        values = {name: value for name in ALGORITHMS if (value := xml.text(element, f"Checksum{name.upper()}", ""))}
+        wanted.append(CompletedPart(number, xml.text(element, "ETag").strip('"'), values))
+    return tuple(wanted)
+
+
+async def _all_parts(call: Call) -> dict[int, PartRecord]:
+    found: dict[int, PartRecord] = {}
+    upload_id = call.request.arg("uploadId") or ""
+    after, more = 0, True
+    while more:
+        page, more = await call.catalog.parts(call.bucket_name, call.key, upload_id, after=after, limit=_CATALOG_PAGE)
+        found.update((part.number, part) for part in page)
+        after = page[-1].number if page else 0
+        more = more and bool(page)
+    return found
+
+
+def _matched(wanted: tuple[CompletedPart, ...], stored: dict[int, PartRecord]) -> list[PartRecord]:
+    """The stored parts the document names, or InvalidPart. The catalogue compares the ETags again when it commits."""
+    parts = []
+    for claim in wanted:
+        part = stored.get(claim.number)
+        if (
+            part is None
+            or part.etag != claim.etag
+            or any(part.checksums.get(name, value) != value for name, value in claim.checksums.items())
+        ):
+            raise S3Error("InvalidPart", fields=[("PartNumber", str(claim.number)), ("ETag", claim.etag[:64])])
+        parts.append(part)
+    return parts
+
+
+def _object_checksum(upload: UploadRecord, parts: list[PartRecord]) -> tuple[dict[str, str], str]:
+    """The checksum of the whole, of the type the upload was created with; CRC64NVME of every byte by default."""
+    name = upload.checksum_algorithm
+    if not name or name == "crc64nvme":
+        crc = checksums.combined_crc64([(part.crc64nvme, part.length) for part in parts])
+        return {"crc64nvme": checksums.crc64_base64(crc)}, FULL_OBJECT
+    algorithm = ALGORITHMS[name]
+    if upload.checksum_type == COMPOSITE:
+        return {name: checksums.composite(algorithm, [part.checksums[name] for part in parts])}, COMPOSITE
+    return {
+        name: checksums.full_object(algorithm, [(part.checksums[name], part.length) for part in parts])
+    }, FULL_OBJECT
+
+
+def _check_claims(headers: Headers, values: dict[str, str], kind: str, length: int) -> None:
+    """What a Complete says about the whole object must be what the parts add up to."""
+    claimed_kind = headers.get("x-amz-checksum-type").upper()
+    if claimed_kind and claimed_kind != kind:
+        raise S3Error("InvalidRequest", f"The upload was created with checksum type {kind}, not {claimed_kind}")
+    claimed_length = headers.get("x-amz-mp-object-size")
+    if claimed_length and claimed_length != str(length):
+        raise S3Error(
+            "InvalidRequest", f"The parts add up to {length} bytes, x-amz-mp-object-size says {claimed_length[:20]}"
+        )
+    for header, algorithm in checksums.BY_HEADER.items():
+        claim = headers.get(header)
+        if not claim:
+            continue
+        if algorithm.name not in values:
+            raise S3Error("InvalidRequest", f"The upload was not created with a {algorithm.name} checksum")
+        if claim.partition("-")[0] != values[algorithm.name].partition("-")[0]:
+            raise bad_checksum(algorithm)
+
+
+async def abort_multipart_upload(call: Call) -> Response:
+    await call.bucket()
+    await call.catalog.abort_upload(call.bucket_name, call.key, call.request.arg("uploadId") or "")
+    return Response(204)
+
+
+async def list_parts(call: Call) -> Response:
+    await call.bucket()
+    upload = await upload_of(call)
+    marker = call.number("part-number-marker", 0, call.limits.parts, 0)
+    limit = call.number("max-parts", 0, call.limits.keys_per_page, call.limits.keys_per_page)
+    parts, more = (
+        await call.catalog.parts(call.bucket_name, call.key, upload.upload_id, after=marker, limit=limit)
+        if limit
+        else ((), False)
+    )
+    name = namer(call.request.arg("encoding-type") == "url")
+    rows: list[tuple[str, xml.Value]] = [("Part", _part_row(part)) for part in parts]
+    owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
+    document: list[tuple[str, xml.Value]] = [
+        ("Bucket", call.bucket_name),
+        ("Key", name(call.key)),
+        ("UploadId", upload.upload_id),
+        ("Initiator", owner),
+        ("Owner", owner),
+        ("StorageClass", "STANDARD"),
+        ("PartNumberMarker", marker),
+        ("NextPartNumberMarker", parts[-1].number if parts else 0),
+        ("MaxParts", limit),
+        ("IsTruncated", more),
+        ("ChecksumAlgorithm", upload.checksum_algorithm.upper() or None),
+        ("ChecksumType", upload.checksum_type or None),
+        *rows,
+    ]
+    return Response(200, [XML_TYPE], xml.document("ListPartsResult", document))
+
+
+def _part_row(part: PartRecord) -> list[tuple[str, xml.Value]]:
+    return [
+        ("PartNumber", part.number),
+        ("LastModified", times.iso(part.modified_ns)),
+        ("ETag", f'"{part.etag}"'),
+        ("Size", part.length),
+        *((f"Checksum{name.upper()}", value) for name, value in part.checksums.items()),
+    ]
+
+
+async def list_multipart_uploads(call: Call) -> Response:
+    await call.bucket()
+    arg = call.request.arg
+    if arg("delimiter"):
+        raise S3Error("NotImplemented", "ListMultipartUploads with a delimiter is not implemented; use a prefix")
+    name = namer(arg("encoding-type") == "url")
+    prefix = (arg("prefix") or "").encode()
+    key_marker, id_marker = (arg("key-marker") or "").encode(), arg("upload-id-marker") or ""
+    # A key marker alone means: after every upload of that key.
+    after = (key_marker, id_marker or "\uffff") if key_marker else (b"", "")
+    limit = call.number("max-uploads", 1, call.limits.keys_per_page, call.limits.keys_per_page)
+    uploads, more = await call.catalog.uploads(call.bucket_name, prefix=prefix, after=after, limit=limit)
+    rows: list[tuple[str, xml.Value]] = []
+    for upload in uploads:
+        owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
+        row: list[tuple[str, xml.Value]] = [
+            ("Key", name(upload.key)),
+            ("UploadId", upload.upload_id),
+            ("Initiator", owner),
+            ("Owner", owner),
+            ("StorageClass", "STANDARD"),
+            ("Initiated", times.iso(upload.started_ns)),
+            ("ChecksumAlgorithm", upload.checksum_algorithm.upper() or None),
+            ("ChecksumType", upload.checksum_type or None),
+        ]
+        rows.append(("Upload", row))
+    document: list[tuple[str, xml.Value]] = [
+        ("Bucket", call.bucket_name),
+        ("KeyMarker", name(key_marker)),
+        ("UploadIdMarker", id_marker),
+        ("NextKeyMarker", name(uploads[-1].key) if more else None),
+        ("NextUploadIdMarker", uploads[-1].upload_id if more else None),
+        ("Prefix", name(prefix)),
+        ("EncodingType", arg("encoding-type") or None),
+        ("MaxUploads", limit),
+        ("IsTruncated", more),
+        *rows,
+    ]
+    return Response(200, [XML_TYPE], xml.document("ListMultipartUploadsResult", document))

@@ -1,0 +1,197 @@
+"""The routes table: which operation a request is, from its method, its bucket and key, and its query and headers.
+
+In: method, level and the names in the query. Out: a ``Route`` with the operation and the access it needs, or an S3Error.
+A subresource the table does not have is 501 NotImplemented: ``PUT /bucket/key?acl`` must never become a PutObject.
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Awaitable, Callable
+from urllib.parse import unquote_to_bytes
+
+from s3api.auth.grants import Access
+from s3api.call import Call
+from s3api.errors import S3Error
+from s3api.http.message import Request, Response
+from s3api.operations import buckets, copy, listing, multipart, objects, tagging
+
+
+class Level(enum.Enum):
+    """What the path names."""
+
+    SERVICE = "service"
+    BUCKET = "bucket"
+    OBJECT = "object"
+
+
+class Over(enum.Enum):
+    """What the access must cover."""
+
+    NOTHING = "nothing"  # any user; the operation shows only what the user may see
+    ANYTHING = "anything"  # any grant in the bucket; the operation may decide more
+    BUCKET = "bucket"
+    PREFIX = "prefix"  # the keys a listing asks for
+    KEY = "key"
+
+
+Operation = Callable[[Call], Awaitable[Response]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    name: str
+    """AWS's name of the operation; the ``operation`` of metrics and log lines."""
+    method: str
+    level: Level
+    run: Operation
+    access: Access
+    over: Over
+    query: tuple[str, ...] = ()
+    """Parameters that make a request this operation; all must be there."""
+    header: str = ""
+    """A header that must be there."""
+    accepts: tuple[str, ...] = ()
+    """Subresource names this operation understands as arguments."""
+
+
+_SERVICE, _BUCKET, _OBJECT = Level.SERVICE, Level.BUCKET, Level.OBJECT
+_READ, _WRITE, _ADMIN = Access.READ, Access.WRITE, Access.ADMIN
+
+# Within one (method, level) the first row that fits wins: more specific rows come first.
+ROUTES: tuple[Route, ...] = (
+    Route("ListBuckets", "GET", _SERVICE, buckets.list_buckets, _READ, Over.NOTHING),
+    Route("CreateBucket", "PUT", _BUCKET, buckets.create_bucket, _ADMIN, Over.BUCKET),
+    Route("HeadBucket", "HEAD", _BUCKET, buckets.head_bucket, _READ, Over.ANYTHING),
+    Route("DeleteBucket", "DELETE", _BUCKET, buckets.delete_bucket, _ADMIN, Over.BUCKET),
+    Route("GetBucketLocation", "GET", _BUCKET, buckets.get_bucket_location, _READ, Over.ANYTHING, ("location",)),
+    Route("GetBucketVersioning", "GET", _BUCKET, buckets.get_bucket_versioning, _READ, Over.ANYTHING, ("versioning",)),
+    Route("PutBucketTagging", "PUT", _BUCKET, tagging.put_bucket_tagging, _ADMIN, Over.BUCKET, ("tagging",)),
+    Route("GetBucketTagging", "GET", _BUCKET, tagging.get_bucket_tagging, _READ, Over.ANYTHING, ("tagging",)),
+    Route("DeleteBucketTagging", "DELETE", _BUCKET, tagging.delete_bucket_tagging, _ADMIN, Over.BUCKET, ("tagging",)),
+    Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, _READ, Over.PREFIX, ("uploads",)),
+    Route("DeleteObjects", "POST", _BUCKET, objects.delete_objects, _WRITE, Over.ANYTHING, ("delete",)),
+    Route("ListObjectsV2", "GET", _BUCKET, listing.list_objects_v2, _READ, Over.PREFIX, ("list-type",)),
+    Route("ListObjects", "GET", _BUCKET, listing.list_objects, _READ, Over.PREFIX),
+    Route("UploadPartCopy", "PUT", _OBJECT, copy.upload_part_copy, _WRITE, Over.KEY, ("uploadId", "partNumber"),
+          copy.COPY_SOURCE),
+    Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, _WRITE, Over.KEY, ("uploadId", "partNumber")),
+    Route("CopyObject", "PUT", _OBJECT, copy.copy_object, _WRITE, Over.KEY, (), copy.COPY_SOURCE),
+    Route("PutObject", "PUT", _OBJECT, objects.put_object, _WRITE, Over.KEY, (), "", ("versionId",)),
+    Route("ListParts", "GET", _OBJECT, multipart.list_parts, _READ, Over.KEY, ("uploadId",)),
+    Route("GetObject", "GET", _OBJECT, objects.get_object, _READ, Over.KEY, (), "", ("versionId", "partNumber")),
+    Route("HeadObject", "HEAD", _OBJECT, objects.head_object, _READ, Over.KEY, (), "", ("versionId", "partNumber")),
+    Route("AbortMultipartUpload", "DELETE", _OBJECT, multipart.abort_multipart_upload, _WRITE, Over.KEY, ("uploadId",)),
+    Route("DeleteObject", "DELETE", _OBJECT, objects.delete_object, _WRITE, Over.KEY, (), "", ("versionId",)),
+    Route("CreateMultipartUpload", "POST", _OBJECT, multipart.create_multipart_upload, _WRITE, Over.KEY, ("uploads",)),
+    Route("CompleteMultipartUpload", "POST", _OBJECT, multipart.complete_multipart_upload, _WRITE, Over.KEY,
+          ("uploadId",)),
+)  # fmt: skip
+
+# Every name that makes a request something else than the plain operation on its bucket or object.
+SUBRESOURCES = frozenset(
+    {
+        "abac", "accelerate", "acl", "analytics", "annotation", "attributes", "cors", "delete", "encryption",
+        "intelligent-tiering", "inventory", "legal-hold", "lifecycle", "list-type", "location", "logging",
+        "metadataConfiguration", "metadataInventoryTable", "metadataJournalTable", "metadataTable", "metrics",
+        "notification", "object-lock", "ownershipControls", "partNumber", "policy", "policyStatus",
+        "publicAccessBlock", "renameObject", "replication", "requestPayment", "restore", "retention", "select",
+        "select-type", "session", "tagging", "torrent", "uploadId", "uploads", "versionId", "versioning", "versions",
+        "website",
+    }
+)  # fmt: skip
+
+_BY_PLACE: dict[tuple[str, Level], tuple[Route, ...]] = {}
+for _route in ROUTES:
+    # Stable: rows with conditions before the one without.
+    _rows = (*_BY_PLACE.get((_route.method, _route.level), ()), _route)
+    _BY_PLACE[_route.method, _route.level] = tuple(
+        sorted(_rows, key=lambda row: len(row.query) + bool(row.header), reverse=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What a request is about: path style or virtual-host style make no difference from here on."""
+
+    level: Level
+    bucket: str
+    key: bytes
+
+
+def target_of(request: Request, domains: tuple[str, ...], key_bytes_max: int) -> Target:
+    """Bucket and key from Host and raw path. Raises InvalidURI, KeyTooLongError."""
+    path = request.path.removeprefix("/")
+    bucket = _virtual_bucket(request.headers.get("host"), domains) if domains else ""
+    if not bucket:
+        bucket_text, _, path = path.partition("/")
+        bucket = _decoded(bucket_text).decode("utf-8")
+    if not bucket:
+        if path:
+            raise S3Error("InvalidURI")
+        return Target(Level.SERVICE, "", b"")
+    if not path:
+        return Target(Level.BUCKET, bucket, b"")
+    key = _decoded(path)
+    if len(key) > key_bytes_max:
+        raise S3Error("KeyTooLongError", fields=[("Size", str(len(key))), ("MaxSizeAllowed", str(key_bytes_max))])
+    return Target(Level.OBJECT, bucket, key)
+
+
+def _virtual_bucket(host: str, domains: tuple[str, ...]) -> str:
+    name = host.lower()
+    if not name.endswith("]"):
+        name = name.partition(":")[0]
+    for domain in domains:
+        if name.endswith("." + domain):
+            return name[: -len(domain) - 1]
+    return ""
+
+
+def _decoded(text: str) -> bytes:
+    """Percent-decoded bytes; InvalidURI unless they are UTF-8, which every S3 name is."""
+    try:
+        raw = unquote_to_bytes(text.encode("latin-1")) if "%" in text else text.encode("latin-1")
+        raw.decode("utf-8")
+    except UnicodeError:
+        raise S3Error("InvalidURI", "The path is not percent-encoded UTF-8") from None
+    return raw
+
+
+def route(request: Request, level: Level) -> Route:
+    """The row for a request. Raises NotImplemented for subresources without one, else MethodNotAllowed."""
+    rows = _BY_PLACE.get((request.method, level), ())
+    names = [name for name, _ in request.query]
+    for row in rows:
+        if all(name in names for name in row.query) and (not row.header or row.header in request.headers):
+            _refuse_unknown(row, request)
+            return row
+    for name in names:
+        if name in SUBRESOURCES:
+            raise _not_implemented(request.method, name)
+    if request.method == "POST" and level is Level.BUCKET:
+        raise S3Error("NotImplemented", "Browser uploads by POST are not implemented; use a presigned PUT")
+    raise S3Error("MethodNotAllowed", fields=[("Method", request.method), ("ResourceType", level.name)])
+
+
+def _refuse_unknown(row: Route, request: Request) -> None:
+    for name, value in request.query:
+        if name in row.query:
+            if name == "list-type" and value != "2":
+                raise S3Error("InvalidArgument", "list-type must be 2")
+            continue
+        if name in SUBRESOURCES and name not in row.accepts:
+            raise _not_implemented(request.method, name)
+        # A flag we have never heard of may be a subresource of tomorrow: reading the plain resource instead does no
+        # harm, writing it would.
+        if not value and row.access > Access.READ and name not in _HARMLESS_FLAGS:
+            raise _not_implemented(request.method, name)
+
+
+_HARMLESS_FLAGS = frozenset({"", "x-id", "encoding-type", "prefix", "delimiter"})
+
+
+def _not_implemented(method: str, name: str) -> S3Error:
+    return S3Error("NotImplemented", f"{method} ?{name} is not implemented here", fields=[("Query", name)])

@@ -1,0 +1,123 @@
+"""The S3 API as one handler: request id, route, authenticate, authorise, run, render errors; then count and log.
+
+Upstream: ``s3api.http.Server`` calls it with a Request and sends its Response; ``observe`` hears how the answer went,
+``render_error`` words what never became a request. Downstream: the operations of s3api/routes.py.
+Always holds: an operation runs only for a verified, authorised user; no exception but a vanished peer leaves the handler; no
+secret, signature or traceback reaches an answer or a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from ingest.counters import ERROR_CLASSES, S3_OPERATIONS, Counters
+from ingest.ports import FrameHost
+from ingest.stream_types import DataPlane
+from s3api.auth import grants
+from s3api.auth.sigv4 import SigV4
+from s3api.auth.users import UserStore
+from s3api.call import Buckets, Call, Node, ServiceSettings
+from s3api.errors import S3Error, render, translated
+from s3api.http.message import HttpError, Request, Response
+from s3api.routes import Over, Route, Target, route, target_of
+
+_log = logging.getLogger(__name__)
+_access_log = logging.getLogger("s3api.access")
+
+
+class S3Service:
+    """One worker's S3. ``clock`` gives seconds since the epoch; signatures are judged by it."""
+
+    def __init__(
+        self,
+        data: DataPlane,
+        users: UserStore,
+        counters: Counters,
+        settings: ServiceSettings | None = None,
+        kernels: FrameHost | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings or ServiceSettings()
+        self._clock = clock
+        self._auth = SigV4(users)
+        self._node = Node(data, Buckets(data.catalog), self._settings, kernels, clock)
+        self._requests = {name: counters.cell("hiss_http_requests_total", name) for name in S3_OPERATIONS}
+        self._seconds = {name: counters.histogram("hiss_http_request_seconds", name) for name in S3_OPERATIONS}
+        self._errors = {name: counters.cell("hiss_http_errors_total", name) for name in ERROR_CLASSES}
+
+    async def __call__(self, request: Request) -> Response:
+        user_id = ""
+        try:
+            target = target_of(request, self._settings.domains, self._settings.limits.key_bytes)
+            row = route(request, target.level)
+            request.scope["operation"] = row.name
+            signed = await self._auth.verify(request, self._clock())
+            call = Call(request, self._node, signed, target.bucket, target.key)
+            user_id = request.scope["user"] = call.user.user_id
+            _authorise(call, row, target)
+            response = await row.run(call)
+        except ConnectionResetError:
+            raise
+        except Exception as error:
+            response = self._refused(request, error, user_id)
+        response.headers += (("x-amz-request-id", request.request_id), ("x-amz-id-2", self._settings.host_id))
+        return response
+
+    def _refused(self, request: Request, error: Exception, user_id: str) -> Response:
+        refusal = translated(error, user_id=user_id)
+        if refusal.kind == "server":
+            # The cause stays here, under the id that the client was given.
+            _log.error("request %s: %s %s", request.request_id, request.method, request.path, exc_info=error)
+        request.scope["error_class"] = refusal.kind
+        request.scope["error_code"] = refusal.code
+        return self._rendered(refusal, request.path, request.request_id)
+
+    def _rendered(self, refusal: S3Error, resource: str, request_id: str) -> Response:
+        headers, body = render(refusal, resource=resource, request_id=request_id, host_id=self._settings.host_id)
+        return Response(refusal.status, headers, body, close=refusal.close)
+
+    def render_error(self, request: Request | None, error: HttpError) -> Response:
+        """The answer to what the connection refused by itself; for ``Server(render_error=…)``."""
+        refusal = translated(error)
+        if request is None:
+            return self._rendered(refusal, "", "")
+        request.scope["error_class"] = refusal.kind
+        return self._rendered(refusal, request.path, request.request_id)
+
+    def observe(self, request: Request, status: int, sent_bytes: int, elapsed_ns: int) -> None:
+        """Count and log one answered request; for ``Server(observe=…)``. ``status`` 0: the peer left before."""
+        name = str(request.scope.get("operation", "Other"))
+        counted = name if name in self._requests else "Other"
+        self._requests[counted].add()
+        self._seconds[counted].observe(elapsed_ns / 1e9)
+        error_class = request.scope.get("error_class")
+        if error_class is not None:
+            self._errors[str(error_class)].add()
+        if _access_log.isEnabledFor(logging.INFO):
+            _access_log.info(
+                "%s %s %s %s %d %s received=%s sent=%d ms=%.1f id=%s",
+                request.peer,
+                request.scope.get("user", "-"),
+                name,
+                request.path,
+                status,
+                request.scope.get("error_code", "-"),
+                request.headers.get("x-amz-decoded-content-length") or request.headers.get("content-length", "-"),
+                sent_bytes,
+                elapsed_ns / 1e6,
+                request.request_id,
+            )
+
+
+def _authorise(call: Call, row: Route, target: Target) -> None:
+    """Raises AccessDenied; before the bucket is even looked for, so that nobody learns of buckets of others."""
+    if row.over is Over.KEY:
+        call.authorise(row.access, target.bucket, target.key)
+    elif row.over is Over.BUCKET:
+        call.authorise(row.access, target.bucket)
+    elif row.over is Over.PREFIX:
+        call.authorise(row.access, target.bucket, (call.request.arg("prefix") or "").encode())
+    elif row.over is Over.ANYTHING and not grants.sees(call.user, target.bucket):
+        raise S3Error("AccessDenied")
