@@ -18,9 +18,8 @@ class DrainLimits:
     """Bytes in flight are at most two chunks an object: one from the source, one read back."""
     rate_bytes_per_s: float | None = None
     """Bytes written to the target; None is as fast as it goes."""
-    lease_s: float = 60.0
+    lease_s: float = 15.0
     """A dead drain's objects are claimed again after this long. Longer work is safe: claiming again renews it."""
-    settle_timeout_s: float = 30.0
     poll_s: float = 0.25
     """Between two looks at an empty queue."""
     retry_first_s: float = 1.0
@@ -49,7 +48,7 @@ class DrainLimits:
             "0 < evict_low < evict_high <= 1": 0 < self.evict_low < self.evict_high <= 1,
             "0 < retry_first_s <= retry_cap_s": 0 < self.retry_first_s <= self.retry_cap_s,
             "snapshots_kept from 1": self.snapshots_kept >= 1,
-            "times above 0": min(self.lease_s, self.poll_s, self.settle_timeout_s, self.sweep_objects_per_s) > 0,
+            "times above 0": min(self.lease_s, self.poll_s, self.sweep_objects_per_s) > 0,
         }
         for rule, holds in checks.items():
             if not holds:

@@ -1,11 +1,11 @@
 """The contract of an archive target, and the errors a target may raise.
 
 A copy goes through ``stage`` (written under a name nobody reads, durable), ``read_back`` (what really lies there, past
-every cache), ``publish`` (it appears under its own name, whole, durably) and ``recorded`` (the catalogue knows it;
-until then ``unrecorded`` remembers it over crashes). ``discard`` ends a copy that is not published.
+every cache) and ``publish`` (it appears under its own name, whole, durably); ``discard`` ends one that is not published.
 
-Always true of a target: a published name only ever shows a whole file that was staged; a file the target did not
-publish is neither replaced nor removed; nothing outside its root is touched, whatever symbolic links lie inside.
+Always true of a target: a published name only ever shows a whole file that was staged; a key has one published file,
+that of its last publication; a file the target did not publish is neither replaced nor removed; nothing outside its root
+is touched, whatever symbolic links lie inside.
 """
 
 from __future__ import annotations
@@ -120,20 +120,17 @@ class Target(Protocol):
         """The staged bytes as the device holds them, in views of up to ``size_bytes``, each valid until the next."""
         ...
 
-    async def publish(self, staged: Staged) -> str:
-        """Show the copy under its name, replacing an earlier one of ours; durable on return. Returns the path."""
-        ...
-
-    async def recorded(self, object_id: bytes) -> None:
-        """The catalogue and the published names agree about this version; forget its publication."""
-        ...
-
-    async def unrecorded(self) -> Sequence[tuple[bytes, str]]:
-        """(object id, path) of publications that ``recorded`` never confirmed, also those of dead drains."""
+    async def publish(self, staged: Staged, *, only_at: str | None = None) -> str:
+        """Show the copy under the first of ``paths`` that is free or ours (under ``only_at`` alone, if given), in place
+        of whatever was published for this key before; durable on return. Returns the path. NameBlocked if none is."""
         ...
 
     async def discard(self, staged: Staged) -> None:
         """Remove a copy that is not published; nothing happens when it is gone already."""
+        ...
+
+    def paths(self, bucket: str, key: bytes) -> Sequence[str]:
+        """Every path a version of this key may be published at."""
         ...
 
     async def find(self, path: str) -> Published | None:

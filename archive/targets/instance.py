@@ -1,8 +1,8 @@
 """One living drain at a POSIX archive: its folder for unfinished work, and what the file system there is able to do.
 
-In: a descriptor of the archive's root. Out: ``folder_fd`` (same file system as the root), the publications that no
-drain has recorded, ``Abilities``. Always true: a folder is cleared only when the lock of the drain that made it is
-free, i.e. that drain is dead, on this host or (where the file system has cluster-wide locks) on another.
+In: a descriptor of the archive's root. Out: ``folder_fd`` (on the same file system as the root) and ``Abilities``. Always
+true: a folder is cleared only when the lock of the drain that made it is free, i.e. that drain is dead, on this host or
+(where the file system has cluster-wide locks) on another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ P = ParamSpec("P")
 log = logging.getLogger(__name__)
 
 _PRIVATE = FileRights(0o600)
-_SUFFIX = ".publish"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,46 +47,29 @@ class Abilities:
 
 
 class Instance:
-    """OSError when the file system refuses. ``close`` keeps the folder if publications in it are still unrecorded."""
+    """OSError when the file system refuses."""
 
     def __init__(self, root_fd: int) -> None:
-        with files.closing(_private_folder(root_fd, ".hiss-tmp")) as tmp:
-            self._tmp = os.dup(tmp)
-        try:
+        with contextlib.ExitStack() as undo:
+            self._tmp = _private_folder(root_fd, ".hiss-tmp")
+            undo.callback(os.close, self._tmp)
             self._name, self.folder_fd, self._lock_fd = _locked_folder(self._tmp)
+            undo.callback(os.close, self.folder_fd)
+            undo.callback(os.close, self._lock_fd)
             self.abilities = self._probe()
-            self._adopt()
-        except BaseException:
-            os.close(self._tmp)
-            raise
+            self._clear_dead()
+            undo.pop_all()
 
     def close(self) -> None:
-        unfinished = [name for name in os.listdir(self.folder_fd) if name != "lock"]
-        if not unfinished:
+        try:
             _remove_folder(self._tmp, self._name)
-        for fd in (self._lock_fd, self.folder_fd, self._tmp):
-            os.close(fd)
-
-    # -- publications under way
-    def intend(self, object_id: bytes, path: str) -> None:
-        self.forget(object_id)
-        os.symlink(path, object_id.hex() + _SUFFIX, dir_fd=self.folder_fd)
-
-    def forget(self, object_id: bytes) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(object_id.hex() + _SUFFIX, dir_fd=self.folder_fd)
-
-    def intended(self) -> list[tuple[bytes, str]]:
-        found = []
-        for name in os.listdir(self.folder_fd):
-            if name.endswith(_SUFFIX):
-                with contextlib.suppress(FileNotFoundError, ValueError):
-                    found.append((bytes.fromhex(name.removesuffix(_SUFFIX)), os.readlink(name, dir_fd=self.folder_fd)))
-        return found
+        finally:
+            for fd in (self._lock_fd, self.folder_fd, self._tmp):
+                os.close(fd)
 
     # -- dead drains
-    def _adopt(self) -> None:
-        """Remove what dead drains were writing; take over what they had published and not recorded."""
+    def _clear_dead(self) -> None:
+        """Remove what dead drains were writing."""
         for name in os.listdir(self._tmp):
             if name == self._name:
                 continue
@@ -97,16 +79,8 @@ class Instance:
                     if lock is None:
                         continue
                     with files.closing(lock):
-                        self._take(folder)
                         _remove_folder(self._tmp, name)
                 log.info("cleared what a dead drain left in .hiss-tmp/%s", name)
-
-    def _take(self, folder: int) -> None:
-        for name in os.listdir(folder):
-            if name.endswith(_SUFFIX):
-                os.rename(name, name, src_dir_fd=folder, dst_dir_fd=self.folder_fd)
-            elif name != "lock":
-                os.unlink(name, dir_fd=folder)
 
     # -- what works here
     def _probe(self) -> Abilities:
@@ -188,5 +162,6 @@ def _try_lock(lock: int) -> bool:
 
 def _remove_folder(tmp: int, name: str) -> None:
     with files.closing(files.open_folder(tmp, name)) as folder:
-        os.unlink("lock", dir_fd=folder)
+        for unfinished in os.listdir(folder):
+            os.unlink(unfinished, dir_fd=folder)
     os.rmdir(name, dir_fd=tmp)

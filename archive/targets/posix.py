@@ -4,15 +4,11 @@
     ROOT/.hiss/snapshots/                      copies of the catalogue's snapshots
     ROOT/.hiss-tmp/<instance>/lock             held by a living drain (flock); the folder of a dead one is cleared
     ROOT/.hiss-tmp/<instance>/*.part           copies being written
-    ROOT/.hiss-tmp/<instance>/*.publish        a symbolic link made before a rename: its text is the published path
 
 Always true: a file is whole, flushed and has its owner, group, mode and time before it gets its name; the name and
 every new folder above it are flushed before ``publish`` returns. Files carry their object id as an extended attribute
 where the file system has those, so that no file of anybody else is ever replaced or removed. Folders are opened one
 below the other without following links, so a link planted in the archive leads nowhere.
-
-The ``.publish`` link is not flushed by itself: file systems that order their metadata (ext4, XFS, GPFS, NFS servers)
-cannot show the rename without it. Elsewhere, power lost within that moment costs an orphan file, never a lost one.
 """
 
 from __future__ import annotations
@@ -133,17 +129,24 @@ class PosixTarget:
             os.unlink(token, dir_fd=self._opened.folder_fd)
 
     # -- publication
-    async def publish(self, staged: Staged) -> str:
-        return await self._call(f"publishing {_display(staged.record)}", self._publish, staged)
+    def paths(self, bucket: str, key: bytes) -> Sequence[str]:
+        return keymap.paths(bucket, key, portable=self.abilities.folds_names)
 
-    def _publish(self, staged: Staged) -> str:
+    async def publish(self, staged: Staged, *, only_at: str | None = None) -> str:
+        return await self._call(f"publishing {_display(staged.record)}", self._publish, staged, only_at)
+
+    def _publish(self, staged: Staged, only_at: str | None) -> str:
         record = staged.record
-        candidates = keymap.paths(record.bucket, record.key, portable=self.abilities.folds_names)
+        every = self.paths(record.bucket, record.key)
+        candidates = every if only_at is None else (only_at,)
         for path in candidates:
             try:
                 self._publish_at(path, staged)
             except files.Blocked:
                 continue
+            for other in every:
+                if other != path:
+                    self._remove(other, None)
             return path
         raise NameBlocked(
             f"publishing {_display(record)}: {' and '.join(candidates)} are taken by files, links or folders that the "
@@ -155,7 +158,6 @@ class PosixTarget:
         for attempt in range(3):
             with files.closing(self._walk(above, staged.rights)) as folder:
                 self._check_leaf(folder, leaf)
-                self._opened.intend(staged.record.object_id, path)
                 try:
                     os.rename(staged.token, leaf, src_dir_fd=self._opened.folder_fd, dst_dir_fd=folder)
                 except OSError as error:
@@ -176,12 +178,6 @@ class PosixTarget:
             return
         if not stat.S_ISREG(there.st_mode) or (self.abilities.marks and files.mark_of(folder, leaf) is None):
             raise files.Blocked(errno.EEXIST, "not a file of the gateway", leaf)
-
-    async def recorded(self, object_id: bytes) -> None:
-        await self._call("forgetting a publication", self._opened.forget, object_id)
-
-    async def unrecorded(self) -> Sequence[tuple[bytes, str]]:
-        return await self._call("listing unrecorded publications", self._opened.intended)
 
     # -- published files
     async def find(self, path: str) -> Published | None:

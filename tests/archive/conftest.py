@@ -38,7 +38,9 @@ class Archive:
     stored: Callable[[], dict[str, bytes]]
     """Published path -> bytes."""
     unfinished: Callable[[], list[str]]
-    """Names of staged copies and unrecorded publications."""
+    """Names of staged copies."""
+    dead_copy: Callable[[bytes], str]
+    """Leave a staged copy as a killed drain does; returns its name."""
     plant: Callable[[str, bytes], None]
     """Put somebody else's file there."""
 
@@ -56,15 +58,22 @@ async def archive(request: pytest.FixtureRequest, tmp_path: Path, threads: IoThr
         return {name: path.read_bytes() for name, path in relative.items() if not name.startswith(".hiss")}
 
     def unfinished() -> list[str]:
-        return [path.name for path in (root / ".hiss-tmp").rglob("*.p*")]
+        return [path.name for path in (root / ".hiss-tmp").rglob("*.part")]
 
     def plant(path: str, body: bytes) -> None:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(body)
 
+    def dead_copy(body: bytes) -> str:
+        folder = root / ".hiss-tmp/dead"
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "00ff.part").write_bytes(body)
+        return "00ff.part"
+
     target = make()
     await target.open()
-    yield Archive(target, make, stored, unfinished, plant)
+    yield Archive(target, make, stored, unfinished, dead_copy, plant)
     await target.close()
 
 

@@ -19,9 +19,7 @@ async def joined(chunks: AsyncIterator[memoryview]) -> bytes:
 
 async def publish(target: Target, version) -> str:
     staged = await target.stage(version.record, RIGHTS, version.chunks())
-    path = await target.publish(staged)
-    await target.recorded(version.record.object_id)
-    return path
+    return await target.publish(staged)
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 4095, 4096, 4097, 1 << 20, (9 << 20) + 13])
@@ -141,26 +139,36 @@ async def test_reading_what_is_not_there_says_so(archive, path) -> None:
     assert await archive.target.find(path) is None
 
 
-async def test_a_publication_is_remembered_until_it_is_recorded(archive, version) -> None:
-    one = version(b"scan/1")
-    path = await archive.target.publish(await archive.target.stage(one.record, RIGHTS, one.chunks()))
-    assert await archive.target.unrecorded() == [(one.record.object_id, path)]
-    await archive.target.recorded(one.record.object_id)
-    assert await archive.target.unrecorded() == []
+async def test_a_new_version_under_another_name_takes_the_place_of_the_old_one(archive, version) -> None:
+    below, first, second = version(b"a/b"), version(b"a"), version(b"a")
+    path = await publish(archive.target, below)
+    assert await publish(archive.target, first) == "mx-2026/%f-a"
+    await archive.target.remove(path, None)
+    assert await publish(archive.target, second) == "mx-2026/a"
+    assert archive.stored() == {"mx-2026/a": second.body}
 
 
-async def test_a_restart_clears_staged_copies_and_takes_over_publications(archive, version) -> None:
+async def test_publishing_only_at_one_path_does_not_look_for_another(archive, version) -> None:
+    await publish(archive.target, version(b"a/b"))
+    staged = await archive.target.stage((one := version(b"a")).record, RIGHTS, one.chunks())
+    with pytest.raises(NameBlocked):
+        await archive.target.publish(staged, only_at="mx-2026/a")
+    assert await archive.target.publish(staged, only_at="mx-2026/%f-a") == "mx-2026/%f-a"
+    assert list(archive.target.paths("mx-2026", b"a")) == ["mx-2026/a", "mx-2026/%f-a"]
+
+
+async def test_a_restart_clears_what_a_dead_drain_staged(archive, version) -> None:
     staged, published = version(b"staged"), version(b"published")
+    path = await publish(archive.target, published)
+    leave_unfinished = archive.dead_copy(b"half a copy")
+    assert leave_unfinished in archive.unfinished()
     await archive.target.stage(staged.record, RIGHTS, staged.chunks())
-    path = await archive.target.publish(await archive.target.stage(published.record, RIGHTS, published.chunks()))
-    await archive.target.close()
     successor = archive.again()
     await successor.open()
+    assert leave_unfinished not in archive.unfinished()
+    assert len(archive.unfinished()) == 1
     assert archive.stored() == {path: published.body}
-    assert [name for name in archive.unfinished() if name.endswith(".part")] == []
-    assert await successor.unrecorded() == [(published.record.object_id, path)]
     await successor.close()
-    await archive.target.open()
 
 
 async def test_two_living_drains_leave_each_other_alone(archive, version) -> None:
@@ -169,7 +177,6 @@ async def test_two_living_drains_leave_each_other_alone(archive, version) -> Non
     other = archive.again()
     await other.open()
     path = await archive.target.publish(staged)
-    assert await other.unrecorded() == []
     assert archive.stored() == {path: one.body}
     await other.close()
 

@@ -1,0 +1,130 @@
+"""Keeps the archive's names and the catalogue's word for them the same, whoever died or was late.
+
+In: the catalogue's tombstones, a publication the catalogue did not want, the records of archived versions. Out: files
+removed or published anew, tombstones confirmed; every repair is counted and logged. Always true: the catalogue decides; a
+file is removed only while its key is held and no version claims it; what cannot be repaired is named in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from archive.copier import Copier
+from archive.keylocks import KeyLocks
+from archive.pace import DrainLimits
+from archive.targets.base import FileRights, Target, TargetError
+from ingest import bucket_settings
+from ingest.counters import Counters
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.ports import Catalog
+from ingest.records import ObjectRecord, ObjectState
+
+log = logging.getLogger(__name__)
+
+_PAGE_OBJECTS = 250
+
+
+def key_text(record: ObjectRecord) -> str:
+    return f"{record.bucket}/{record.key.decode('utf-8', 'backslashreplace')}"
+
+
+class Reconciler:
+    def __init__(
+        self,
+        catalog: Catalog,
+        target: Target,
+        copier: Copier,
+        keys: KeyLocks,
+        counters: Counters,
+        limits: DrainLimits,
+    ) -> None:
+        self._catalog = catalog
+        self._target = target
+        self._copier = copier
+        self._keys = keys
+        self._limits = limits
+        self._repairs = counters.cell("hiss_reconciler_repairs_total")
+        self._verify_failures = counters.cell("hiss_drain_verify_failures_total")
+
+    async def withdraw(self, record: ObjectRecord, path: str) -> None:
+        """The version was deleted or replaced while its copy was being published: take the copy back. The caller
+        holds the key."""
+        if await self._target.remove(path, record.object_id):
+            self._repairs.add()
+            log.info("took back %s, published after its version was deleted or replaced", path)
+
+    async def carry_out_deletes(self) -> None:
+        """Remove the archive copies of deleted versions and confirm it to the catalogue."""
+        batch = self._limits.tombstone_batch_objects
+        for tombstone, path, bucket, key in await self._catalog.pending_archive_deletes(batch):
+            async with self._keys.hold(bucket, key):
+                # A new version of the key took the tombstone over: its own publication replaces the file.
+                if await self._current(bucket, key) is None:
+                    # A delete during a drain does not know the path, so every path the key may have is looked at.
+                    for name in {path, *self._target.paths(bucket, key)} - {""}:
+                        await self._target.remove(name, None)
+                await self._catalog.archive_deleted(tombstone)
+
+    async def _current(self, bucket: str, key: bytes) -> ObjectRecord | None:
+        try:
+            return await self._catalog.head(bucket, key)
+        except (NoSuchKey, NoSuchBucket):
+            return None
+
+    async def sweep(self, stop: asyncio.Event) -> None:
+        """Compare every archived version with what its path shows; repair what differs."""
+        for bucket in await self._catalog.buckets():
+            after, more = b"", True
+            while more and not stop.is_set():
+                try:
+                    rows, more = await self._catalog.list_objects(bucket.name, after=after, limit=_PAGE_OBJECTS)
+                except NoSuchBucket:
+                    break
+                for row in rows:
+                    after = row.key
+                    if row.record is not None and row.record.archive is not None:
+                        await self._look_at(row.record)
+                # A sweep of millions of names must not be what the archive's metadata server is busy with.
+                await asyncio.sleep(len(rows) / self._limits.sweep_objects_per_s)
+
+    async def _look_at(self, listed: ObjectRecord) -> None:
+        if await self._shows(listed):
+            return
+        async with self._keys.hold(listed.bucket, listed.key):
+            try:
+                record = await self._catalog.by_id(listed.object_id)
+                if not await self._shows(record):
+                    await self.settle(record)
+            except (NoSuchKey, NoSuchBucket, StaleVersion):
+                return
+            except (TargetError, IngestError, bucket_settings.BadSetting) as error:
+                log.error("cannot repair the archive copy of %s: %s", key_text(listed), error)
+
+    async def _shows(self, record: ObjectRecord) -> bool:
+        """Whether the recorded path shows this version. Versions on other targets are not this one's business."""
+        copy = record.archive
+        if copy is None or copy.target != self._target.name:
+            return True
+        found = await self._target.find(copy.path)
+        if found is None or found.length != record.stored_length:
+            return False
+        return found.object_id is None or found.object_id == record.object_id
+
+    async def settle(self, record: ObjectRecord) -> None:
+        """Publish the buffered copy once more where the catalogue says it is. The caller holds the key."""
+        copy = record.archive
+        if copy is None:
+            return
+        if record.state is not ObjectState.ARCHIVED or not (record.extents or record.length == 0):
+            self._verify_failures.add()
+            log.error(
+                "the archive copy of %s at %s is missing or is another file, and no buffered copy is left",
+                key_text(record), copy.path,
+            )  # fmt: skip
+            return
+        bucket = await self._catalog.bucket(record.bucket)
+        rights = FileRights.of(bucket_settings.parse(bucket.tags))
+        await self._copier.copy(record, rights, only_at=copy.path)
+        self._repairs.add()
+        log.warning("published %s anew at %s, where it was missing or another file", key_text(record), copy.path)
