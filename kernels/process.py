@@ -184,7 +184,7 @@ async def _connect(path: str) -> socket.socket:
     control.setblocking(False)
     try:
         async with asyncio.timeout(FORK_TIMEOUT_S):
-            while not _connected(control, path):
+            while not _connected(control, path):  # noqa: ASYNC110  # another process's state: only asking tells
                 await asyncio.sleep(CONNECT_RETRY_S)
     except TimeoutError:
         control.close()

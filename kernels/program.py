@@ -26,7 +26,6 @@ from numba.core import types as numba_types
 from kernels.contract import DROP, KEEP, VERDICTS, Kernel
 from kernels.wire import BAD_VERDICT
 
-_OPTIONS = {"boundscheck": True, "error_model": "numpy"}
 MAX_REASON_CHARS = 400
 
 
@@ -46,6 +45,14 @@ class Feedback(NamedTuple):
     entries: npt.NDArray[np.void]
 
 
+def _jit(function: Callable[..., Any]) -> Any:
+    return numba.njit(function, boundscheck=True, error_model="numpy")
+
+
+def _type_of(value: object) -> Any:
+    return numba.typeof(value)  # type: ignore[no-untyped-call]
+
+
 def _emit(feedback, code, value):  # type: ignore[no-untyped-def]  # compiled: numba infers
     n = feedback.counters[1]
     if n < feedback.entries.size:
@@ -57,7 +64,7 @@ def _emit(feedback, code, value):  # type: ignore[no-untyped-def]  # compiled: n
         feedback.counters[2] += 1
 
 
-emit = numba.njit(_emit, **_OPTIONS)
+emit = _jit(_emit)
 
 
 def _driver(judge: Any) -> Any:
@@ -71,7 +78,7 @@ def _driver(judge: Any) -> Any:
             verdict = judge(frames[i], params, state, first_frame + i, None, feedback)
             verdicts[i] = verdict if verdict in (drop, keep) else bad_verdict
 
-    return numba.njit(drive, **_OPTIONS)
+    return _jit(drive)
 
 
 class Program:
@@ -99,14 +106,14 @@ class Program:
         """Compile for read-only C-contiguous frames and return ``drive``; raises NotCompiled."""
         frame = self._functions["frame"]
         frames = np.ndarray((0, *shape), dtype, b"")
-        one = numba.typeof(frames).copy(ndim=len(shape))
+        one = _type_of(frames).copy(ndim=len(shape))
         signature = (
             one,
-            numba.typeof(params),
-            numba.typeof(state),
+            _type_of(params),
+            _type_of(state),
             numba_types.int64,
             numba_types.none,
-            numba.typeof(feedback),
+            _type_of(feedback),
         )
         first_line = frame.py_func.__code__.co_firstlineno
         try:
@@ -144,7 +151,7 @@ def _load(kernel: Kernel) -> dict[str, Any]:
         raise NotCompiled(_line_of(error, kernel.file), f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]) from None
     for name, value in list(namespace.items()):
         if isinstance(value, types.FunctionType) and value.__code__.co_filename == kernel.file:
-            namespace[name] = numba.njit(value, **_OPTIONS)
+            namespace[name] = _jit(value)
     if not hasattr(namespace.get("frame"), "py_func"):
         raise NotCompiled(1, "there is no function frame()")
     return namespace

@@ -10,7 +10,7 @@ import encodings.idna  # noqa: F401  # loaded lazily by the socket module
 import hashlib
 
 import numpy as np
-import numpy.fft  # noqa: F401  # loaded lazily by numba's registry
+import numpy.fft  # loaded lazily by numba's registry
 
 from kernels.contract import Kernel, ParamSpec, StateSpec
 from kernels.program import Feedback, NotCompiled, Program

@@ -3,7 +3,8 @@
 Freshly started by the supervisor, never a fork of a process that holds secrets: it has numba loaded and warm, so that a
 sandbox is a fork of milliseconds instead of a start of seconds. This file is its beginning: a clean environment (thread
 counts must stand before numpy is imported, so nothing but the standard library is imported above), the socket, the
-warm-up; kernels/forkserver.py is the rest of its life. It logs ``ready`` to stderr and answers from then on.
+warm-up; kernels/forkserver.py is the rest of its life. It says ``ready`` (to stderr, and to ``--ready-fd``) and
+answers from then on.
 
 The zygote dies with the thread that started it (PDEATHSIG: start it from a long-lived one). As root, every live child has
 a user id of its own, ``--uid-base`` + n with n below ``--max-children``: keep that range free of real users. As an
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parent", type=int, default=0, help="process id this one must not outlive")
     parser.add_argument("--max-children", type=int, default=DEFAULT_MAX_CHILDREN)
     parser.add_argument("--uid-base", type=int, default=DEFAULT_UID_BASE, help="first user id of children, as root")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that is told R once it answers")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = options.socket.absolute()
@@ -79,6 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     gc.collect()
     gc.freeze()
     log.info("ready, %d children at most", options.max_children)
+    if options.ready_fd >= 0:
+        os.write(options.ready_fd, b"R")
+        os.close(options.ready_fd)
     forkserver.ForkServer(listener, options.max_children, options.uid_base).serve()
 
 
