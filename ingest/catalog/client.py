@@ -1,0 +1,474 @@
+"""The catalogue as every process sees it: implements ``ingest.ports.Catalog``.
+
+Mutations go over the socket to the catalogue process; reads go straight to SQLite, point look-ups in the calling thread
+(about 50 µs), lists and scans in a thread of their own.
+
+What always holds: a call that returned is durable and visible to every process; a call without an answer is sent again on
+the next connection, which is safe (see wire.py), until its time is up, and then raises CatalogUnavailable: outcome unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from ingest.catalog import rows, wire
+from ingest.catalog.generation import GenerationFile
+from ingest.catalog.reader import Reader
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
+from ingest.paths import NodePaths, socket_address
+from ingest.records import (
+    ArchiveCopy,
+    BucketRecord,
+    CommitObject,
+    CommitPart,
+    CompleteUpload,
+    Deleted,
+    DeleteObject,
+    DrainCounts,
+    Extent,
+    FrameLedger,
+    FreedExtents,
+    ListedObject,
+    ObjectRecord,
+    PartRecord,
+    ReductionJob,
+    SegmentUse,
+    SettleRequest,
+    UploadRecord,
+    UserRecord,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PushHandler = Callable[[FreedExtents | SettleRequest], Awaitable[None]]
+
+CALL_TIMEOUT_S = 30.0
+"""How long an unanswered call is sent again before the outcome is given up as unknown."""
+RECONNECT_FIRST_S, RECONNECT_LAST_S = 0.01, 1.0
+SETTLE_GRACE_S = 5.0
+
+_record = msgspec.msgpack.Decoder(ObjectRecord).decode
+_records = msgspec.msgpack.Decoder(list[ObjectRecord]).decode
+_part = msgspec.msgpack.Decoder(PartRecord).decode
+_bucket = msgspec.msgpack.Decoder(BucketRecord).decode
+_deleted = msgspec.msgpack.Decoder(Deleted).decode
+_text = msgspec.msgpack.Decoder(str).decode
+_nothing = msgspec.msgpack.Decoder(None).decode
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Pending:
+    frame: bytes
+    answer: asyncio.Future[msgspec.Raw]
+    sent_again: bool = False
+
+
+class _Wire(asyncio.Protocol):
+    """The socket: frames in to the client, frames out gathered to one write for each turn of the loop."""
+
+    def __init__(self, client: CatalogClient) -> None:
+        self._client = client
+        self._frames = wire.Frames()
+        self._transport: asyncio.Transport | None = None
+        self._out: list[bytes] = []
+        self.answered = False
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not inherit
+
+    def data_received(self, data: bytes) -> None:
+        self.answered = True
+        for payload in self._frames.feed(data):
+            self._client.received(wire.decode_from_server(payload))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._transport = None
+        self.lost.set()
+
+    def send(self, frame: bytes) -> None:
+        if not self._out:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._out.append(frame)
+
+    def _flush(self) -> None:
+        if self._transport is not None:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class _Readers:
+    """One read-only connection for each thread, opened anew when the database file was replaced."""
+
+    def __init__(self, paths: NodePaths, node: int) -> None:
+        self._paths = paths
+        self._node = node
+        self._local = threading.local()
+        self._generation: GenerationFile | None = None
+        self._open: list[Reader] = []
+
+    def generation(self) -> GenerationFile:
+        if self._generation is None:
+            try:
+                self._generation = GenerationFile(self._paths.run / "generation")
+            except OSError as error:
+                raise CatalogUnavailable("the catalogue process has not started here yet") from error
+        return self._generation
+
+    def read(self, look: Callable[[Reader], T]) -> T:
+        """Raises what ``look`` raises; SQLite's own troubles become StorageFailed or CatalogUnavailable."""
+        try:
+            return look(self._reader())
+        except sqlite3.Error as error:
+            self._forget()
+            logger.warning("a catalogue read failed and is tried again: %s", error)
+        try:
+            return look(self._reader())
+        except sqlite3.Error as error:
+            self._forget()
+            raise StorageFailed(f"catalogue: {error}") from error
+
+    def _reader(self) -> Reader:
+        incarnation = self.generation().incarnation()
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is not None and self._local.incarnation == incarnation:
+            return reader
+        self._forget()
+        reader = Reader(rows.connect(self._paths.catalogue, read_only=True), self._node)
+        self._local.reader, self._local.incarnation = reader, incarnation
+        self._open.append(reader)
+        return reader
+
+    def _forget(self) -> None:
+        reader: Reader | None = getattr(self._local, "reader", None)
+        if reader is not None:
+            self._open.remove(reader)
+            self._local.reader = None
+            reader.close()
+
+    def close(self) -> None:
+        for reader in self._open:
+            reader.close()
+        self._open.clear()
+        if self._generation is not None:
+            self._generation.close()
+            self._generation = None
+
+
+class CatalogClient:
+    """``slot``: the segment slot this process owns, None for a process without one. Use as an async context manager."""
+
+    def __init__(
+        self, paths: NodePaths, *, slot: int | None = None, node: int = 0, timeout_s: float = CALL_TIMEOUT_S
+    ) -> None:
+        self._paths = paths
+        self._slot = slot
+        # A later process of the same slot must win over an earlier one, also across a restart of the catalogue process.
+        # The clock does not step back while the machine runs, and no socket outlives the machine.
+        self._epoch = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._timeout_s = timeout_s
+        self._pending: dict[int, _Pending] = {}
+        self._last_id = 0
+        self._wire: _Wire | None = None
+        self._fenced = False
+        self._closed = False
+        self._connected = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._pusher: asyncio.Task[None] | None = None
+        self._pushes: asyncio.Queue[FreedExtents | SettleRequest] = asyncio.Queue()
+        self._handlers: list[PushHandler] = []
+        self._readers = _Readers(paths, node)
+        self._thread = ThreadPoolExecutor(1, "catalogue-reads")
+
+    async def __aenter__(self) -> CatalogClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """Start keeping a connection; returns once there is one. Raises CatalogUnavailable after the call timeout."""
+        self._keeper = asyncio.create_task(self._keep_connected())
+        self._pusher = asyncio.create_task(self._deliver())
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._connected.wait()
+        except TimeoutError:
+            await self.close()
+            raise CatalogUnavailable(f"no catalogue process answers at {self._paths.catalogue_socket}") from None
+
+    async def close(self) -> None:
+        self._closed = True
+        for task in (self._keeper, self._pusher):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        if self._wire is not None:
+            self._wire.close()
+            await self._wire.lost.wait()
+        for pending in self._pending.values():
+            if not pending.answer.done():
+                pending.answer.set_exception(CatalogUnavailable("this process is closing its catalogue connection"))
+        self._pending.clear()
+        self._thread.shutdown()
+        self._readers.close()
+
+    def subscribe(self, handler: PushHandler) -> None:
+        """Receive pushes for the slot this client registered as, in order."""
+        self._handlers.append(handler)
+
+    def generation(self) -> int:
+        """Changes with every commit that changes buckets, users or kernels."""
+        return self._readers.generation().generation()
+
+    # -- connection
+    async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        pause_s = RECONNECT_FIRST_S
+        while True:
+            try:
+                address = socket_address(self._paths.catalogue_socket)
+                _, self._wire = await loop.create_unix_connection(lambda: _Wire(self), address)
+            except OSError:
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RECONNECT_LAST_S)
+                continue
+            self._wire.send(wire.frame(wire.Register(self._slot, self._epoch)))
+            for pending in self._pending.values():
+                pending.sent_again = True
+                self._wire.send(pending.frame)
+            self._connected.set()
+            await self._wire.lost.wait()
+            self._connected.clear()
+            pause_s = RECONNECT_FIRST_S if self._wire.answered else min(pause_s * 2, RECONNECT_LAST_S)
+            self._wire = None
+            logger.warning("the catalogue process is gone; connecting again")
+            await asyncio.sleep(pause_s)
+
+    def received(self, message: wire.Answer | wire.Push) -> None:
+        if isinstance(message, wire.Push):
+            for push in (message.freed, message.settle):
+                if push is not None:
+                    self._pushes.put_nowait(push)
+            return
+        pending = self._pending.pop(message.id, None)
+        if pending is None or pending.answer.done():
+            return
+        if message.error is None:
+            pending.answer.set_result(message.result)
+            return
+        error = wire.error_from(message.error)
+        self._fenced = self._fenced or isinstance(error, StaleEpoch)
+        pending.answer.set_exception(error)
+
+    async def _deliver(self) -> None:
+        while True:
+            push = await self._pushes.get()
+            for handler in self._handlers:
+                try:
+                    await handler(push)
+                except IngestError:
+                    logger.exception("a push from the catalogue could not be handled")
+
+    async def _call(
+        self, request: wire.Mutation | wire.Settle | wire.Snapshot, decode: Callable[[msgspec.Raw], T], **extra: Any
+    ) -> T:
+        """``already``: an error that, on a call that was sent again, says the first time had succeeded."""
+        if self._closed:
+            raise CatalogUnavailable("this process closed its catalogue connection")
+        if self._fenced:
+            raise StaleEpoch("this slot belongs to a newer process")
+        self._last_id += 1
+        call = self._last_id
+        loop = asyncio.get_running_loop()
+        pending = _Pending(wire.frame(wire.Call(call, request)), loop.create_future())
+        self._pending[call] = pending
+        if self._wire is not None:
+            self._wire.send(pending.frame)
+        timeout_s = extra.get("timeout_s", self._timeout_s)
+        timer = loop.call_later(timeout_s, self._expire, call, timeout_s)
+        try:
+            return decode(await pending.answer)
+        except extra.get("already", ()):
+            if pending.sent_again:
+                return decode(msgspec.Raw(wire.encode_value(None)))
+            raise
+        finally:
+            timer.cancel()
+            self._pending.pop(call, None)
+
+    def _expire(self, call: int, timeout_s: float) -> None:
+        pending = self._pending.pop(call, None)
+        if pending is not None and not pending.answer.done():
+            pending.answer.set_exception(
+                CatalogUnavailable(f"no answer from the catalogue process in {timeout_s:g} s: the outcome is unknown")
+            )
+
+    async def _scan(self, look: Callable[[Reader], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._readers.read, look)
+
+    # -- buckets and users
+    async def create_bucket(self, name: str, owner: str, region: str = "") -> BucketRecord:
+        record = BucketRecord(name, owner, time.time_ns(), region)
+        return await self._call(wire.CreateBucket(record), _bucket)
+
+    async def delete_bucket(self, name: str) -> None:
+        await self._call(wire.DeleteBucket(name), _nothing, already=NoSuchBucket)
+
+    async def set_bucket_tags(self, name: str, tags: Mapping[str, str]) -> BucketRecord:
+        return await self._call(wire.TagBucket(name, dict(tags)), _bucket)
+
+    async def bucket(self, name: str) -> BucketRecord:
+        return self._readers.read(lambda reader: reader.bucket(name))
+
+    async def buckets(self) -> Sequence[BucketRecord]:
+        return await self._scan(Reader.buckets)
+
+    async def put_user(self, user: UserRecord) -> None:
+        await self._call(wire.PutUser(user), _nothing)
+
+    async def users(self) -> Sequence[UserRecord]:
+        return await self._scan(Reader.users)
+
+    # -- objects
+    async def commit(self, request: CommitObject) -> ObjectRecord:
+        return await self._call(wire.Commit(request), _record)
+
+    async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]:
+        calls = (self._call(wire.Delete(request), _deleted) for request in requests)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        return [_deleted_or_error(result) for result in results]
+
+    async def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
+        return self._readers.read(lambda reader: reader.head(bucket, key, version_id))
+
+    async def by_id(self, object_id: bytes) -> ObjectRecord:
+        return self._readers.read(lambda reader: reader.by_id(object_id))
+
+    async def list_objects(
+        self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
+    ) -> tuple[Sequence[ListedObject], bool]:
+        """As the port says; the records of a listing come without ``parts``."""
+        return await self._scan(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
+
+    # -- multipart
+    async def create_upload(self, upload: UploadRecord) -> None:
+        await self._call(wire.CreateUpload(upload), _nothing)
+
+    async def upload(self, bucket: str, key: bytes, upload_id: str) -> UploadRecord:
+        return self._readers.read(lambda reader: reader.upload(bucket, key, upload_id))
+
+    async def uploads(
+        self, bucket: str, *, prefix: bytes = b"", after: tuple[bytes, str] = (b"", ""), limit: int = 1000
+    ) -> tuple[Sequence[UploadRecord], bool]:
+        return await self._scan(lambda reader: reader.uploads(bucket, prefix, after, limit))
+
+    async def commit_part(self, request: CommitPart) -> PartRecord:
+        return await self._call(wire.PutPart(request), _part)
+
+    async def parts(
+        self, bucket: str, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
+    ) -> tuple[Sequence[PartRecord], bool]:
+        return await self._scan(lambda reader: reader.parts(bucket, key, upload_id, after, limit))
+
+    async def complete_upload(self, request: CompleteUpload) -> ObjectRecord:
+        return await self._call(wire.Complete(request), _record)
+
+    async def abort_upload(self, bucket: str, key: bytes, upload_id: str) -> None:
+        await self._call(wire.AbortUpload(bucket, key, upload_id), _nothing, already=NoSuchUpload)
+
+    # -- life of the bytes
+    async def settled(self, object_ids: Sequence[bytes]) -> None:
+        """Ids of versions and of parts alike; ids that have gone meanwhile are passed over."""
+        await self._call(wire.MarkSettled(tuple(object_ids)), _nothing)
+
+    async def settle(self, object_id: bytes, timeout_s: float) -> ObjectRecord:
+        request = wire.Settle(object_id, timeout_s)
+        return await self._call(request, _record, timeout_s=timeout_s + SETTLE_GRACE_S)
+
+    async def unsettled(self, slot: int, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.unsettled(slot, limit))
+
+    async def amend_ledger(self, object_id: bytes, ledger: FrameLedger) -> None:
+        await self._call(wire.AmendLedger(object_id, ledger), _nothing)
+
+    async def claim_drain(self, limit: int, lease_s: float) -> Sequence[ObjectRecord]:
+        claim = int.from_bytes(secrets.token_bytes(8)) >> 1
+        return await self._call(wire.ClaimDrain(limit, int(lease_s * 1e9), claim), _records)
+
+    async def drained(self, object_id: bytes, copy: ArchiveCopy) -> ObjectRecord:
+        return await self._call(wire.MarkDrained(object_id, copy), _record)
+
+    async def drain_failed(self, object_id: bytes, error: str, retry_after_s: float) -> None:
+        await self._call(wire.FailDrain(object_id, error, int(retry_after_s * 1e9)), _nothing)
+
+    async def evictable(self, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.evictable(limit))
+
+    async def evicted(self, object_id: bytes) -> None:
+        await self._call(wire.MarkEvicted(object_id), _nothing)
+
+    async def request_recall(self, object_id: bytes) -> ObjectRecord:
+        return await self._call(wire.RequestRecall(object_id), _record)
+
+    async def recalls(self, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.recalls(limit))
+
+    async def recalled(self, object_id: bytes, extents: Sequence[Extent]) -> ObjectRecord:
+        return await self._call(wire.MarkRecalled(object_id, tuple(extents)), _record)
+
+    async def recall_failed(self, object_id: bytes, error: str) -> None:
+        await self._call(wire.FailRecall(object_id, error), _nothing)
+
+    async def relocate(self, object_id: bytes, old: Extent, new: Sequence[Extent]) -> None:
+        await self._call(wire.Relocate(object_id, old, tuple(new)), _nothing)
+
+    # -- archive, kernels, segments
+    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes]]:
+        return await self._scan(lambda reader: reader.pending_archive_deletes(limit))
+
+    async def archive_deleted(self, tombstone: int) -> None:
+        await self._call(wire.MarkArchiveDeleted(tombstone), _nothing)
+
+    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
+        return await self._scan(lambda reader: reader.pending_reductions(slot, limit))
+
+    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
+        await self._call(wire.FailReduction(object_id, kernel, error, give_up), _nothing)
+
+    async def drain_counts(self) -> DrainCounts:
+        return await self._scan(Reader.drain_counts)
+
+    async def segment_use(self, slot: int) -> Sequence[SegmentUse]:
+        return await self._scan(lambda reader: reader.segment_use(slot))
+
+    async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
+        return await self._scan(lambda reader: reader.segment_extents(slot, segment))
+
+    async def snapshot(self) -> str:
+        return await self._call(wire.Snapshot(), _text, timeout_s=600.0)
+
+
+def _deleted_or_error(result: Deleted | BaseException) -> Deleted | Exception:
+    if isinstance(result, Deleted | Exception):
+        return result
+    raise result  # a cancellation is nobody's answer

@@ -1,0 +1,219 @@
+"""Reads of the catalogue: synchronous, on one read-only SQLite connection, each a point look-up or an index scan.
+
+In: names and keys. Out: records, or the ``CatalogError`` the ``Catalog`` port documents. Every call sees all commits that
+were answered before it (SQLite WAL: a new read transaction sees the last commit). Used by the client in its own process
+and by the catalogue process on its writing connection, where it sees the batch at hand.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+
+from ingest import bucket_settings
+from ingest.catalog import rows, statements
+from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload
+from ingest.records import (
+    BucketRecord,
+    DrainCounts,
+    Extent,
+    ListedObject,
+    ObjectRecord,
+    PartRecord,
+    ReductionJob,
+    SegmentUse,
+    UploadRecord,
+    UserRecord,
+)
+
+LIMIT_MAX = 100_000
+"""Rows of one answer at most; a caller pages beyond that."""
+
+
+def key_after(prefix: bytes) -> bytes | None:
+    """The smallest key greater than every key that starts with ``prefix``; None when there is none."""
+    stem = prefix.rstrip(b"\xff")
+    return stem[:-1] + bytes((stem[-1] + 1,)) if stem else None
+
+
+class Reader:
+    def __init__(self, database: sqlite3.Connection, node: int = 0) -> None:
+        self._db = database
+        self._node = node
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- buckets and users
+    def bucket(self, name: str) -> BucketRecord:
+        row = self._db.execute(statements.BUCKET, {"name": name}).fetchone()
+        if row is None:
+            raise NoSuchBucket(name)
+        return rows.decode_bucket(row[0])
+
+    def buckets(self) -> list[BucketRecord]:
+        return [rows.decode_bucket(blob) for (blob,) in self._db.execute(statements.BUCKETS).fetchall()]
+
+    def users(self) -> list[UserRecord]:
+        return [rows.decode_user(blob) for (blob,) in self._db.execute(statements.USERS).fetchall()]
+
+    # -- objects
+    def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
+        of: dict[str, object] = {"bucket": bucket, "key": key}
+        if version_id is None:
+            row = self._db.execute(statements.HEAD, of).fetchone()
+        else:
+            row = self._db.execute(statements.VERSION, of | {"version_id": version_id}).fetchone()
+        if row is None:
+            self.bucket(bucket)
+            raise NoSuchKey(key.decode("utf-8", "replace"))
+        return rows.object_record(row)
+
+    def by_id(self, object_id: bytes) -> ObjectRecord:
+        row = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
+        if row is None:
+            raise NoSuchKey(object_id.hex())
+        return rows.object_record(row)
+
+    def list_objects(
+        self, bucket: str, prefix: bytes, after: bytes, delimiter: bytes, limit: int
+    ) -> tuple[list[ListedObject], bool]:
+        """Keyset scan. Past a common prefix it seeks, so keys under it are never read. Records come without ``parts``."""
+        self.bucket(bucket)
+        limit = max(0, min(limit, LIMIT_MAX))
+        end = key_after(prefix)
+        found: list[ListedObject] = []
+        start: bytes | None = max(prefix, after + b"\x00" if after else b"")
+        if delimiter and after and _common_prefix(after, prefix, delimiter) == after:
+            start = key_after(after)
+        self._db.execute("BEGIN")  # one view of the catalogue for all seeks of the page
+        try:
+            while start is not None:
+                start = self._scan(bucket, start, end, prefix, delimiter, limit + 1, found)
+        finally:
+            self._db.execute("COMMIT")
+        return found[:limit], len(found) > limit
+
+    def _scan(
+        self,
+        bucket: str,
+        start: bytes,
+        end: bytes | None,
+        prefix: bytes,
+        delimiter: bytes,
+        limit: int,
+        found: list[ListedObject],
+    ) -> bytes | None:
+        """Add rows from ``start`` on; returns where to seek next, or None when the page is full or the keys ended."""
+        of = {"bucket": bucket, "start": start, "end": end, "limit": limit - len(found)}
+        cursor = self._db.execute(statements.LIST_FROM if end is not None else statements.LIST_FROM_OPEN, of)
+        try:
+            for row in cursor:
+                common = _common_prefix(row[2], prefix, delimiter) if delimiter else None
+                if common is None:
+                    found.append(ListedObject(row[2], rows.object_record(row)))
+                else:
+                    found.append(ListedObject(common, None))
+                if len(found) >= limit:
+                    return None
+                if common is not None:
+                    return key_after(common)
+        finally:
+            cursor.close()
+        return None
+
+    # -- multipart
+    def upload(self, bucket: str, key: bytes, upload_id: str) -> UploadRecord:
+        of = {"bucket": bucket, "key": key, "upload_id": upload_id}
+        row = self._db.execute(statements.UPLOAD, of).fetchone()
+        if row is None:
+            self.bucket(bucket)
+            raise NoSuchUpload(upload_id)
+        return rows.decode_upload(row[0])
+
+    def uploads(
+        self, bucket: str, prefix: bytes, after: tuple[bytes, str], limit: int
+    ) -> tuple[list[UploadRecord], bool]:
+        self.bucket(bucket)
+        of = {
+            "bucket": bucket,
+            "prefix": prefix,
+            "after_key": after[0],
+            "after_id": after[1],
+            "limit": min(limit, LIMIT_MAX) + 1,
+        }
+        found = []
+        for (blob,) in self._db.execute(statements.UPLOADS, of).fetchall():
+            upload = rows.decode_upload(blob)
+            if not upload.key.startswith(prefix):
+                break
+            found.append(upload)
+        return found[:limit], len(found) > limit
+
+    def parts(self, bucket: str, key: bytes, upload_id: str, after: int, limit: int) -> tuple[list[PartRecord], bool]:
+        self.upload(bucket, key, upload_id)
+        of = {"upload_id": upload_id, "after": after, "limit": min(limit, LIMIT_MAX) + 1}
+        found = [rows.decode_part(row[0]) for row in self._db.execute(statements.PARTS, of).fetchall()]
+        return found[:limit], len(found) > limit
+
+    # -- queues
+    def evictable(self, limit: int) -> list[ObjectRecord]:
+        """Archived versions with a buffered copy whose bucket's ``hiss.evict-after-s`` is over, oldest first."""
+        patience_ns = {
+            bucket.name: bucket_settings.parse(bucket.tags).evict_after_s * 1_000_000_000 for bucket in self.buckets()
+        }
+        now_ns = time.time_ns()
+        found: list[ObjectRecord] = []
+        cursor = self._db.execute(statements.EVICTABLE)
+        try:
+            for row in cursor:
+                if len(found) >= limit:
+                    break
+                if row[-1] + patience_ns.get(row[1], 0) <= now_ns:
+                    found.append(rows.object_record(row[:-1]))
+        finally:
+            cursor.close()
+        return found
+
+    def recalls(self, limit: int) -> list[ObjectRecord]:
+        return rows.all_records(self._db.execute(statements.RECALLS, {"limit": limit}).fetchall())
+
+    def unsettled(self, slot: int, limit: int) -> list[ObjectRecord]:
+        found = rows.all_records(self._db.execute(statements.UNSETTLED, {"limit": -1}).fetchall())
+        return [record for record in found if any(extent.slot == slot for extent in record.extents)][:limit]
+
+    def pending_archive_deletes(self, limit: int) -> list[tuple[int, str, str, bytes]]:
+        return self._db.execute(statements.TOMBSTONES, {"limit": limit}).fetchall()
+
+    def pending_reductions(self, slot: int | None, limit: int) -> list[ReductionJob]:
+        if slot is None:
+            jobs = self._db.execute(statements.REDUCTIONS, {"limit": limit}).fetchall()
+        else:
+            jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, {"slot": slot, "limit": limit}).fetchall()
+        return [ReductionJob(kernel, attempts, self.by_id(object_id)) for object_id, kernel, attempts in jobs]
+
+    def drain_counts(self) -> DrainCounts:
+        queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS).fetchone()
+        (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, {"node": self._node}).fetchone()
+        (evictable_bytes,) = self._db.execute(statements.EVICTABLE_BYTES).fetchone()
+        return DrainCounts(queued, queued_bytes, failing, oldest_ns, buffered_bytes, evictable_bytes)
+
+    # -- segments
+    def segment_use(self, slot: int) -> list[SegmentUse]:
+        found = self._db.execute(statements.SEGMENT_USE, {"node": self._node, "slot": slot}).fetchall()
+        return [SegmentUse(*row) for row in found]
+
+    def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
+        return list(self._segment_extents(slot, segment))
+
+    def _segment_extents(self, slot: int, segment: int) -> Iterator[tuple[ObjectRecord | None, Extent]]:
+        of = {"node": self._node, "slot": slot, "segment": segment}
+        for *place, holder in self._db.execute(statements.SEGMENT_EXTENTS, of).fetchall():
+            row = self._db.execute(statements.BY_ID, {"object_id": holder}).fetchone()
+            yield (None if row is None else rows.object_record(row)), Extent(*place)
+
+
+def _common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes | None:
+    place = key.find(delimiter, len(prefix))
+    return None if place < 0 or not key.startswith(prefix) else key[: place + len(delimiter)]

@@ -1,0 +1,200 @@
+"""Tables and indexes of the catalogue, as SQLAlchemy Core metadata: what a query may rely on.
+
+Keys are BLOBs, so that order is bytewise and no collation interferes. Times are integer nanoseconds (UTC), sizes bytes.
+The seldom-queried parts of a record are msgpack BLOBs beside the indexed columns: one row is one record. Columns that a
+listing does not need come last, so that SQLite does not read their overflow pages.
+Migrations (migrations/versions) build exactly this; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
+
+SCHEMA_HEAD = "0001"
+"""Newest migration; a database at this revision needs no upgrade."""
+LABEL_FORMAT = 1
+"""Format version of extent labels that the catalogue's extents point at."""
+APPLICATION_ID = 0x48495353
+"""``PRAGMA application_id`` of a catalogue ("HISS"): restore refuses any other file."""
+
+metadata = sa.MetaData()
+
+
+def _flag(name: str) -> Column[int]:
+    return Column(name, Integer, nullable=False)
+
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""journal_format, label_format, node, applied_sequence (last journal entry in this index)."""
+
+buckets = Table(
+    "buckets",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("access_key", Text, nullable=False, unique=True),
+    Column("record", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+objects = Table(
+    "objects",
+    metadata,
+    # The journal sequence of the commit: unique, dense over all entries, and as rowid it makes inserts appends.
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("bucket", Text, nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("version_id", Text, nullable=False),
+    Column("object_id", LargeBinary, nullable=False),
+    _flag("visible"),  # the current version of its key and no delete marker: what HEAD and LIST see
+    _flag("delete_marker"),
+    Column("state", Text, nullable=False),
+    _flag("settled"),
+    Column("durability", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Column("codec", Text, nullable=False),
+    Column("length", BigInteger, nullable=False),
+    Column("stored_length", BigInteger, nullable=False),
+    Column("etag", Text, nullable=False),
+    Column("modified_ns", BigInteger, nullable=False),
+    Column("stored_ns", BigInteger, nullable=False),  # when the buffered copy came: commit or recall
+    Column("due_ns", BigInteger, nullable=False),  # drain deadline, or the next attempt after a failure
+    Column("lease_until_ns", BigInteger, nullable=False),
+    Column("lease_epoch", BigInteger, nullable=False),
+    Column("drain_attempts", Integer, nullable=False),
+    Column("drain_error", Text, nullable=False),
+    Column("recall_ns", BigInteger, nullable=False),
+    Column("archive_target", Text),
+    Column("archive_path", Text),
+    Column("archive_crc64nvme", BigInteger),  # two's complement of the unsigned value
+    Column("archive_verified_ns", BigInteger),
+    # Where a copy of this key, this version's or a replaced one's, may lie in the archive: NULL for certainly nowhere,
+    # "" when a drain was begun and the path is not known. What a delete leaves as its tombstone.
+    Column("published_path", Text),
+    Column("detail", LargeBinary, nullable=False),
+    Column("ledger", LargeBinary),
+    Column("extents", LargeBinary, nullable=False),
+    Column("parts", LargeBinary),
+    Index("objects_version", "bucket", "key", "version_id", unique=True),
+    Index("objects_visible", "bucket", "key", unique=True, sqlite_where=text("visible = 1")),
+    Index("objects_id", "object_id", unique=True),
+    Index("objects_due", "due_ns", sqlite_where=text("state = 'buffered' AND settled = 1")),
+    Index("objects_leased", "lease_until_ns", sqlite_where=text("state = 'draining'")),
+    Index(
+        "objects_queue",
+        "modified_ns",
+        "length",
+        "drain_attempts",
+        sqlite_where=text("state IN ('buffered', 'draining')"),
+    ),
+    Index("objects_evictable", "stored_ns", "length", sqlite_where=text("state = 'archived' AND length > 0")),
+    Index("objects_recalling", "recall_ns", sqlite_where=text("state = 'recalling'")),
+    Index("objects_unsettled", "sequence", sqlite_where=text("settled = 0")),
+)
+
+# A reference is a row, so a count of references cannot drift: an extent is live while any holder names it.
+extents = Table(
+    "extents",
+    metadata,
+    Column("node", Integer, primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("segment", Integer, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("offset", BigInteger, primary_key=True),
+    Column("holder", LargeBinary, primary_key=True),  # object_id of a version or of an uploaded part
+    Column("length", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("node", Integer, primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("segment", Integer, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("live_bytes", BigInteger, nullable=False),
+    Column("live_extents", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""Maintained with every reference; a segment generation without a row holds nothing alive."""
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("bucket", Text, primary_key=True),
+    Column("key", LargeBinary, primary_key=True),
+    Column("upload_id", Text, primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    Column("upload_id", Text, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("object_id", LargeBinary, nullable=False, unique=True),
+    _flag("settled"),
+    Column("record", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+unsettled_parts = Table(
+    "unsettled_parts",
+    metadata,
+    Column("part_id", LargeBinary, primary_key=True),
+    Column("object_id", LargeBinary, nullable=False, index=True),
+    sqlite_with_rowid=False,
+)
+"""Parts that were linked into a version before their bytes were on disk; the version settles with the last of them."""
+
+reductions = Table(
+    "reductions",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("kernel", Text, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("slot", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    _flag("given_up"),
+    Column("error", Text, nullable=False),
+    Index("reductions_of_slot", "slot", "attempts", "sequence", sqlite_where=text("given_up = 0")),
+    Index("reductions_pending", "attempts", "sequence", sqlite_where=text("given_up = 0")),
+    sqlite_with_rowid=False,
+)
+
+tombstones = Table(
+    "tombstones",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("bucket", Text, nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("path", Text, nullable=False),
+    Index("tombstones_key", "bucket", "key"),
+)
+"""Archive copies whose version was deleted, until the archive says they are gone; at most one a key."""
+
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("object_id", LargeBinary, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("record", LargeBinary, nullable=False),
+)
+"""Commits whose version or part has gone since, so that a commit sent again is answered and not done again."""
