@@ -1,7 +1,7 @@
 """What the self-test attempts inside a locked-down process, to see with its own eyes that it cannot be done.
 
-Each probe returns a line of text if it survives, ``DENIED`` where being refused is the expected outcome; the probes of
-``KILLED`` must not survive at all. kernels/selftest.py runs them and judges.
+A probe returns a line of text if it survives: ``DENIED`` is the outcome expected, except of the probes in ``KILLED``, which
+must not survive. kernels/selftest.py runs them and judges.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 DENIED = "denied"
+KILLED_OUTCOME = "killed"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,8 +63,6 @@ def _executable_memory(_regions: Sequence[mmap.mmap]) -> str:
 
 def _writable_input(regions: Sequence[mmap.mmap]) -> str:
     """mprotect(2) of a sealed shared mapping: EACCES."""
-    import numpy as np
-
     address = np.frombuffer(regions[0], np.uint8).ctypes.data
     result = _libc.mprotect(
         ctypes.c_void_p(address), ctypes.c_size_t(4096), ctypes.c_int(mmap.PROT_READ | mmap.PROT_WRITE)
