@@ -1,0 +1,435 @@
+"""Decisions: a mutation against the index becomes a journal entry, an answer without an entry, or a refusal.
+
+In: one request, the index as it is with every earlier mutation of the batch applied, the time, the next sequence. Out: the
+entry that holds everything decided. Reads only; writes nothing, so a refused mutation has changed nothing. Preconditions
+are evaluated here, in commit order, by the only process that writes: that is what makes them atomic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ingest import bucket_settings
+from ingest.catalog import entries as e
+from ingest.catalog import rows, statements, wire
+from ingest.catalog.reader import Reader
+from ingest.errors import (
+    BucketExists,
+    BucketNotEmpty,
+    CatalogError,
+    EntityTooSmall,
+    InvalidPart,
+    InvalidPartOrder,
+    NoSuchBucket,
+    NoSuchKey,
+    NoSuchUpload,
+    PreconditionFailed,
+    StaleVersion,
+)
+from ingest.records import (
+    NULL_VERSION,
+    BucketRecord,
+    CompleteUpload,
+    Deleted,
+    Extent,
+    ObjectRecord,
+    ObjectState,
+    PartRecord,
+)
+from ingest.states import Event, transition
+
+PART_BYTES_MIN = 5 * 1024 * 1024
+"""Parts of a completed upload except the last: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
+CLAIM_MAX = 1024
+_SECOND_NS = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """No entry: the mutation was done before, or there is nothing to do."""
+
+    answer: object = None
+
+
+@functools.lru_cache(maxsize=4096)
+def _drain_after_ns(tags: tuple[tuple[str, str], ...]) -> int:
+    try:
+        return bucket_settings.parse(dict(tags)).drain_after_s * _SECOND_NS
+    except bucket_settings.BadSetting as error:
+        raise CatalogError(str(error)) from None
+
+
+def drain_after_ns(bucket: BucketRecord) -> int:
+    return _drain_after_ns(tuple(bucket.tags.items()))
+
+
+class Decider:
+    def __init__(self, database: sqlite3.Connection, *, part_bytes_min: int = PART_BYTES_MIN) -> None:
+        self._db = database
+        self._reader = Reader(database)
+        self._part_bytes_min = part_bytes_min
+        self._now_ns = 0
+        self._sequence = 0
+        self._decide: dict[type, Callable[[Any], e.Entry | Known]] = {
+            wire.Commit: self._commit,
+            wire.Delete: self._delete,
+            wire.CreateBucket: self._create_bucket,
+            wire.DeleteBucket: self._delete_bucket,
+            wire.TagBucket: self._tag_bucket,
+            wire.PutUser: self._put_user,
+            wire.CreateUpload: self._create_upload,
+            wire.PutPart: self._put_part,
+            wire.Complete: self._complete,
+            wire.AbortUpload: self._abort_upload,
+            wire.MarkSettled: self._mark_settled,
+            wire.AmendLedger: self._amend_ledger,
+            wire.ClaimDrain: self._claim_drain,
+            wire.MarkDrained: self._mark_drained,
+            wire.FailDrain: self._fail_drain,
+            wire.MarkEvicted: self._mark_evicted,
+            wire.RequestRecall: self._request_recall,
+            wire.MarkRecalled: self._mark_recalled,
+            wire.FailRecall: self._fail_recall,
+            wire.Relocate: self._relocate,
+            wire.MarkArchiveDeleted: self._mark_archive_deleted,
+            wire.FailReduction: self._fail_reduction,
+        }
+
+    def decide(self, mutation: wire.Mutation, sequence: int, now_ns: int) -> e.Entry | Known:
+        """Raises CatalogError for a refusal."""
+        self._sequence, self._now_ns = sequence, now_ns
+        return self._decide[type(mutation)](mutation)
+
+    def answer(self, entry: e.Entry) -> object:
+        """What the asker gets for an entry that was applied."""
+        match entry:
+            case e.ObjectCommitted() | e.UploadCompleted() | e.BucketCreated():
+                return entry.record
+            case e.PartCommitted():
+                return entry.part
+            case e.BucketTagged():
+                return self._reader.bucket(entry.name)
+            case e.ObjectDeleted():
+                return Deleted(existed=True, version_id="")
+            case e.DrainClaimed():
+                return [self._reader.by_id(object_id) for object_id in entry.object_ids]
+            case e.Drained() | e.RecallRequested() | e.Recalled():
+                return self._reader.by_id(entry.object_id)
+            case _:
+                return None
+
+    # -- buckets and users
+    def _create_bucket(self, mutation: wire.CreateBucket) -> e.Entry | Known:
+        record = mutation.record
+        drain_after_ns(record)
+        try:
+            existing = self._reader.bucket(record.name)
+        except NoSuchBucket:
+            return e.BucketCreated(record)
+        if (existing.owner, existing.created_ns) == (record.owner, record.created_ns):
+            return Known(existing)
+        raise BucketExists(existing.owner)
+
+    def _delete_bucket(self, mutation: wire.DeleteBucket) -> e.Entry:
+        self._reader.bucket(mutation.name)
+        of = {"name": mutation.name}
+        for statement in (statements.BUCKET_HAS_OBJECT, statements.BUCKET_HAS_UPLOAD):
+            if self._db.execute(statement, of).fetchone() is not None:
+                raise BucketNotEmpty(mutation.name)
+        return e.BucketDeleted(mutation.name)
+
+    def _tag_bucket(self, mutation: wire.TagBucket) -> e.Entry | Known:
+        bucket = self._reader.bucket(mutation.name)
+        if bucket.tags == mutation.tags:
+            return Known(bucket)
+        delay_ns = _drain_after_ns(tuple(mutation.tags.items()))
+        return e.BucketTagged(mutation.name, mutation.tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
+
+    def _put_user(self, mutation: wire.PutUser) -> e.Entry:
+        user = mutation.user
+        taken = self._db.execute(statements.USER_OF_KEY, {"access_key": user.access_key}).fetchone()
+        if taken is not None and taken[0] != user.user_id:
+            raise CatalogError(f"access key {user.access_key} belongs to another user")
+        return e.UserPut(user)
+
+    # -- objects
+    def _commit(self, mutation: wire.Commit) -> e.Entry | Known:
+        request = mutation.request
+        known = self._known(request.object_id)
+        if known is not None:
+            return Known(known)
+        bucket = self._reader.bucket(request.bucket)
+        replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
+        if request.reduces is not None and self._state(request.reduces[0]) is None:
+            raise StaleVersion("the version this product reduces has gone")
+        if request.source:
+            self._check_source(request.source, request.extents)
+        record = ObjectRecord(
+            bucket=request.bucket,
+            key=request.key,
+            version_id=NULL_VERSION,
+            object_id=request.object_id,
+            sequence=self._sequence,
+            state=transition(ObjectState.RECEIVING, Event.COMMIT),
+            length=request.length,
+            stored_length=sum(extent.length for extent in request.extents),
+            etag=request.etag,
+            crc64nvme=request.crc64nvme,
+            modified_ns=self._now_ns,
+            owner=request.owner,
+            durability=request.durability,
+            settled=request.settled,
+            checksums=request.checksums,
+            checksum_type=request.checksum_type,
+            headers=request.headers,
+            metadata=request.metadata,
+            extents=request.extents,
+            ledger=request.ledger,
+            geometry=request.geometry,
+        )
+        due_ns = self._now_ns + drain_after_ns(bucket)
+        return e.ObjectCommitted(record, due_ns, replaces, request.reductions, request.reduces)
+
+    def _known(self, object_id: bytes) -> ObjectRecord | None:
+        """The record of a commit that was done before, though its version may have gone since."""
+        row = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
+        if row is not None:
+            return rows.object_record(row)
+        row = self._db.execute(statements.OUTCOME, {"object_id": object_id, "kind": "object"}).fetchone()
+        return None if row is None else rows.decode_object(row[0])
+
+    def _replaced(self, bucket: str, key: bytes, if_none_match: str, if_match: str) -> int | None:
+        row = self._db.execute(
+            statements.CURRENT, {"bucket": bucket, "key": key, "version_id": NULL_VERSION}
+        ).fetchone()
+        etag = None if row is None or row[2] else row[1]
+        if if_none_match and etag is not None and if_none_match in ("*", etag):
+            raise PreconditionFailed("If-None-Match")
+        if if_match:
+            if etag is None:
+                raise NoSuchKey(key.decode("utf-8", "replace"))
+            if if_match not in ("*", etag):
+                raise PreconditionFailed("If-Match")
+        return None if row is None else int(row[0])
+
+    def _check_source(self, source: bytes, shared: tuple[Extent, ...]) -> None:
+        # An extent that lost its last reference may be overwritten at any moment: only a live holder can share it.
+        row = self._db.execute(statements.BY_ID, {"object_id": source}).fetchone()
+        held = None if row is None else rows.object_record(row)
+        if held is None or not held.settled or not set(shared) <= set(held.extents):
+            raise StaleVersion("the version this copy shares its bytes with has gone, moved or is not on disk yet")
+
+    def _delete(self, mutation: wire.Delete) -> e.Entry | Known:
+        request = mutation.request
+        row = self._db.execute(
+            statements.CURRENT,
+            {"bucket": request.bucket, "key": request.key, "version_id": request.version_id or NULL_VERSION},
+        ).fetchone()
+        if row is None:
+            self._reader.bucket(request.bucket)
+            if request.if_match:
+                raise PreconditionFailed("If-Match")
+            return Known(Deleted(existed=False))
+        if request.if_match and request.if_match not in ("*", row[1]):
+            raise PreconditionFailed("If-Match")
+        return e.ObjectDeleted(row[0], request.key)
+
+    # -- multipart
+    def _create_upload(self, mutation: wire.CreateUpload) -> e.Entry | Known:
+        upload = mutation.upload
+        try:
+            self._reader.upload(upload.bucket, upload.key, upload.upload_id)
+        except NoSuchUpload:
+            return e.UploadCreated(upload)
+        return Known()
+
+    def _put_part(self, mutation: wire.PutPart) -> e.Entry | Known:
+        request = mutation.request
+        row = self._db.execute(statements.PART_BY_ID, {"object_id": request.object_id}).fetchone()
+        if row is None:
+            of = {"object_id": request.object_id, "kind": "part"}
+            row = self._db.execute(statements.OUTCOME, of).fetchone()
+        if row is not None:
+            return Known(rows.decode_part(row[0]))
+        self._reader.upload(request.bucket, request.key, request.upload_id)
+        part = msgspec.structs.replace(request.part, modified_ns=self._now_ns)
+        return e.PartCommitted(request.upload_id, request.object_id, part)
+
+    def _complete(self, mutation: wire.Complete) -> e.Entry | Known:
+        request = mutation.request
+        known = self._known(request.object_id)
+        if known is not None:
+            return Known(known)
+        upload = self._reader.upload(request.bucket, request.key, request.upload_id)
+        bucket = self._reader.bucket(request.bucket)
+        parts, settled = self._linked(request)
+        replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
+        extents = tuple(extent for part in parts for extent in part.extents)
+        record = ObjectRecord(
+            bucket=request.bucket,
+            key=request.key,
+            version_id=NULL_VERSION,
+            object_id=request.object_id,
+            sequence=self._sequence,
+            state=transition(ObjectState.RECEIVING, Event.COMMIT),
+            length=request.length,
+            stored_length=sum(extent.length for extent in extents),
+            etag=request.etag,
+            crc64nvme=request.crc64nvme,
+            modified_ns=self._now_ns,
+            owner=upload.owner,
+            durability=request.durability,
+            settled=settled,
+            checksums=request.checksums,
+            checksum_type=request.checksum_type,
+            headers=upload.headers,
+            metadata=upload.metadata,
+            extents=extents,
+            # The version's own list is the truth about extents: a relocation changes one place only.
+            parts=tuple(msgspec.structs.replace(part, extents=()) for part in parts),
+        )
+        due_ns = self._now_ns + drain_after_ns(bucket)
+        return e.UploadCompleted(record, due_ns, request.upload_id, replaces, request.reductions)
+
+    def _linked(self, request: CompleteUpload) -> tuple[list[PartRecord], bool]:
+        """The parts a Complete names, checked, and whether all their bytes are on disk."""
+        numbers = [part.number for part in request.parts]
+        if not numbers:
+            raise InvalidPart("no parts are named")
+        if any(later <= earlier for earlier, later in itertools.pairwise(numbers)):
+            raise InvalidPartOrder("part numbers must ascend")
+        of = {"upload_id": request.upload_id, "after": -1, "limit": -1}
+        stored: dict[int, tuple[PartRecord, bool]] = {}
+        for blob, _part_id, settled in self._db.execute(statements.PARTS, of).fetchall():
+            part = rows.decode_part(blob)
+            stored[part.number] = part, bool(settled)
+        linked, all_settled = [], True
+        for named in request.parts:
+            if named.number not in stored:
+                raise InvalidPart(f"part {named.number} was not uploaded")
+            part, settled = stored[named.number]
+            if part.etag != named.etag:
+                raise InvalidPart(f"part {named.number} has another ETag")
+            if any(part.checksums.get(name) != value for name, value in named.checksums.items()):
+                raise InvalidPart(f"part {named.number} has another checksum")
+            linked.append(part)
+            all_settled = all_settled and settled
+        if any(part.length < self._part_bytes_min for part in linked[:-1]):
+            raise EntityTooSmall(f"every part but the last has at least {self._part_bytes_min} bytes")
+        if sum(part.length for part in linked) != request.length:
+            raise InvalidPart("the parts changed while the upload was completed")
+        return linked, all_settled
+
+    def _abort_upload(self, mutation: wire.AbortUpload) -> e.Entry:
+        self._reader.upload(mutation.bucket, mutation.key, mutation.upload_id)
+        return e.UploadAborted(mutation.bucket, mutation.key, mutation.upload_id)
+
+    # -- life of the bytes
+    def _state(self, object_id: bytes) -> tuple[ObjectState, bool] | None:
+        row = self._db.execute(statements.STATE_BY_ID, {"object_id": object_id}).fetchone()
+        return None if row is None else (ObjectState(row[1]), row[2] == 1)
+
+    def _version(self, object_id: bytes) -> ObjectRecord:
+        try:
+            return self._reader.by_id(object_id)
+        except NoSuchKey:
+            raise StaleVersion(f"version {object_id.hex()} was deleted or replaced") from None
+
+    def _mark_settled(self, mutation: wire.MarkSettled) -> e.Entry | Known:
+        waiting = tuple(object_id for object_id in mutation.object_ids if self._unsettled(object_id))
+        return e.Settled(waiting) if waiting else Known()
+
+    def _unsettled(self, object_id: bytes) -> bool:
+        state = self._state(object_id)
+        if state is not None:
+            return not state[1]
+        part = self._db.execute(statements.PART_BY_ID, {"object_id": object_id}).fetchone()
+        if part is not None:
+            return not rows.decode_part(part[0]).settled
+        linked = self._db.execute(statements.UNSETTLED_PART, {"part_id": object_id}).fetchone()
+        return linked is not None
+
+    def _amend_ledger(self, mutation: wire.AmendLedger) -> e.Entry:
+        self._version(mutation.object_id)
+        return e.LedgerAmended(mutation.object_id, mutation.ledger)
+
+    def _claim_drain(self, mutation: wire.ClaimDrain) -> e.Entry | Known:
+        now = {"now_ns": self._now_ns}
+        held = [
+            object_id
+            for object_id, claim in self._db.execute(statements.LEASED, now).fetchall()
+            if claim == mutation.claim
+        ]
+        if held:
+            return Known([self._reader.by_id(object_id) for object_id in held])
+        limit = max(0, min(mutation.limit, CLAIM_MAX))
+        found = self._db.execute(statements.DUE, now | {"limit": limit}).fetchall()
+        found += self._db.execute(statements.LEASE_EXPIRED, now | {"limit": limit}).fetchall()
+        claimed = tuple(object_id for object_id, _ in sorted(found, key=lambda row: (row[1], row[0]))[:limit])
+        if not claimed:
+            return Known([])
+        return e.DrainClaimed(claimed, self._now_ns + mutation.lease_ns, mutation.claim)
+
+    def _mark_drained(self, mutation: wire.MarkDrained) -> e.Entry | Known:
+        record = self._version(mutation.object_id)
+        if record.archive is not None:
+            return Known(record)
+        transition(record.state, Event.DRAINED)
+        return e.Drained(mutation.object_id, mutation.copy)
+
+    def _fail_drain(self, mutation: wire.FailDrain) -> e.Entry | Known:
+        if self._version(mutation.object_id).state is not ObjectState.DRAINING:
+            return Known()
+        return e.DrainFailed(mutation.object_id, mutation.error, self._now_ns + mutation.retry_after_ns)
+
+    def _mark_evicted(self, mutation: wire.MarkEvicted) -> e.Entry | Known:
+        record = self._version(mutation.object_id)
+        if record.state is ObjectState.EVICTED:
+            return Known()
+        transition(record.state, Event.EVICT)
+        if record.archive is None or not record.archive.verified_ns or not record.settled:
+            raise StaleVersion("the archive copy is not verified")
+        return e.Evicted(mutation.object_id)
+
+    def _request_recall(self, mutation: wire.RequestRecall) -> e.Entry | Known:
+        record = self._version(mutation.object_id)
+        if record.state is not ObjectState.EVICTED:
+            return Known(record)
+        return e.RecallRequested(mutation.object_id, self._now_ns)
+
+    def _mark_recalled(self, mutation: wire.MarkRecalled) -> e.Entry | Known:
+        record = self._version(mutation.object_id)
+        if record.state is ObjectState.ARCHIVED and record.extents == mutation.extents:
+            return Known(record)
+        transition(record.state, Event.RECALLED)
+        return e.Recalled(mutation.object_id, mutation.extents, self._now_ns)
+
+    def _fail_recall(self, mutation: wire.FailRecall) -> e.Entry | Known:
+        if self._version(mutation.object_id).state is not ObjectState.RECALLING:
+            return Known()
+        return e.RecallFailed(mutation.object_id, mutation.error)
+
+    def _relocate(self, mutation: wire.Relocate) -> e.Entry | Known:
+        extents = self._version(mutation.object_id).extents
+        if mutation.old in extents:
+            return e.Relocated(mutation.object_id, mutation.old, mutation.new)
+        if mutation.new and set(mutation.new) <= set(extents):
+            return Known()
+        raise StaleVersion("the version no longer has this extent")
+
+    # -- archive and kernels
+    def _mark_archive_deleted(self, mutation: wire.MarkArchiveDeleted) -> e.Entry:
+        return e.ArchiveDeleted(mutation.tombstone)
+
+    def _fail_reduction(self, mutation: wire.FailReduction) -> e.Entry | Known:
+        of = {"of": mutation.object_id, "of_kernel": mutation.kernel}
+        if self._db.execute(statements.REDUCTION, of).fetchone() is None:
+            return Known()
+        return e.ReductionFailed(mutation.object_id, mutation.kernel, mutation.error, mutation.give_up)

@@ -1,0 +1,182 @@
+"""Journal entries: decided effects, one for each mutation that changed something.
+
+An entry holds everything that was decided (versions, times, deadlines), so applying it needs no clock and no choice:
+the same entries in the same order give the same index. Tags and field order are the on-disk format
+(``journal.FORMAT``): fields are only ever added at the end, with a default.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ingest.records import (
+    ArchiveCopy,
+    BucketRecord,
+    Extent,
+    FrameLedger,
+    ObjectRecord,
+    PartRecord,
+    UploadRecord,
+    UserRecord,
+)
+
+
+class BucketCreated(msgspec.Struct, frozen=True, array_like=True, tag="bucket-created"):
+    record: BucketRecord
+
+
+class BucketDeleted(msgspec.Struct, frozen=True, array_like=True, tag="bucket-deleted"):
+    name: str
+
+
+class BucketTagged(msgspec.Struct, frozen=True, array_like=True, tag="bucket-tagged"):
+    name: str
+    tags: dict[str, str]
+    drain_after_ns: int | None = None
+    """The bucket's new drain delay when it changed: waiting versions get new deadlines."""
+
+
+class UserPut(msgspec.Struct, frozen=True, array_like=True, tag="user-put"):
+    user: UserRecord
+
+
+class ObjectCommitted(msgspec.Struct, frozen=True, array_like=True, tag="object-committed"):
+    record: ObjectRecord
+    due_ns: int
+    replaces: int | None = None
+    """Sequence of the version this one takes the place of."""
+    reductions: tuple[str, ...] = ()
+    reduces: tuple[bytes, str] | None = None
+
+
+class UploadCreated(msgspec.Struct, frozen=True, array_like=True, tag="upload-created"):
+    upload: UploadRecord
+
+
+class PartCommitted(msgspec.Struct, frozen=True, array_like=True, tag="part-committed"):
+    upload_id: str
+    object_id: bytes
+    part: PartRecord
+
+
+class UploadCompleted(msgspec.Struct, frozen=True, array_like=True, tag="upload-completed"):
+    """``record.parts`` are the parts that were linked; the upload's other parts are dropped."""
+
+    record: ObjectRecord
+    due_ns: int
+    upload_id: str
+    replaces: int | None = None
+    reductions: tuple[str, ...] = ()
+
+
+class UploadAborted(msgspec.Struct, frozen=True, array_like=True, tag="upload-aborted"):
+    bucket: str
+    key: bytes
+    upload_id: str
+
+
+class ObjectDeleted(msgspec.Struct, frozen=True, array_like=True, tag="object-deleted"):
+    version: int
+    """Sequence of the deleted version."""
+    key: bytes
+
+
+class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
+    object_ids: tuple[bytes, ...]
+
+
+class LedgerAmended(msgspec.Struct, frozen=True, array_like=True, tag="ledger-amended"):
+    object_id: bytes
+    ledger: FrameLedger
+
+
+class DrainClaimed(msgspec.Struct, frozen=True, array_like=True, tag="drain-claimed"):
+    object_ids: tuple[bytes, ...]
+    lease_until_ns: int
+    lease_epoch: int
+
+
+class Drained(msgspec.Struct, frozen=True, array_like=True, tag="drained"):
+    object_id: bytes
+    copy: ArchiveCopy
+
+
+class DrainFailed(msgspec.Struct, frozen=True, array_like=True, tag="drain-failed"):
+    object_id: bytes
+    error: str
+    due_ns: int
+
+
+class Evicted(msgspec.Struct, frozen=True, array_like=True, tag="evicted"):
+    object_id: bytes
+
+
+class RecallRequested(msgspec.Struct, frozen=True, array_like=True, tag="recall-requested"):
+    object_id: bytes
+    recall_ns: int
+
+
+class Recalled(msgspec.Struct, frozen=True, array_like=True, tag="recalled"):
+    object_id: bytes
+    extents: tuple[Extent, ...]
+    stored_ns: int
+
+
+class RecallFailed(msgspec.Struct, frozen=True, array_like=True, tag="recall-failed"):
+    object_id: bytes
+    error: str
+
+
+class Relocated(msgspec.Struct, frozen=True, array_like=True, tag="relocated"):
+    object_id: bytes
+    old: Extent
+    new: tuple[Extent, ...]
+
+
+class ArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="archive-deleted"):
+    tombstone: int
+
+
+class ReductionFailed(msgspec.Struct, frozen=True, array_like=True, tag="reduction-failed"):
+    object_id: bytes
+    kernel: str
+    error: str
+    give_up: bool
+
+
+Entry = (
+    BucketCreated
+    | BucketDeleted
+    | BucketTagged
+    | UserPut
+    | ObjectCommitted
+    | UploadCreated
+    | PartCommitted
+    | UploadCompleted
+    | UploadAborted
+    | ObjectDeleted
+    | Settled
+    | LedgerAmended
+    | DrainClaimed
+    | Drained
+    | DrainFailed
+    | Evicted
+    | RecallRequested
+    | Recalled
+    | RecallFailed
+    | Relocated
+    | ArchiveDeleted
+    | ReductionFailed
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[list[Entry]] = msgspec.msgpack.Decoder(list[Entry])
+
+
+def encode(batch: list[Entry]) -> bytes:
+    return _encoder.encode(batch)
+
+
+def decode(payload: bytes | memoryview) -> list[Entry]:
+    """Raises msgspec.DecodeError for entries this program does not know (a journal written by a newer one)."""
+    return _decoder.decode(payload)

@@ -1,0 +1,415 @@
+"""The index: journal entries applied to SQLite. The only code that writes the database.
+
+In: an entry and its sequence. Out: the changed tables, and the extents that lost their last reference.
+Applying decides nothing and reads no clock: live commits and replay run the same lines, so a rebuilt index is identical.
+``applied_sequence`` changes in the same transaction as the effects.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from ingest.catalog import entries as e
+from ingest.catalog import rows, statements
+from ingest.errors import StaleVersion
+from ingest.records import Extent, ObjectRecord, ObjectState
+from ingest.states import Event, transition
+
+OUTCOMES_KEPT = 100_000
+"""Journal entries for which a commit that is sent again is still recognised after its version has gone."""
+_TRIM_EVERY = 1024
+
+
+class Index:
+    """Applies entries on one connection; the caller holds the transaction."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._db = database
+        self._freed: list[Extent] = []
+        self._apply: dict[type, Callable[[int, Any], None]] = {
+            e.BucketCreated: self._bucket_created,
+            e.BucketDeleted: self._bucket_deleted,
+            e.BucketTagged: self._bucket_tagged,
+            e.UserPut: self._user_put,
+            e.ObjectCommitted: self._object_committed,
+            e.UploadCreated: self._upload_created,
+            e.PartCommitted: self._part_committed,
+            e.UploadCompleted: self._upload_completed,
+            e.UploadAborted: self._upload_aborted,
+            e.ObjectDeleted: self._object_deleted,
+            e.Settled: self._settled,
+            e.LedgerAmended: self._ledger_amended,
+            e.DrainClaimed: self._drain_claimed,
+            e.Drained: self._drained,
+            e.DrainFailed: self._drain_failed,
+            e.Evicted: self._evicted,
+            e.RecallRequested: self._recall_requested,
+            e.Recalled: self._recalled,
+            e.RecallFailed: self._recall_failed,
+            e.Relocated: self._relocated,
+            e.ArchiveDeleted: self._archive_deleted,
+            e.ReductionFailed: self._reduction_failed,
+        }
+
+    def apply(self, sequence: int, entry: e.Entry) -> list[Extent]:
+        """Make the entry's effect; returns the extents nobody refers to any more. Raises sqlite3.Error."""
+        self._freed = []
+        self._apply[type(entry)](sequence, entry)
+        if sequence % _TRIM_EVERY == 0:
+            self._db.execute(statements.TRIM_OUTCOMES, {"sequence": sequence - OUTCOMES_KEPT})
+        return self._freed
+
+    def set_applied(self, sequence: int) -> None:
+        self._db.execute(statements.SET_APPLIED, {"sequence": sequence})
+
+    # -- buckets and users
+    def _bucket_created(self, _: int, entry: e.BucketCreated) -> None:
+        self._db.execute(statements.PUT_BUCKET, {"name": entry.record.name, "record": rows.encode(entry.record)})
+
+    def _bucket_deleted(self, _: int, entry: e.BucketDeleted) -> None:
+        self._db.execute(statements.DELETE_BUCKET, {"name": entry.name})
+
+    def _bucket_tagged(self, _: int, entry: e.BucketTagged) -> None:
+        (blob,) = self._one(statements.BUCKET, name=entry.name)
+        record = msgspec.structs.replace(rows.decode_bucket(blob), tags=entry.tags)
+        self._db.execute(statements.PUT_BUCKET, {"name": entry.name, "record": rows.encode(record)})
+        if entry.drain_after_ns is not None:
+            self._db.execute(statements.RESCHEDULE_BUCKET, {"name": entry.name, "drain_after_ns": entry.drain_after_ns})
+
+    def _user_put(self, _: int, entry: e.UserPut) -> None:
+        user = entry.user
+        self._db.execute(
+            statements.PUT_USER,
+            {"user_id": user.user_id, "access_key": user.access_key, "record": rows.encode(user)},
+        )
+
+    # -- objects
+    def _object_committed(self, sequence: int, entry: e.ObjectCommitted) -> None:
+        record = entry.record
+        # Before the replaced version lets go: a copy onto itself shares that version's extents.
+        for extent in record.extents:
+            self._hold(extent, record.object_id)
+        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions)
+        if entry.reduces is not None:
+            source, kernel = entry.reduces
+            self._db.execute(statements.DELETE_REDUCTION, {"of": source, "of_kernel": kernel})
+
+    def _insert(
+        self, sequence: int, record: ObjectRecord, due_ns: int, replaces: int | None, reductions: tuple[str, ...]
+    ) -> None:
+        # A copy that an earlier version of this key left in the archive lies where this version's copy will be
+        # published, so it is no tombstone's business any more; but a later delete must know of it.
+        published = self._db.execute(statements.TAKE_TOMBSTONE, {"bucket": record.bucket, "key": record.key}).fetchone()
+        path: str | None = None if published is None else published[0]
+        if replaces is not None:
+            (inherited,) = self._one(statements.PUBLISHED, sequence=replaces)
+            path = path if inherited is None else inherited
+            self._remove(sequence, replaces)
+        self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, due_ns, path))
+        slot = record.extents[0].slot if record.extents else 0
+        for kernel in reductions:
+            self._db.execute(
+                statements.INSERT_REDUCTION,
+                {
+                    "object_id": record.object_id,
+                    "kernel": kernel,
+                    "sequence": sequence,
+                    "slot": slot,
+                    "attempts": 0,
+                    "given_up": 0,
+                    "error": "",
+                },
+            )
+
+    def _remove(self, sequence: int, version: int) -> ObjectRecord:
+        """Take a version out of every table; its outcome stays, so that its commit sent again is recognised."""
+        record = rows.object_record(self._one(statements.BY_SEQUENCE, sequence=version))
+        transition(record.state, Event.DELETE)
+        of = {"object_id": record.object_id}
+        self._db.execute(statements.DELETE_OBJECT, {"sequence": version})
+        self._db.execute(statements.DELETE_REDUCTIONS_OF, of)
+        if not record.settled:
+            self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)
+        for extent in record.extents:
+            self._release(extent, record.object_id)
+        self._outcome(sequence, record.object_id, "object", msgspec.structs.replace(record, parts=()))
+        return record
+
+    def _object_deleted(self, sequence: int, entry: e.ObjectDeleted) -> None:
+        (path,) = self._one(statements.PUBLISHED, sequence=entry.version)
+        record = self._remove(sequence, entry.version)
+        if path is not None:
+            self._db.execute(
+                statements.INSERT_TOMBSTONE,
+                {"sequence": sequence, "bucket": record.bucket, "key": record.key, "path": path},
+            )
+
+    def _outcome(self, sequence: int, object_id: bytes, kind: str, record: msgspec.Struct) -> None:
+        self._db.execute(
+            statements.PUT_OUTCOME,
+            {"sequence": sequence, "object_id": object_id, "kind": kind, "record": rows.encode(record)},
+        )
+
+    # -- multipart
+    def _upload_created(self, _: int, entry: e.UploadCreated) -> None:
+        upload = entry.upload
+        self._db.execute(
+            statements.INSERT_UPLOAD,
+            {
+                "bucket": upload.bucket,
+                "key": upload.key,
+                "upload_id": upload.upload_id,
+                "record": rows.encode(upload),
+            },
+        )
+
+    def _part_committed(self, sequence: int, entry: e.PartCommitted) -> None:
+        part = entry.part
+        of = {"upload_id": entry.upload_id, "number": part.number}
+        replaced = self._db.execute(statements.PART, of).fetchone()
+        if replaced is not None:
+            old = rows.decode_part(replaced[0])
+            for extent in old.extents:
+                self._release(extent, replaced[1])
+            self._outcome(sequence, replaced[1], "part", old)
+        self._db.execute(
+            statements.PUT_PART,
+            of | {"object_id": entry.object_id, "settled": int(part.settled), "record": rows.encode(part)},
+        )
+        for extent in part.extents:
+            self._hold(extent, entry.object_id)
+
+    def _upload_completed(self, sequence: int, entry: e.UploadCompleted) -> None:
+        record = entry.record
+        used = {part.number for part in record.parts}
+        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions)
+        found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
+        for blob, part_id, settled in found:
+            part = rows.decode_part(blob)
+            for extent in part.extents:
+                if part.number in used:
+                    self._pass_on(extent, part_id, record.object_id)
+                else:
+                    self._release(extent, part_id)
+            if part.number in used and not settled:
+                self._db.execute(statements.INSERT_UNSETTLED_PART, {"part_id": part_id, "object_id": record.object_id})
+        self._drop_upload(record.bucket, record.key, entry.upload_id)
+
+    def _upload_aborted(self, _: int, entry: e.UploadAborted) -> None:
+        found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
+        for blob, part_id, _settled in found:
+            for extent in rows.decode_part(blob).extents:
+                self._release(extent, part_id)
+        self._drop_upload(entry.bucket, entry.key, entry.upload_id)
+
+    def _drop_upload(self, bucket: str, key: bytes, upload_id: str) -> None:
+        self._db.execute(statements.DELETE_PARTS, {"upload_id": upload_id})
+        self._db.execute(statements.DELETE_UPLOAD, {"bucket": bucket, "key": key, "upload_id": upload_id})
+
+    # -- life of the bytes
+    def _settled(self, _: int, entry: e.Settled) -> None:
+        for object_id in entry.object_ids:
+            self._settle(object_id)
+
+    def _settle(self, object_id: bytes) -> None:
+        """The id of a version, of an upload's part, or of a part already linked into a version."""
+        found = self._db.execute(statements.STATE_BY_ID, {"object_id": object_id}).fetchone()
+        if found is not None:
+            self._db.execute(statements.SET_SETTLED, {"of": found[0]})
+            return
+        part = self._db.execute(statements.PART_BY_ID, {"object_id": object_id}).fetchone()
+        if part is not None:
+            record = msgspec.structs.replace(rows.decode_part(part[0]), settled=True)
+            self._db.execute(statements.SETTLE_PART, {"of": object_id, "record": rows.encode(record)})
+            return
+        linked = self._db.execute(statements.UNSETTLED_PART, {"part_id": object_id}).fetchone()
+        if linked is not None:
+            self._db.execute(statements.DELETE_UNSETTLED_PART, {"part_id": object_id})
+            of = {"object_id": linked[0]}
+            if self._db.execute(statements.UNSETTLED_PARTS_OF, of).fetchone() is None:
+                self._db.execute(statements.SET_SETTLED, {"of": self._one(statements.STATE_BY_ID, **of)[0]})
+
+    def _ledger_amended(self, _: int, entry: e.LedgerAmended) -> None:
+        sequence, _state = self._version(entry.object_id)
+        self._db.execute(statements.SET_LEDGER, {"of": sequence, "ledger": rows.encode(entry.ledger)})
+
+    def _drain_claimed(self, _: int, entry: e.DrainClaimed) -> None:
+        for object_id in entry.object_ids:
+            sequence, state = self._version(object_id)
+            self._db.execute(
+                statements.SET_CLAIMED,
+                {
+                    "of": sequence,
+                    "state": transition(state, Event.CLAIM).value,
+                    "lease_until_ns": entry.lease_until_ns,
+                    "lease_epoch": entry.lease_epoch,
+                },
+            )
+
+    def _drained(self, _: int, entry: e.Drained) -> None:
+        sequence, state = self._version(entry.object_id)
+        copy = entry.copy
+        self._db.execute(
+            statements.SET_DRAINED,
+            {
+                "of": sequence,
+                "state": transition(state, Event.DRAINED).value,
+                "target": copy.target,
+                "path": copy.path,
+                "crc64nvme": rows.signed(copy.crc64nvme),
+                "verified_ns": copy.verified_ns,
+            },
+        )
+
+    def _drain_failed(self, _: int, entry: e.DrainFailed) -> None:
+        sequence, state = self._version(entry.object_id)
+        self._db.execute(
+            statements.SET_DRAIN_FAILED,
+            {
+                "of": sequence,
+                "state": transition(state, Event.DRAIN_FAILED).value,
+                "due_ns": entry.due_ns,
+                "error": entry.error,
+            },
+        )
+
+    def _evicted(self, _: int, entry: e.Evicted) -> None:
+        record = self._record(entry.object_id)
+        for extent in record.extents:
+            self._release(extent, entry.object_id)
+        self._db.execute(
+            statements.SET_EVICTED,
+            {
+                "of": record.sequence,
+                "state": transition(record.state, Event.EVICT).value,
+                "extents": rows.NO_EXTENTS,
+            },
+        )
+
+    def _recall_requested(self, _: int, entry: e.RecallRequested) -> None:
+        sequence, state = self._version(entry.object_id)
+        self._db.execute(
+            statements.SET_RECALLING,
+            {
+                "of": sequence,
+                "state": transition(state, Event.REQUEST_RECALL).value,
+                "recall_ns": entry.recall_ns,
+            },
+        )
+
+    def _recalled(self, _: int, entry: e.Recalled) -> None:
+        sequence, state = self._version(entry.object_id)
+        for extent in entry.extents:
+            self._hold(extent, entry.object_id)
+        self._db.execute(
+            statements.SET_RECALLED,
+            {
+                "of": sequence,
+                "state": transition(state, Event.RECALLED).value,
+                "extents": rows.encode(entry.extents),
+                "stored_ns": entry.stored_ns,
+            },
+        )
+
+    def _recall_failed(self, _: int, entry: e.RecallFailed) -> None:
+        sequence, state = self._version(entry.object_id)
+        self._db.execute(
+            statements.SET_RECALL_FAILED,
+            {"of": sequence, "state": transition(state, Event.RECALL_FAILED).value, "error": entry.error},
+        )
+
+    def _relocated(self, _: int, entry: e.Relocated) -> None:
+        record = self._record(entry.object_id)
+        place = record.extents.index(entry.old)
+        moved = record.extents[:place] + entry.new + record.extents[place + 1 :]
+        for extent in entry.new:
+            self._hold(extent, entry.object_id)
+        self._release(entry.old, entry.object_id)
+        self._db.execute(statements.SET_EXTENTS, {"of": record.sequence, "extents": rows.encode(moved)})
+
+    # -- archive and kernels
+    def _archive_deleted(self, _: int, entry: e.ArchiveDeleted) -> None:
+        self._db.execute(statements.DELETE_TOMBSTONE, {"sequence": entry.tombstone})
+
+    def _reduction_failed(self, _: int, entry: e.ReductionFailed) -> None:
+        self._db.execute(
+            statements.REDUCTION_FAILED,
+            {
+                "of": entry.object_id,
+                "of_kernel": entry.kernel,
+                "error": entry.error,
+                "give_up": int(entry.give_up),
+            },
+        )
+
+    # -- extents
+    def _hold(self, extent: Extent, holder: bytes) -> None:
+        key = _extent_key(extent)
+        shared = self._db.execute(statements.EXTENT_HELD, key).fetchone() is not None
+        self._db.execute(statements.HOLD_EXTENT, key | {"holder": holder, "length": extent.length})
+        if not shared:
+            self._db.execute(
+                statements.SEGMENT_GAINS,
+                {
+                    "node": extent.node,
+                    "slot": extent.slot,
+                    "segment": extent.segment,
+                    "generation": extent.generation,
+                    "bytes": extent.stored_bytes,
+                },
+            )
+
+    def _pass_on(self, extent: Extent, of: bytes, holder: bytes) -> None:
+        self._db.execute(statements.PASS_EXTENT, _extent_key(extent) | {"of": of, "holder": holder})
+
+    def _release(self, extent: Extent, holder: bytes) -> None:
+        key = _extent_key(extent)
+        self._db.execute(statements.DROP_EXTENT, key | {"holder": holder})
+        if self._db.execute(statements.EXTENT_HELD, key).fetchone() is not None:
+            return
+        segment = {
+            "of_node": extent.node,
+            "of_slot": extent.slot,
+            "of_segment": extent.segment,
+            "of_generation": extent.generation,
+        }
+        self._db.execute(statements.SEGMENT_LOSES, segment | {"bytes": extent.stored_bytes})
+        self._db.execute(statements.DROP_DEAD_SEGMENT, segment)
+        self._freed.append(extent)
+
+    # -- rows an entry counts on: it was decided in this state of the index
+    def _one(self, statement: str, **parameters: object) -> rows.Row:
+        row: rows.Row | None = self._db.execute(statement, parameters).fetchone()
+        if row is None:
+            raise StaleVersion(f"the index lacks a row that a journal entry counts on: {parameters}")
+        return row
+
+    def _version(self, object_id: bytes) -> tuple[int, ObjectState]:
+        row = self._one(statements.STATE_BY_ID, object_id=object_id)
+        return row[0], ObjectState(row[1])
+
+    def _record(self, object_id: bytes) -> ObjectRecord:
+        return rows.object_record(self._one(statements.BY_ID, object_id=object_id))
+
+
+def _extent_key(extent: Extent) -> dict[str, object]:
+    return {
+        "node": extent.node,
+        "slot": extent.slot,
+        "segment": extent.segment,
+        "generation": extent.generation,
+        "offset": extent.offset,
+    }
+
+
+def applied_sequence(database: sqlite3.Connection) -> int:
+    (sequence,) = database.execute(statements.APPLIED).fetchone()
+    return int(sequence)
+
+
+def distinct(freed: Iterable[Extent]) -> tuple[Extent, ...]:
+    return tuple(dict.fromkeys(freed))

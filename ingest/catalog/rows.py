@@ -1,0 +1,169 @@
+"""How records lie in rows: the one place that packs and unpacks them. Pure; used by the writer and by every reader."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ingest.records import (
+    ArchiveCopy,
+    BucketRecord,
+    Durability,
+    Extent,
+    FrameGeometry,
+    FrameLedger,
+    ObjectRecord,
+    ObjectState,
+    PartRecord,
+    UploadRecord,
+    UserRecord,
+)
+
+Row = tuple[Any, ...]
+
+
+class Detail(msgspec.Struct, frozen=True, array_like=True):
+    """The parts of a record no query looks at. Stored: fields are only ever added at the end, with a default."""
+
+    crc64nvme: int
+    checksums: dict[str, str]
+    checksum_type: str
+    headers: dict[str, str]
+    metadata: dict[str, str]
+    geometry: FrameGeometry | None
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_bucket = msgspec.msgpack.Decoder(BucketRecord).decode
+decode_user = msgspec.msgpack.Decoder(UserRecord).decode
+decode_upload = msgspec.msgpack.Decoder(UploadRecord).decode
+decode_part = msgspec.msgpack.Decoder(PartRecord).decode
+decode_object = msgspec.msgpack.Decoder(ObjectRecord).decode
+decode_extents = msgspec.msgpack.Decoder(tuple[Extent, ...]).decode
+_decode_detail = msgspec.msgpack.Decoder(Detail).decode
+_decode_ledger = msgspec.msgpack.Decoder(FrameLedger).decode
+_decode_parts = msgspec.msgpack.Decoder(tuple[PartRecord, ...]).decode
+
+_STATES = {state.value: state for state in ObjectState}
+_DURABILITIES = {durability.value: durability for durability in Durability}
+NO_EXTENTS = encode(())
+
+
+def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """A connection in autocommit mode (transactions are explicit). Raises sqlite3.Error."""
+    mode = "ro" if read_only else "rwc"
+    database = sqlite3.connect(
+        f"file:{_uri(path)}?mode={mode}", uri=True, isolation_level=None, timeout=5.0, check_same_thread=False
+    )
+    # 8 MiB of page cache; what is not in it comes from the kernel's cache of the same file.
+    database.execute("PRAGMA cache_size=-8192")
+    if read_only:
+        database.execute("PRAGMA query_only=1")
+    return database
+
+
+def _uri(path: Path) -> str:
+    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def signed(unsigned: int) -> int:
+    """SQLite's integers are signed 64 bit: two's complement of a CRC64NVME."""
+    return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
+
+
+def unsigned(signed_value: int) -> int:
+    return signed_value & (1 << 64) - 1
+
+
+def object_record(row: Row) -> ObjectRecord:
+    """A row of ``statements.RECORD_COLUMNS``, with or without ``parts`` behind it."""
+    (
+        sequence, bucket, key, version_id, object_id, delete_marker, state, settled, durability, owner, codec, length,
+        stored_length, etag, modified_ns, attempts, error, target, path, crc, verified_ns, detail_blob, ledger, extents,
+    ) = row[:24]  # fmt: skip
+    detail = _decode_detail(detail_blob)
+    parts = row[24] if len(row) > 24 else None
+    return ObjectRecord(
+        bucket=bucket,
+        key=key,
+        version_id=version_id,
+        object_id=object_id,
+        sequence=sequence,
+        state=_STATES[state],
+        length=length,
+        stored_length=stored_length,
+        etag=etag,
+        crc64nvme=detail.crc64nvme,
+        modified_ns=modified_ns,
+        owner=owner,
+        durability=_DURABILITIES[durability],
+        settled=settled == 1,
+        codec=codec,
+        delete_marker=delete_marker == 1,
+        checksums=detail.checksums,
+        checksum_type=detail.checksum_type,
+        headers=detail.headers,
+        metadata=detail.metadata,
+        extents=decode_extents(extents),
+        parts=() if parts is None else _decode_parts(parts),
+        ledger=None if ledger is None else _decode_ledger(ledger),
+        geometry=detail.geometry,
+        archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
+        drain_attempts=attempts,
+        drain_error=error,
+    )
+
+
+def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) -> dict[str, object]:
+    """Parameters of ``statements.INSERT_OBJECT`` for a version that was just committed."""
+    return {
+        "sequence": record.sequence,
+        "bucket": record.bucket,
+        "key": record.key,
+        "version_id": record.version_id,
+        "object_id": record.object_id,
+        "visible": 0 if record.delete_marker else 1,
+        "delete_marker": 1 if record.delete_marker else 0,
+        "state": record.state.value,
+        "settled": 1 if record.settled else 0,
+        "durability": record.durability.value,
+        "owner": record.owner,
+        "codec": record.codec,
+        "length": record.length,
+        "stored_length": record.stored_length,
+        "etag": record.etag,
+        "modified_ns": record.modified_ns,
+        "stored_ns": record.modified_ns,
+        "due_ns": due_ns,
+        "lease_until_ns": 0,
+        "lease_epoch": 0,
+        "drain_attempts": 0,
+        "drain_error": "",
+        "recall_ns": 0,
+        "archive_target": None,
+        "archive_path": None,
+        "archive_crc64nvme": None,
+        "archive_verified_ns": None,
+        "published_path": published_path,
+        "detail": encode(
+            Detail(
+                record.crc64nvme,
+                record.checksums,
+                record.checksum_type,
+                record.headers,
+                record.metadata,
+                record.geometry,
+            )
+        ),
+        "ledger": None if record.ledger is None else encode(record.ledger),
+        "extents": encode(record.extents),
+        "parts": encode(record.parts) if record.parts else None,
+    }
+
+
+def all_records(rows: Iterable[Row]) -> list[ObjectRecord]:
+    return [object_record(row) for row in rows]

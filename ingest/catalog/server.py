@@ -1,0 +1,395 @@
+"""The catalogue process: the node's only writer. A unix socket in front of the committer.
+
+In: ``Register`` and ``Call`` frames from every process of the node. Out: answers after commit, and pushes to the owner of a
+slot: extents that became free, requests to settle. Start: take the lock, recover, serve. SIGTERM: finish the batch at hand,
+write everything back, leave a mark that the database was closed in order, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Callable
+from typing import cast
+
+import msgspec
+import uvloop
+
+from ingest.catalog import entries as e
+from ingest.catalog import recovery, rows, snapshot, statements, wire
+from ingest.catalog.committer import Batch, Committer, Limits
+from ingest.catalog.generation import GenerationFile
+from ingest.catalog.reader import Reader
+from ingest.counters import Counters
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion
+from ingest.journal import FileOps
+from ingest.paths import NodePaths, socket_address
+from ingest.records import Extent, FreedExtents, ObjectRecord, SettleRequest
+
+logger = logging.getLogger(__name__)
+
+UNANSWERED_MAX = 4096
+"""Calls of one connection in work; above it the connection is not read."""
+LOCK_WAIT_S = 10.0
+"""How long a new catalogue process waits for its predecessor to be gone."""
+
+
+class CatalogueBusy(IngestError):
+    """Another process holds the catalogue of this folder."""
+
+
+def generation_path(paths: NodePaths) -> str:
+    return str(paths.run / "generation")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Waiter:
+    """A ``settle`` that waits for its version's bytes."""
+
+    connection: _Connection
+    call: int
+    object_id: bytes
+    slots: frozenset[int]
+    timeout: asyncio.TimerHandle | None = None
+
+
+class _Ticket:
+    __slots__ = ("_call", "_connection", "mutation")
+
+    def __init__(self, connection: _Connection, call: int, mutation: wire.Mutation) -> None:
+        self._connection = connection
+        self._call = call
+        self.mutation = mutation
+
+    @property
+    def fenced(self) -> bool:
+        return self._connection.fenced
+
+    def answer(self, result: bytes) -> None:
+        self._connection.send_answer(wire.Answer(self._call, msgspec.Raw(result)))
+
+    def refuse(self, error: IngestError) -> None:
+        self._connection.refuse(self._call, error)
+
+
+_NOTHING = msgspec.Raw(wire.encode_value(None))
+
+
+class _Connection(asyncio.Protocol):
+    """One client. Answers of one turn of the loop leave in one write."""
+
+    def __init__(self, server: CatalogueServer) -> None:
+        self._server = server
+        self._frames = wire.Frames()
+        self._transport: asyncio.Transport | None = None
+        self._out: list[bytes] = []
+        self._unanswered = 0
+        self.slot: int | None = None
+        self.epoch = 0
+        self.fenced = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's does not inherit
+        self._server.connections.add(self)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._transport = None
+        self._server.left(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for payload in self._frames.feed(data):
+                message = wire.decode_from_client(payload)
+                if isinstance(message, wire.Register):
+                    self.slot, self.epoch = message.slot, message.epoch
+                    self._server.register(self)
+                else:
+                    self._unanswered += 1
+                    self._server.call(self, message)
+        except (ValueError, msgspec.MsgspecError) as error:
+            logger.error("a client of slot %s sent what cannot be read: %s", self.slot, error)
+            self.close()
+        if self._unanswered > UNANSWERED_MAX and self._transport is not None:
+            self._transport.pause_reading()
+
+    def ticket(self, call: int, mutation: wire.Mutation) -> _Ticket:
+        return _Ticket(self, call, mutation)
+
+    def refuse(self, call: int, error: IngestError) -> None:
+        self.send_answer(wire.Answer(call, _NOTHING, wire.error_fields(error)))
+
+    def send_answer(self, answer: wire.Answer) -> None:
+        self._unanswered -= 1
+        if self._unanswered == UNANSWERED_MAX and self._transport is not None:
+            self._transport.resume_reading()
+        self._send(wire.frame(answer))
+
+    def push(self, push: wire.Push) -> None:
+        self._send(wire.frame(push))
+
+    def _send(self, frame: bytes) -> None:
+        if self._transport is None:
+            return
+        if not self._out:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._out.append(frame)
+
+    def _flush(self) -> None:
+        if self._transport is not None and self._out:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def close(self) -> None:
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+
+class CatalogueServer:
+    """Slots, settles and sockets around a ``Committer``."""
+
+    def __init__(
+        self, paths: NodePaths, counters: Counters, *, node: int, limits: Limits, ops: FileOps | None = None
+    ) -> None:
+        """Recovers. The caller holds the lock. Raises JournalDamaged, JournalLost, sqlite3.Error, OSError."""
+        self._paths = paths
+        self._node = node
+        recovered = recovery.recover(paths, node)
+        self._database = recovered.database
+        self._committer = Committer(
+            paths, recovered.database, recovered.applied, counters, limits=limits, committed=self._committed, ops=ops
+        )
+        # Looks at what is committed, whatever the batch at hand has written so far.
+        self._reader = Reader(rows.connect(paths.catalogue, read_only=True), node)
+        self._lookup = rows.connect(paths.catalogue, read_only=True)
+        self._generation = GenerationFile(paths.run / "generation", writable=True)
+        self._generation.bump_generation()
+        if recovered.rebuilt:
+            self._generation.bump_incarnation()
+        self.connections: set[_Connection] = set()
+        self._slots: dict[int, _Connection] = {}
+        self._epochs: dict[int, int] = {}
+        self._waiters: dict[bytes, list[_Waiter]] = defaultdict(list)
+        self._snapshots: set[asyncio.Task[None]] = set()
+        logger.info("catalogue at entry %d, %d replayed", recovered.applied, recovered.replayed)
+
+    async def serve(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set. Raises what ends the committer early (see ``Committer.run``)."""
+        loop = asyncio.get_running_loop()
+        self._paths.catalogue_socket.unlink(missing_ok=True)
+        listener = await loop.create_unix_server(
+            lambda: _Connection(self), socket_address(self._paths.catalogue_socket), backlog=128
+        )
+        self._paths.catalogue_socket.chmod(0o600)
+        committing = asyncio.ensure_future(self._committer.run())
+        stopping = asyncio.ensure_future(stop.wait())
+        ready()
+        try:
+            await asyncio.wait((committing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            listener.close()
+            if self._snapshots and not committing.done():
+                await asyncio.gather(*self._snapshots)
+            self._committer.stop()
+            await committing
+        finally:
+            stopping.cancel()
+            listener.close()
+            for connection in list(self.connections):
+                connection.close()
+        self._close()
+
+    def _close(self) -> None:
+        self._reader.close()
+        self._lookup.close()
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._database.close()
+        self._generation.close()
+        mark = recovery.clean_mark(self._paths)
+        mark.touch()
+        snapshot.flush_path(mark.parent)
+
+    # -- slots
+    def register(self, connection: _Connection) -> None:
+        if connection.slot is None:
+            return
+        if connection.epoch < self._epochs.get(connection.slot, 0):
+            connection.fenced = True
+            return
+        older = self._slots.get(connection.slot)
+        if older is not None and older.epoch < connection.epoch:
+            logger.warning("slot %d has a newer process; the older one is fenced", connection.slot)
+        for other in self.connections:
+            if other.slot == connection.slot and other.epoch < connection.epoch:
+                other.fenced = True
+        self._slots[connection.slot], self._epochs[connection.slot] = connection, connection.epoch
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                if connection.slot in waiter.slots:
+                    self._ask_to_settle(waiter.object_id, frozenset((connection.slot,)))
+
+    def left(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if connection.slot is not None and self._slots.get(connection.slot) is connection:
+            del self._slots[connection.slot]
+        for object_id in list(self._waiters):
+            for waiter in list(self._waiters[object_id]):
+                if waiter.connection is connection:
+                    self._forget(waiter)
+
+    # -- calls
+    def call(self, connection: _Connection, call: wire.Call) -> None:
+        request = call.request
+        if connection.fenced:
+            connection.refuse(call.id, StaleEpoch("this slot belongs to a newer process"))
+        elif isinstance(request, wire.Settle):
+            self._settle(connection, call.id, request)
+        elif isinstance(request, wire.Snapshot):
+            task = asyncio.ensure_future(self._snapshot(connection, call.id))
+            self._snapshots.add(task)
+            task.add_done_callback(self._snapshots.discard)
+        else:
+            self._committer.submit(connection.ticket(call.id, request))
+
+    async def _snapshot(self, connection: _Connection, call: int) -> None:
+        try:
+            path = await self._committer.snapshot()
+        except IngestError as error:
+            connection.refuse(call, error)
+        else:
+            connection.send_answer(wire.Answer(call, msgspec.Raw(wire.encode_value(path))))
+
+    # -- settling
+    def _settle(self, connection: _Connection, call: int, request: wire.Settle) -> None:
+        try:
+            record = self._reader.by_id(request.object_id)
+        except NoSuchKey:
+            connection.refuse(call, StaleVersion("the version was deleted or replaced"))
+            return
+        if record.settled:
+            connection.send_answer(wire.Answer(call, msgspec.Raw(wire.encode_value(record))))
+            return
+        slots = frozenset(extent.slot for extent in record.extents)
+        waiter = _Waiter(connection, call, request.object_id, slots)
+        waiter.timeout = asyncio.get_running_loop().call_later(request.timeout_s, self._give_up, waiter)
+        self._waiters[request.object_id].append(waiter)
+        self._ask_to_settle(request.object_id, slots)
+
+    def _ask_to_settle(self, object_id: bytes, slots: frozenset[int]) -> None:
+        """Slots know bodies by the id they committed them with: the version's own, or its parts'."""
+        found = self._lookup.execute(statements.UNSETTLED_PARTS_OF, {"object_id": object_id}).fetchall()
+        bodies = [part_id for (part_id,) in found] or [object_id]
+        for slot in slots & self._slots.keys():
+            for body in bodies:
+                self._slots[slot].push(wire.Push(settle=SettleRequest(body)))
+
+    def _give_up(self, waiter: _Waiter) -> None:
+        self._forget(waiter)
+        waiter.connection.refuse(waiter.call, CatalogUnavailable("the version's owner did not settle it in time"))
+
+    def _forget(self, waiter: _Waiter) -> None:
+        if waiter.timeout is not None:
+            waiter.timeout.cancel()
+        waiters = self._waiters[waiter.object_id]
+        waiters.remove(waiter)
+        if not waiters:
+            del self._waiters[waiter.object_id]
+
+    def _resolve_waiters(self) -> None:
+        for object_id in list(self._waiters):
+            record: ObjectRecord | None = None
+            with contextlib.suppress(NoSuchKey):
+                record = self._reader.by_id(object_id)
+            if record is not None and not record.settled:
+                continue
+            for waiter in list(self._waiters[object_id]):
+                self._forget(waiter)
+                if record is None:
+                    waiter.connection.refuse(waiter.call, StaleVersion("the version was deleted or replaced"))
+                else:
+                    answer = wire.Answer(waiter.call, msgspec.Raw(wire.encode_value(record)))
+                    waiter.connection.send_answer(answer)
+
+    # -- after a batch
+    def _committed(self, batch: Batch, freed: tuple[Extent, ...]) -> None:
+        if batch.changes_generation:
+            self._generation.bump_generation()
+        if freed:
+            of_slot: dict[int, list[Extent]] = defaultdict(list)
+            for extent in freed:
+                if extent.node == self._node:
+                    of_slot[extent.slot].append(extent)
+            for slot in of_slot.keys() & self._slots.keys():
+                self._slots[slot].push(wire.Push(freed=FreedExtents(tuple(of_slot[slot]))))
+        if self._waiters and any(not isinstance(entry, e.PartCommitted) for entry in batch.entries):
+            self._resolve_waiters()
+
+
+async def serve(
+    paths: NodePaths,
+    counters: Counters,
+    *,
+    node: int,
+    ready: Callable[[], None],
+    stop: asyncio.Event,
+    limits: Limits | None = None,
+    ops: FileOps | None = None,
+) -> None:
+    """Recover and serve until ``stop`` is set; ``ready`` is called when mutations are taken.
+
+    Raises CatalogueBusy where another process serves this folder, JournalDamaged, JournalLost, sqlite3.Error, OSError.
+    """
+    paths.create()
+    lock = await _lock(paths)
+    try:
+        server = CatalogueServer(paths, counters, node=node, limits=limits or Limits(), ops=ops)
+        await server.serve(ready, stop)
+    finally:
+        os.close(lock)
+
+
+def lock_path(paths: NodePaths) -> str:
+    """Held by the process that writes the catalogue, and by whoever replaces it."""
+    return str(paths.catalogue.parent / "lock")
+
+
+async def _lock(paths: NodePaths) -> int:
+    fd = os.open(lock_path(paths), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline:
+                os.close(fd)
+                raise CatalogueBusy(f"another process serves the catalogue in {paths.root}") from None
+            await asyncio.sleep(0.05)
+        else:
+            return fd
+
+
+def run(
+    paths: NodePaths,
+    counters: Counters,
+    *,
+    node: int,
+    ready: Callable[[], None],
+    limits: Limits | None = None,
+    ops: FileOps | None = None,
+) -> None:
+    """The whole process: returns after SIGTERM or SIGINT once everything is written back. Raises as ``serve``."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await serve(paths, counters, node=node, ready=ready, stop=stop, limits=limits, ops=ops)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())

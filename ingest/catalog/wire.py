@@ -1,0 +1,249 @@
+"""What the catalogue process and its clients say to each other: frames of a 4-byte little-endian length and msgpack.
+
+Client to server: ``Register`` once for each connection, then ``Call``s. Server to client: one ``Answer`` for each call,
+in any order, and ``Push``es. A call may be sent again on a new connection: every request here is safe to repeat, and
+where the answer of the first time would differ (an id already known, a bucket just made) it says how it recognises itself.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from ingest import errors
+from ingest.records import (
+    ArchiveCopy,
+    BucketRecord,
+    CommitObject,
+    CommitPart,
+    CompleteUpload,
+    DeleteObject,
+    Extent,
+    FrameLedger,
+    FreedExtents,
+    SettleRequest,
+    UploadRecord,
+    UserRecord,
+)
+
+FRAME_BYTES_MAX = 64 * 1024 * 1024
+LENGTH = struct.Struct("<I")
+
+
+class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
+    """First frame of a connection. Of two clients of one slot the one with the greater epoch lives."""
+
+    slot: int | None
+    epoch: int
+
+
+class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
+    request: CommitObject
+
+
+class Delete(msgspec.Struct, frozen=True, array_like=True, tag="delete"):
+    request: DeleteObject
+
+
+class CreateBucket(msgspec.Struct, frozen=True, array_like=True, tag="create-bucket"):
+    record: BucketRecord
+    """``created_ns`` is the asker's: the same owner and time mean this very request was sent before."""
+
+
+class DeleteBucket(msgspec.Struct, frozen=True, array_like=True, tag="delete-bucket"):
+    name: str
+
+
+class TagBucket(msgspec.Struct, frozen=True, array_like=True, tag="tag-bucket"):
+    name: str
+    tags: dict[str, str]
+
+
+class PutUser(msgspec.Struct, frozen=True, array_like=True, tag="put-user"):
+    user: UserRecord
+
+
+class CreateUpload(msgspec.Struct, frozen=True, array_like=True, tag="create-upload"):
+    upload: UploadRecord
+
+
+class PutPart(msgspec.Struct, frozen=True, array_like=True, tag="put-part"):
+    request: CommitPart
+
+
+class Complete(msgspec.Struct, frozen=True, array_like=True, tag="complete"):
+    request: CompleteUpload
+
+
+class AbortUpload(msgspec.Struct, frozen=True, array_like=True, tag="abort-upload"):
+    bucket: str
+    key: bytes
+    upload_id: str
+
+
+class MarkSettled(msgspec.Struct, frozen=True, array_like=True, tag="mark-settled"):
+    object_ids: tuple[bytes, ...]
+
+
+class AmendLedger(msgspec.Struct, frozen=True, array_like=True, tag="amend-ledger"):
+    object_id: bytes
+    ledger: FrameLedger
+
+
+class ClaimDrain(msgspec.Struct, frozen=True, array_like=True, tag="claim-drain"):
+    limit: int
+    lease_ns: int
+    claim: int
+    """Random: the lease epoch, and how the same claim is recognised when it is sent again."""
+
+
+class MarkDrained(msgspec.Struct, frozen=True, array_like=True, tag="mark-drained"):
+    object_id: bytes
+    copy: ArchiveCopy
+
+
+class FailDrain(msgspec.Struct, frozen=True, array_like=True, tag="fail-drain"):
+    object_id: bytes
+    error: str
+    retry_after_ns: int
+
+
+class MarkEvicted(msgspec.Struct, frozen=True, array_like=True, tag="mark-evicted"):
+    object_id: bytes
+
+
+class RequestRecall(msgspec.Struct, frozen=True, array_like=True, tag="request-recall"):
+    object_id: bytes
+
+
+class MarkRecalled(msgspec.Struct, frozen=True, array_like=True, tag="mark-recalled"):
+    object_id: bytes
+    extents: tuple[Extent, ...]
+
+
+class FailRecall(msgspec.Struct, frozen=True, array_like=True, tag="fail-recall"):
+    object_id: bytes
+    error: str
+
+
+class Relocate(msgspec.Struct, frozen=True, array_like=True, tag="relocate"):
+    object_id: bytes
+    old: Extent
+    new: tuple[Extent, ...]
+
+
+class MarkArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="mark-archive-deleted"):
+    tombstone: int
+
+
+class FailReduction(msgspec.Struct, frozen=True, array_like=True, tag="fail-reduction"):
+    object_id: bytes
+    kernel: str
+    error: str
+    give_up: bool
+
+
+class Settle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
+    """Not a mutation: answered when the version's ``settled`` has been committed."""
+
+    object_id: bytes
+    timeout_s: float
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
+    """Not a mutation: write a snapshot, answer its path."""
+
+
+Mutation = (
+    Commit
+    | Delete
+    | CreateBucket
+    | DeleteBucket
+    | TagBucket
+    | PutUser
+    | CreateUpload
+    | PutPart
+    | Complete
+    | AbortUpload
+    | MarkSettled
+    | AmendLedger
+    | ClaimDrain
+    | MarkDrained
+    | FailDrain
+    | MarkEvicted
+    | RequestRecall
+    | MarkRecalled
+    | FailRecall
+    | Relocate
+    | MarkArchiveDeleted
+    | FailReduction
+)
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
+    id: int
+    request: Mutation | Settle | Snapshot
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
+    """``error`` is the name of a class of ingest.errors and its argument; then ``result`` is nil."""
+
+    id: int
+    result: msgspec.Raw
+    error: tuple[str, str] | None = None
+
+
+class Push(msgspec.Struct, frozen=True, array_like=True, tag="push"):
+    freed: FreedExtents | None = None
+    settle: SettleRequest | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+encode_value = _encode
+decode_from_client = msgspec.msgpack.Decoder(Register | Call).decode
+decode_from_server = msgspec.msgpack.Decoder(Answer | Push).decode
+
+_ERRORS: dict[str, type[errors.IngestError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.IngestError)
+}
+
+
+def frame(message: Register | Call | Answer | Push) -> bytes:
+    payload = _encode(message)
+    return LENGTH.pack(len(payload)) + payload
+
+
+def error_fields(error: errors.IngestError) -> tuple[str, str]:
+    return type(error).__name__, str(error)
+
+
+def error_from(fields: tuple[str, str]) -> errors.IngestError:
+    name, argument = fields
+    return _ERRORS.get(name, errors.CatalogError)(argument)
+
+
+class Frames:
+    """Cuts a byte stream into frames. Pure: bytes in, payloads out; ValueError for a frame over the limit."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        buffer = self._buffer
+        buffer += data
+        found, start = [], 0
+        while len(buffer) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(buffer, start)
+            if length > FRAME_BYTES_MAX:
+                raise ValueError(f"a frame of {length} bytes; at most {FRAME_BYTES_MAX}")
+            end = start + LENGTH.size + length
+            if end > len(buffer):
+                break
+            found.append(bytes(buffer[start + LENGTH.size : end]))
+            start = end
+        if start:
+            del buffer[:start]
+        return found
