@@ -14,24 +14,29 @@ import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+import numpy as np
 
 from ingest.counters import Counters
-from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import BufferFull, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import Catalog, Domain, FeedbackSink, FrameReduction, KernelRefused, LandingPad, StreamInfo
 from ingest.records import FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, Registry, attach, is_internal, kernel_name
-from kernels.formats import HEADER_BYTES_MAX, NotFrames, sniff
+from kernels.contract import Kernel
+from kernels.formats import HEADER_BYTES_MAX, NotFrames, declared_geometry, sniff
 from kernels.gate import admit
 from kernels.lane import Lane, LaneKey
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
-from kernels.sandbox import SandboxFailed, SandboxLimits, check
+from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.tally import Tally
 
 log = logging.getLogger("hiss.kernels")
 
+CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
+"""Waits for a fork server that restarts, before a submitted kernel is turned away."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -155,16 +160,39 @@ class KernelHost:
             self._work.release()
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
-        """Gate, attachment and compiler, for a kernel put at ``_kernels/<name>.py``. Raises KernelRefused."""
+        """Gate, attachment and compiler, for a kernel put at ``_kernels/<name>.py``; compiled for the layout that the
+        metadata declare as for frames, else for a default set. Raises KernelRefused, or BufferFull where it could not
+        be tried (no fork server)."""
         try:
             if kernel_name(f"_kernels/{name}.py".encode()) is None:
                 raise KernelRefused(f"{name}.py", 1, "a kernel's name is a letter, then letters, digits, _ or -")
             kernel = await asyncio.to_thread(admit, name, source)
             attach(kernel, metadata)
-            await check(self.zygote_socket, kernel)
+            try:
+                declared = declared_geometry(metadata)
+            except ValueError as error:
+                raise KernelRefused(kernel.file, 1, str(error)) from None
+            layouts: Sequence[tuple[str, int]] = DEFAULT_LAYOUTS
+            if declared is not None:
+                layouts = ((np.dtype(declared.dtype).name, len(declared.shape)),)
+            await self._compile(kernel, layouts)
         except KernelRefused:
             self._tally.error("refused")
             raise
+
+    async def _compile(self, kernel: Kernel, layouts: Sequence[tuple[str, int]]) -> None:
+        failure = SandboxFailed("unavailable", "")
+        for wait_s in CHECK_BACKOFF_S:
+            try:
+                await check(self.zygote_socket, kernel, layouts, self.sandbox_limits)
+            except SandboxFailed as error:
+                failure = error
+            else:
+                return
+            if failure.kind != "unavailable":
+                raise KernelRefused(kernel.file, 1, f"does not compile: {failure}") from None
+            await asyncio.sleep(wait_s)
+        raise BufferFull(f"kernels cannot be compiled at the moment: {failure.message}")
 
     # -- what reductions and lanes ask (ReductionHost, LaneOwner)
 
@@ -174,6 +202,9 @@ class KernelHost:
 
     async def admit(self, lane: Lane) -> None:
         await self._pool.admit(lane)
+
+    def idle(self, lane: Lane) -> None:
+        self._pool.became_idle()
 
     def dismissed(self, lane: Lane) -> None:
         self._pool.dismissed(lane)
@@ -214,7 +245,6 @@ class KernelHost:
     def done(self, reduction: Reduction) -> None:
         self._reductions.discard(reduction)
         self._owing.difference_update((reduction.info.object_id, name) for name in reduction.kernels)
-        self._pool.became_idle()
 
     # -- inside
 

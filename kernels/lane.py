@@ -82,6 +82,10 @@ class LaneOwner(Protocol):
         """The kernel does not compile for this layout."""
         ...
 
+    def idle(self, lane: Lane) -> None:
+        """The lane's last stream left."""
+        ...
+
     def dismissed(self, lane: Lane) -> None:
         """The lane's process is gone."""
         ...
@@ -171,6 +175,7 @@ class Lane:
         self._schedule.leave(stream)
         if not self._clients:
             self.idle_since_s = time.monotonic()
+            self._owner.idle(self)
         self._wake.set()
 
     async def admitted(self) -> None:
@@ -309,6 +314,8 @@ class Lane:
             if client is not None:
                 client.voided(first, count)
         self._after_choice()
+        if failure.kind == "unavailable":
+            return
         if self._owner.struck(self, failure):
             self._refuse(failure.kind, failure.message)
 

@@ -194,7 +194,8 @@ class KernelPass:
 
     async def finish(self, record: ObjectRecord, frames: int, domain: Domain) -> Outcome:
         """Wait for, or read back, every frame; then the state. Raises Gone, Postponed or Hopeless."""
-        self._lane.finish(self._stream)
+        if self._refusal is None:
+            self._lane.finish(self._stream)
         window = asyncio.Semaphore(CATCHUP_PIECES)
         try:
             while not self._final:

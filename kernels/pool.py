@@ -51,7 +51,7 @@ class LanePool:
         """Returns once ``lane`` may have a process."""
         async with self._turn:
             while len(self._admitted) >= self._processes_max:
-                self.close_idle(lambda other: True, at_most=1)
+                self.close_idle(lambda other: other in self._admitted, at_most=1)
                 await self._turn.wait()
             self._admitted.add(lane)
             self._gauge.set(len(self._admitted))

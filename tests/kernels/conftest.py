@@ -14,6 +14,8 @@ import itertools
 import mmap
 import os
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -128,6 +130,8 @@ class Batch:
 
 class Store:
     """LandingPad and Catalog over dicts; ``before_*`` hooks run inside the calls."""
+
+    batch_type = Batch
 
     def __init__(self) -> None:
         self.objects: dict[tuple[str, bytes], ObjectRecord] = {}
@@ -306,3 +310,26 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
 @pytest.fixture(name="until")
 def until_fixture() -> Callable[..., object]:
     return until
+
+
+@pytest.fixture(scope="session")
+def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real fork server, once for all tests of the room."""
+    path = tmp_path_factory.mktemp("run") / "zygote.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kernels.zygote", "--socket", str(path), "--parent", str(os.getpid())],
+        cwd=Path(__file__).parents[2],
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if b"ready" in line:
+                break
+        else:
+            raise AssertionError(f"the zygote did not start: exit {process.wait()}")
+        yield str(path)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
