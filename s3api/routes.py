@@ -186,11 +186,8 @@ def _refuse_unknown(row: Route, request: Request) -> None:
             raise _not_implemented(request.method, name)
         # A flag we have never heard of may be a subresource of tomorrow: reading the plain resource instead does no
         # harm, writing it would.
-        if not value and row.access > Access.READ and name not in _HARMLESS_FLAGS:
+        if name and not value and row.access > Access.READ and name not in row.accepts:
             raise _not_implemented(request.method, name)
-
-
-_HARMLESS_FLAGS = frozenset({"", "x-id", "encoding-type", "prefix", "delimiter"})
 
 
 def _not_implemented(method: str, name: str) -> S3Error:

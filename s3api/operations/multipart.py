@@ -171,7 +171,10 @@ async def complete_multipart_upload(call: Call) -> Response:
         condition.check(await current(call))
     crc = checksums.combined_crc64([(part.crc64nvme, part.length) for part in parts])
     host = call.node.kernels
-    reductions = host.kernels_for(call.bucket_name, call.key) if host is not None else ()
+    reductions: tuple[str, ...] = ()
+    if host is not None:
+        await host.prepare(call.bucket_name)
+        reductions = host.kernels_for(call.bucket_name, call.key)
     request = CompleteUpload(
         bucket=call.bucket_name,
         key=call.key,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ingest.bucket_settings import BucketSettings
-from ingest.errors import NoSuchKey, ObjectOffline
+from ingest.errors import NoSuchKey, ObjectOffline, StaleVersion
 from ingest.ports import ObjectReader
 from ingest.records import NULL_VERSION, ObjectRecord
 from s3api.call import Call
@@ -45,6 +45,8 @@ async def open_version(
         raise offline
     try:
         return await call.node.data.open_reader(record, start, stop)
+    except NoSuchKey:
+        raise StaleVersion("overwritten or deleted since it was looked up") from None
     except ObjectOffline:
         if settings.recall == "never":
             raise offline from None

@@ -38,7 +38,7 @@ async def received(
 ) -> Result:
     """Receive the request's body into a new stream and commit it. ``commit`` gets the stream, what it measured and the
     checksums to record. Raises whatever made it fail, after the stream was aborted."""
-    stream = call.node.data.open_stream(spec)
+    stream = await _opened(call, spec)
     try:
         await call.request.body.into(stream)
         digest = await stream.finish()
@@ -58,7 +58,7 @@ async def stored(
     commit: Callable[[Stream, StreamDigest], Awaitable[Result]],
 ) -> Result:
     """As ``received``, for bytes that the node has already: a copy's source, a kernel that was checked."""
-    stream = call.node.data.open_stream(spec)
+    stream = await _opened(call, spec)
     try:
         async for chunk in chunks:
             await feed(stream, chunk)
@@ -66,6 +66,12 @@ async def stored(
     except BaseException:
         await stream.abort()
         raise
+
+
+async def _opened(call: Call, spec: StreamSpec) -> Stream:
+    if call.node.kernels is not None and not spec.part:
+        await call.node.kernels.prepare(spec.bucket.name)
+    return call.node.data.open_stream(spec)
 
 
 async def feed(sink: BodySink, data: memoryview) -> None:

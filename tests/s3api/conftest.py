@@ -1,0 +1,257 @@
+"""Fixtures of the S3 tests: a node in a thread (real catalogue, buffer and HTTP server) and clients that sign."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+import uvloop
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials as BotoCredentials
+
+from ingest.arena import Arena, create_regions
+from ingest.buffer import Buffer
+from ingest.catalog import server as catalogue
+from ingest.catalog.client import CatalogClient
+from ingest.counters import CATALOGUE, Counters
+from ingest.paths import NodePaths
+from ingest.ports import FrameHost, KernelRefused
+from ingest.records import Grant, UserRecord
+from ingest.recovery import recover
+from ingest.segments import SegmentStore
+from ingest.span_table import SpanTable
+from s3api.auth.users import CatalogUsers
+from s3api.call import ServiceSettings
+from s3api.http.listener import Server
+from s3api.http.limits import HttpLimits
+from s3api.service import S3Service
+
+START_TIMEOUT_S = 20.0
+REGIONS, REGION_BYTES, SLAB_BYTES = 4, 64 << 20, 4 << 20
+
+
+class CheckingHost:
+    """The part of the kernel room that S3 talks to: refuses sources that do not compile, reduces nothing."""
+
+    async def prepare(self, bucket: str) -> None: ...
+
+    def open(self, info: object) -> None: ...
+
+    def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
+        return ()
+
+    def catch_up(self, record: object, kernels: tuple[str, ...]) -> None: ...
+
+    async def check(self, bucket: str, name: str, source: bytes, metadata: object) -> None:
+        try:
+            compile(source, f"{name}.py", "exec")
+        except SyntaxError as error:
+            raise KernelRefused(f"{name}.py", error.lineno or 0, error.msg) from None
+
+
+class NodeThread:
+    """A whole S3 node on its own loop and thread; everything real, nothing mocked."""
+
+    def __init__(self, root: Path, settings: ServiceSettings, kernels: FrameHost | None) -> None:
+        self.paths = NodePaths(root)
+        self.counters = Counters(None, 0)
+        self.catalog: CatalogClient
+        self.buffer: Buffer
+        self.service: S3Service
+        self._settings = settings
+        self._kernels = kernels
+        self._secrets: dict[bytes, str] = {}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="node")
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(START_TIMEOUT_S), "the node did not start"
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(START_TIMEOUT_S)
+        assert not self._thread.is_alive(), "the node did not stop"
+        if self._failure is not None:
+            raise self._failure
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine on the node's loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_TIMEOUT_S)
+
+    def add_user(self, user_id: str, *grants: Grant, root: bool = False, enabled: bool = True) -> tuple[str, str]:
+        """Returns (access key, secret key)."""
+        access_key, secret = f"AK{secrets.token_hex(6).upper()}", secrets.token_hex(16)
+        sealed = secrets.token_bytes(16)
+        self._secrets[sealed] = secret
+        record = UserRecord(user_id, user_id.title(), access_key, sealed, tuple(grants), enabled, root)
+        self.run(self.catalog.put_user(record))
+        return access_key, secret
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._main())
+        except BaseException as error:
+            self._failure = error
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        up, down = asyncio.Event(), asyncio.Event()
+        writer = asyncio.create_task(
+            catalogue.serve(self.paths, Counters(None, CATALOGUE), node=0, ready=up.set, stop=down)
+        )
+        started = asyncio.create_task(up.wait())
+        await asyncio.wait([writer, started], return_when=asyncio.FIRST_COMPLETED)
+        if writer.done():
+            started.cancel()
+            await writer
+        executor = ThreadPoolExecutor(4)
+        async with CatalogClient(self.paths, slot=0) as self.catalog:
+            arena = Arena(create_regions(REGIONS, REGION_BYTES), self.counters)
+            spans = SpanTable(SpanTable.create(REGIONS, REGION_BYTES // SLAB_BYTES), REGION_BYTES // SLAB_BYTES)
+            segments = SegmentStore(
+                self.paths,
+                node=0,
+                slot=0,
+                segment_bytes=64 << 20,
+                files_max=8,
+                files_elsewhere=lambda: 0,
+                executor=executor,
+                counters=self.counters,
+            )
+            await recover(self.paths, self.catalog, segments, arena, spans, self.counters)
+            self.buffer = Buffer(
+                paths=self.paths,
+                arena=arena,
+                spans=spans,
+                segments=segments,
+                catalog=self.catalog,
+                executor=executor,
+                counters=self.counters,
+                recall_timeout_s=0.2,
+            )
+            users = CatalogUsers(self.catalog, lambda user: self._secrets[user.secret])
+            self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels)
+            server = Server(
+                [self._listener],
+                self.service,
+                HttpLimits(),
+                self.counters,
+                render_error=self.service.render_error,
+                observe=self.service.observe,
+            )
+            server.start()
+            self._ready.set()
+            await self._stop.wait()
+            await server.close(2.0)
+            await self.buffer.close(5.0)
+        down.set()
+        await writer
+        executor.shutdown()
+        self._listener.close()
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeThread]:
+    settings = ServiceSettings(domains=("s3.test",), host_id="bm9kZQ==")
+    node = NodeThread(tmp_path_factory.mktemp("s3") / "node", settings, CheckingHost())  # type: ignore[arg-type]
+    node.start()
+    yield node
+    node.stop()
+
+
+@pytest.fixture(scope="session")
+def root_keys(node: NodeThread) -> tuple[str, str]:
+    return node.add_user("root", root=True)
+
+
+def s3_client(node: NodeThread, keys: tuple[str, str], **config: Any) -> Any:
+    config.setdefault("s3", {"addressing_style": "path"})
+    return boto3.client(
+        "s3",
+        endpoint_url=node.endpoint,
+        aws_access_key_id=keys[0],
+        aws_secret_access_key=keys[1],
+        region_name="us-east-1",
+        config=Config(retries={"total_max_attempts": 1}, **config),
+    )
+
+
+@pytest.fixture
+def make_client(node: NodeThread) -> Iterator[Callable[..., Any]]:
+    made = []
+
+    def make(keys: tuple[str, str], **config: Any) -> Any:
+        made.append(s3_client(node, keys, **config))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+@pytest.fixture(scope="session")
+def s3(node: NodeThread, root_keys: tuple[str, str]) -> Iterator[Any]:
+    """boto3 as root, with the SDK's defaults."""
+    client = s3_client(node, root_keys)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def bucket(s3: Any) -> str:
+    name = f"test-{secrets.token_hex(6)}"
+    s3.create_bucket(Bucket=name)
+    return name
+
+
+class RawClient:
+    """Requests exactly as a test writes them, signed by botocore, sent by httpx."""
+
+    def __init__(self, endpoint: str, keys: tuple[str, str]) -> None:
+        self.endpoint = endpoint
+        self.credentials = BotoCredentials(*keys)
+        self.http = httpx.Client(timeout=20)
+
+    def __call__(
+        self, method: str, path: str, body: bytes = b"", *, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
+        request = AWSRequest(method, self.endpoint + path, data=body, headers=dict(headers or {}))
+        S3SigV4Auth(self.credentials, "s3", "us-east-1").add_auth(request)
+        return self.http.request(method, self.endpoint + path, content=body, headers=dict(request.headers))
+
+
+@pytest.fixture(scope="session")
+def raw(node: NodeThread, root_keys: tuple[str, str]) -> Iterator[RawClient]:
+    client = RawClient(node.endpoint, root_keys)
+    yield client
+    client.http.close()
+
+
+def error_code(response: httpx.Response) -> str:
+    return response.text.partition("<Code>")[2].partition("</Code>")[0]
+
+
+@pytest.fixture
+def code_of() -> Callable[[httpx.Response], str]:
+    return error_code
