@@ -4,7 +4,7 @@ In: the head of a body (untrusted) and the object's user metadata. Out: a ``Fram
 needed to say, or ``NotFrames`` with the reason. Two forms:
 
 - raw: ``x-amz-meta-frame-dtype`` (numpy dtype, e.g. ``uint16`` or ``<u2``) and ``x-amz-meta-frame-shape`` (``195,487``,
-  ``195x487`` or ``[195, 487]``); the body is frames back to back from its first byte.
+  ``195x487`` or ``[195, 487]``); the body is frames back to back from its first byte, unless the key ends in ``.npy``.
 - ``.npy`` (NEP 1, numpy.lib.format): one array. Three dimensions or more: frames along the first; one or two: a single
   frame. With ``frame-shape`` in the metadata the trailing dimensions must match it, so (N, pixels) can be frames too.
 
@@ -39,13 +39,18 @@ class NotFrames:
     reason: str
 
 
-def sniff(head: memoryview, metadata: Mapping[str, str], *, complete: bool) -> FrameGeometry | NotFrames | int:
+def sniff(
+    head: memoryview, key: bytes, metadata: Mapping[str, str], *, complete: bool
+) -> FrameGeometry | NotFrames | int:
     """Geometry, or bytes needed to say (more than ``len(head)``; never when ``complete``), or why not.
 
     ``metadata`` has lower-case names without ``x-amz-meta-``. At most HEADER_BYTES_MAX bytes of ``head`` are looked at.
     """
     try:
         declared = declared_geometry(metadata)
+        if declared is not None and not key.endswith(b".npy"):
+            # Known before the first byte: the very first span can be cut to whole frames.
+            return declared
         probe = bytes(head[: len(NPY_MAGIC)])
         if probe == NPY_MAGIC:
             found = _npy(head)

@@ -51,15 +51,27 @@ class HostLimits:
     """How long a sandbox without streams is kept warm."""
     strikes_max: int = 3
     """Failures in a row, without a product in between, that disable a kernel."""
-    attempts_max: int = 20
-    """Sweeps that may come back to one owed product before it is given up."""
+    attempts_max: int = 5
+    """Internal errors over one owed product before it is given up; shortages do not count."""
     catchups_max: int = 2
     """Versions read back from disk at once."""
     backlog_max: int = 4096
     """Owed versions remembered between sweeps."""
+    grace_s: float = 60.0
+    """How long an owed product that this worker did not begin is left to whoever did."""
+    postpone_s_max: float = 600.0
+    """Longest wait before a postponed product is tried again; the first is ``sweep_s``, then twice as long each time."""
     sweep_s: float = 15.0
     """Between two looks for owed reductions and idle sandboxes."""
     sandbox: SandboxLimits = dataclasses.field(default_factory=SandboxLimits)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Due:
+    """When an owed product may be tried, and how long the next postponement is."""
+
+    time_s: float
+    wait_s: float
 
 
 class KernelHost:
@@ -87,6 +99,7 @@ class KernelHost:
         self._strikes: dict[tuple[str, str], int] = {}
         self._reductions: set[Reduction] = set()
         self._owing: set[tuple[bytes, str]] = set()
+        self._due: dict[tuple[bytes, str], _Due] = {}
         self._backlog: deque[tuple[ObjectRecord, tuple[str, ...]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -225,6 +238,18 @@ class KernelHost:
         )
         return last
 
+    async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
+        log.warning("kernel %s over %s/%r is postponed: %s", kernel, record.bucket, record.key, reason)
+        identity = (record.object_id, kernel)
+        before = self._due.get(identity)
+        wait_s = self._limits.sweep_s if before is None else min(self._limits.postpone_s_max, before.wait_s)
+        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s)
+        if reason.recall:
+            try:
+                await self.catalog.request_recall(record.object_id)
+            except IngestError as error:
+                log.warning("%s/%r was not recalled for its kernel: %s", record.bucket, record.key, error)
+
     def succeeded(self, bucket: str, attachment: Attachment) -> None:
         self._strikes.pop((bucket, attachment.kernel.sha256), None)
 
@@ -278,6 +303,8 @@ class KernelHost:
         """Forever: find owed reductions, close idle lanes."""
         loop = asyncio.get_running_loop()
         due_s = loop.time()
+        # What the slot's last process left behind is nobody else's: no grace the first time.
+        grace_s = 0.0
         while True:
             self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
             if loop.time() >= due_s:
@@ -285,18 +312,23 @@ class KernelHost:
                 try:
                     self._pool.sweep()
                     if not self._backlog:
-                        await self._find_owed()
+                        await self._find_owed(grace_s)
+                        grace_s = self._limits.grace_s
                 except IngestError as error:
                     log.warning("owed reductions could not be listed: %s", error)
                 except Exception:
                     log.exception("a sweep of the kernel host failed")
             await asyncio.sleep(min(GAUGE_S, self._limits.sweep_s))
 
-    async def _find_owed(self) -> None:
+    async def _find_owed(self, grace_s: float) -> None:
         owed: dict[bytes, tuple[ObjectRecord, list[str]]] = {}
-        for job in await self.catalog.pending_reductions(self._slot, self._limits.backlog_max):
+        jobs = await self.catalog.pending_reductions(self._slot, self._limits.backlog_max)
+        now_s = asyncio.get_running_loop().time()
+        due = {(job.record.object_id, job.kernel): _Due(now_s + grace_s, self._limits.sweep_s) for job in jobs}
+        self._due = {identity: self._due.get(identity, fresh) for identity, fresh in due.items()}
+        for job in jobs:
             identity = (job.record.object_id, job.kernel)
-            if identity in self._owing:
+            if identity in self._owing or self._due[identity].time_s > now_s:
                 continue
             if job.attempts >= self._limits.attempts_max:
                 await self._give_up(job.record, job.kernel, f"given up after {job.attempts} attempts")
@@ -314,12 +346,18 @@ class KernelHost:
                 await self._reduce_stored(record, kernels)
             except Gone:
                 log.info("%s/%r was deleted or replaced before it was reduced", record.bucket, record.key)
-            except (Postponed, Hopeless, IngestError) as error:
-                log.warning("the reduction of %s/%r is postponed: %s", record.bucket, record.key, error)
-                await self._count_attempt(record, kernels, str(error))
+            except Hopeless as trouble:
+                for name in kernels:
+                    await self._give_up(record, name, str(trouble))
+            except (Postponed, IngestError) as error:
+                reason = error if isinstance(error, Postponed) else Postponed(f"{type(error).__name__}: {error}")
+                for name in kernels:
+                    await self.postpone(record, name, reason)
             except Exception:
                 log.exception("the reduction of %s/%r failed", record.bucket, record.key)
-                await self._count_attempt(record, kernels, "internal error of the kernel host")
+                for name in kernels:
+                    await self._record_failure(record, name, "internal error of the kernel host", give_up=False)
+                    await self.postpone(record, name, Postponed("internal error"))
             finally:
                 self._owing.difference_update((record.object_id, name) for name in kernels)
 
@@ -367,13 +405,9 @@ class KernelHost:
                 head = os.pread(domain.region_fds[loaded.region], length, loaded.offset)
             finally:
                 loaded.release()
-        found = sniff(memoryview(head), record.metadata, complete=True)
+        found = sniff(memoryview(head), record.key, record.metadata, complete=True)
         assert not isinstance(found, int)
         return found
-
-    async def _count_attempt(self, record: ObjectRecord, kernels: tuple[str, ...], error: str) -> None:
-        for name in kernels:
-            await self._record_failure(record, name, error, give_up=False)
 
     async def _give_up(self, record: ObjectRecord, kernel: str, error: str) -> None:
         log.warning("kernel %s over %s/%r: %s", kernel, record.bucket, record.key, error)

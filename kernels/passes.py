@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ingest.errors import DataLost, IngestError, NoSuchBucket, NoSuchKey, ObjectOffline, StaleVersion
 from ingest.ports import Domain, FeedbackEvent, FeedbackSink, FrameBatch, LandingPad, LoadedBytes
-from ingest.records import FrameGeometry, ObjectRecord
+from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment
 from kernels.contract import merge
 from kernels.lane import Lane, StateArrays
@@ -30,8 +30,8 @@ from kernels.verdicts import Verdicts
 
 log = logging.getLogger("hiss.kernels")
 
-CATCHUP_BYTES = 16 << 20
-"""One piece read from disk; at least one frame."""
+CATCHUP_BYTES = (16 << 20) - 2 * BLOCK_BYTES
+"""One piece read from disk; at least one frame. With room for alignment it still fits a span of 16 MiB."""
 CATCHUP_PIECES = 2
 """Pieces in memory at once: one is reduced while the next is read."""
 LOAD_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0)
@@ -44,6 +44,11 @@ class Gone(Exception):
 
 class Postponed(Exception):
     """The pass cannot go on now; the sweep will begin it anew. ``str()`` says why."""
+
+    def __init__(self, reason: str, *, recall: bool = False) -> None:
+        """``recall``: the bytes must come back from the archive first."""
+        super().__init__(reason)
+        self.recall = recall
 
 
 class Hopeless(Exception):
@@ -256,7 +261,7 @@ async def load(pad: LandingPad, record: ObjectRecord, start: int, length: int, d
         except (StaleVersion, NoSuchKey, NoSuchBucket):
             raise Gone from None
         except ObjectOffline:
-            raise Postponed("its bytes are on the archive tier") from None
+            raise Postponed("its bytes are on the archive tier", recall=True) from None
         except DataLost as lost:
             raise Hopeless("crash", f"the stored bytes cannot be read back: {lost}") from None
         except IngestError as shortage:

@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import Catalog, Domain, FrameBatch, LandingPad, StreamInfo
-from ingest.records import CommitObject, FrameGeometry, FrameLedger, ObjectRecord
+from ingest.records import BLOCK_BYTES, CommitObject, FrameGeometry, FrameLedger, ObjectRecord
 from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.formats import NotFrames, sniff
@@ -52,6 +52,10 @@ class ReductionHost(Protocol):
     def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane: ...
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None: ...
     async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
+    async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
+        """The product stays owed; the sweep comes back to it."""
+        ...
+
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
     def done(self, reduction: Reduction) -> None: ...
 
@@ -109,7 +113,7 @@ class Reduction:
 
     @_contained
     def _sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
-        found = sniff(head, self.info.metadata, complete=complete)
+        found = sniff(head, self.info.key, self.info.metadata, complete=complete)
         if isinstance(found, int):
             return found
         return self.settle(found)
@@ -132,9 +136,11 @@ class Reduction:
         return found
 
     def _within_limits(self, found: FrameGeometry) -> FrameGeometry | NotFrames:
-        if found.frame_bytes > self.domain.region_bytes:
+        # Reading back takes up to a block more, for alignment.
+        room = self.domain.region_bytes - BLOCK_BYTES
+        if found.frame_bytes > room:
             return NotFrames(
-                f"a frame of {found.frame_bytes} bytes is larger than a region of {self.domain.region_bytes} bytes"
+                f"a frame of {found.frame_bytes} bytes is larger than the {room} bytes kernels can read at once"
             )
         frames = found.count
         if self.info.length is not None:
@@ -266,15 +272,14 @@ class Reduction:
         except Hopeless as trouble:
             await self._give_up(attachment, record, trouble)
         except Postponed as reason:
-            log.warning("kernel %s: %s/%r is postponed: %s", name, record.bucket, record.key, reason)
-            await self._say_failed(record, name, str(reason), give_up=False)
+            await self._host.postpone(record, name, reason)
         except IngestError as error:
-            log.warning("kernel %s: the product of %s/%r is postponed: %s", name, record.bucket, record.key, error)
-            await self._say_failed(record, name, f"{type(error).__name__}: {error}", give_up=False)
+            await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
         except Exception as error:
             log.exception("kernel %s over %s/%r failed", name, record.bucket, record.key)
             self._host.context.tally.error("crash")
-            await self._say_failed(record, name, f"internal error: {type(error).__name__}", give_up=True)
+            await self._say_failed(record, name, f"internal error: {type(error).__name__}", give_up=False)
+            await self._host.postpone(record, name, Postponed("internal error"))
         finally:
             self._unfinished -= 1
             if self._unfinished == 0:
@@ -296,7 +301,9 @@ class Reduction:
         except Gone:
             return
         except IngestError as error:
-            await self._say_failed(record, name, f"{type(error).__name__}: {error}", give_up=False)
+            await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
+        except Postponed as reason:
+            await self._host.postpone(record, name, reason)
 
     async def _say_failed(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
         try:

@@ -19,8 +19,10 @@ def npy(array: np.ndarray, **options: object) -> bytes:
     return target.getvalue()
 
 
-def found(body: bytes, *, complete: bool = True, **metadata: str) -> FrameGeometry | NotFrames | int:
-    return sniff(memoryview(body), {k.replace("_", "-"): v for k, v in metadata.items()}, complete=complete)
+def found(
+    body: bytes, *, complete: bool = True, key: bytes = b"a.npy", **metadata: str
+) -> FrameGeometry | NotFrames | int:
+    return sniff(memoryview(body), key, {k.replace("_", "-"): v for k, v in metadata.items()}, complete=complete)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
@@ -119,7 +121,9 @@ def test_any_bytes_get_an_answer(body: bytes, complete: bool) -> None:
 
 @pytest.mark.parametrize("shape", ["195,487", "195x487", "[195, 487]", "(195, 487)", " 195 , 487 "])
 def test_raw_frames_by_metadata(shape: str) -> None:
-    assert found(b"", frame_dtype="int32", frame_shape=shape) == FrameGeometry("<i4", (195, 487), 0, 195 * 487 * 4)
+    for key, complete in ((b"a.raw", False), (b"a.npy", True)):
+        geometry = found(b"", key=key, complete=complete, frame_dtype="int32", frame_shape=shape)
+        assert geometry == FrameGeometry("<i4", (195, 487), 0, 195 * 487 * 4)
 
 
 @pytest.mark.parametrize(

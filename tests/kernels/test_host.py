@@ -153,7 +153,7 @@ Until = Callable[..., object]
 
 def limits(**changes: object) -> HostLimits:
     sandbox = SandboxLimits(batch_timeout_s=1.0, frame_timeout_s=0.2, populate=False)
-    return dataclasses.replace(HostLimits(sweep_s=0.2, sandbox=sandbox), **changes)
+    return dataclasses.replace(HostLimits(sweep_s=0.2, grace_s=0.0, sandbox=sandbox), **changes)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def frames() -> np.ndarray:
 def folded(frames: np.ndarray) -> np.ndarray:
     """What COUNT leaves in ``total``."""
     expected = np.zeros((4, 6), np.int64)
-    n, rows, columns = frames.shape
+    _, rows, columns = frames.shape
     for y in range(rows):
         for x in range(columns):
             expected[y % 4, x % 6] += frames[:, y, x].sum(dtype=np.int64)
