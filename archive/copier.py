@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from archive.checksum import Crc64
 from archive.pace import DrainLimits, RateLimit
@@ -20,7 +20,8 @@ from ingest.errors import DataLost, IngestError, StorageFailed
 from ingest.ports import ObjectReader
 from ingest.records import ArchiveCopy, ObjectRecord
 
-OpenReader = Callable[[ObjectRecord], ObjectReader]
+OpenReader = Callable[[ObjectRecord], Awaitable[ObjectReader]]
+"""Opens all bytes of a version, recalled or settled if need be; raises IngestError."""
 
 
 class SourceFailed(IngestError):
@@ -59,8 +60,9 @@ class Copier:
 
     async def _staged(self, record: ObjectRecord, rights: FileRights) -> Staged:
         crc = Crc64()
-        async with self._open_reader(record) as reader:
-            staged = await self._target.stage(record, rights, self._source(reader, crc))
+        async with await self._open_reader(record) as reader:
+            async with contextlib.aclosing(self._source(reader.chunks(self._limits.chunk_bytes), crc)) as source:
+                staged = await self._target.stage(record, rights, source)
         if (crc.length, crc.value) != (record.stored_length, record.crc64nvme):
             with contextlib.suppress(TargetError):
                 await self._target.discard(staged)
@@ -70,8 +72,7 @@ class Copier:
             )
         return staged
 
-    async def _source(self, reader: ObjectReader, crc: Crc64) -> AsyncIterator[memoryview]:
-        chunks = reader.chunks(self._limits.chunk_bytes)
+    async def _source(self, chunks: AsyncIterator[memoryview], crc: Crc64) -> AsyncGenerator[memoryview, None]:
         while True:
             try:
                 view = await anext(chunks)

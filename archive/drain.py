@@ -24,7 +24,7 @@ from archive.targets.base import FileRights, TargetError
 from ingest import bucket_settings
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleEpoch, StaleVersion
 from ingest.ports import Catalog
 from ingest.records import ArchiveCopy, ObjectRecord
 
@@ -53,6 +53,7 @@ class Drain:
         self._rng = random.Random()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._superseded: StaleEpoch | None = None
         self._objects = counters.cell("hiss_drain_objects_total")
         self._bytes = counters.cell("hiss_drain_bytes_total")
         self._failures = counters.cell("hiss_drain_failures_total")
@@ -60,12 +61,15 @@ class Drain:
         self._read_errors = counters.cell("hiss_storage_errors_total", "read")
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``; then objects in flight get ``stop_grace_s`` to finish and the rest is given back."""
+        """Until ``stop``; then objects in flight get ``stop_grace_s`` to finish and the rest is given back. Raises
+        StaleEpoch when a newer drain process took this one's place."""
         loop = asyncio.get_running_loop()
         stopping = loop.create_task(self._wake_at_stop(stop))
         try:
             while not stop.is_set():
                 self._wake.clear()
+                if self._superseded is not None:
+                    raise self._superseded
                 for step in self._scheduler.step(loop.time()):
                     self._spawn(self._claim(step.limit) if isinstance(step, Claim) else self._drain(step.record))
                 with contextlib.suppress(TimeoutError):
@@ -100,6 +104,9 @@ class Drain:
         now = asyncio.get_running_loop().time
         try:
             records = await self._catalog.claim_drain(limit, self._limits.lease_s)
+        except StaleEpoch as error:
+            self._superseded = error
+            return
         except IngestError as error:
             log.warning("cannot ask for versions to drain: %s", error)
             self._scheduler.claim_failed(now())

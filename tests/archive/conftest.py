@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import importlib.util
+import itertools
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
 
 from archive.checksum import Crc64
+from archive.pace import DrainLimits
+from archive.process import serve
 from archive.targets.base import Target
 from archive.targets.files import aligned_buffer
 from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
-from ingest.records import Extent, ObjectRecord, ObjectState
+from ingest.catalog import server
+from ingest.catalog.client import CatalogClient
+from ingest.counters import CATALOGUE, DRAIN, Counters
+from ingest.paths import NodePaths
+from ingest.records import CommitObject, Extent, ObjectRecord, ObjectState
 
 
 @pytest.fixture
@@ -125,6 +135,116 @@ def version() -> MakeVersion:
         return Version(record, data)
 
     return make
+
+
+def _load_drain_node() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("drain_node", Path(__file__).with_name("drain_node.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["drain_node"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+drain_node = _load_drain_node()
+FAST = {"poll_s": 0.02, "lease_s": 0.5, "retry_first_s": 0.05, "chunk_bytes": 1 << 20, "stop_grace_s": 2.0}
+
+
+class Node:
+    """A node without workers: the real catalogue, bodies in files, an archive, and drains that start and stop."""
+
+    def __init__(self, root: Path, catalog: CatalogClient, threads: IoThreads) -> None:
+        self.root = root
+        self.paths = NodePaths(root)
+        self.catalog = catalog
+        self.archive = root / "archive"
+        self.target = PosixTarget(self.archive, threads)
+        self.buffer = drain_node.FileBuffer(root / "bodies")
+        self.counters = Counters(None, DRAIN)
+        self.usage = (0, 1)
+        self._segment = itertools.count(1)
+        self._stop = asyncio.Event()
+        self._drain: asyncio.Task[None] | None = None
+
+    async def put(self, key: bytes, body: bytes | int = 100_000, bucket: str = "mx-2026") -> ObjectRecord:
+        """Commit a version whose body is in the buffer."""
+        data = os.urandom(body) if isinstance(body, int) else body
+        object_id = secrets.token_bytes(16)
+        self.buffer.path(object_id).write_bytes(data)
+        crc = Crc64()
+        crc.update(memoryview(data))
+        extent = Extent(0, 0, next(self._segment), 1, 0, len(data))
+        return await self.catalog.commit(
+            CommitObject(bucket, key, object_id, len(data), "etag", crc.value, "root", (extent,) if data else ())
+        )
+
+    def body(self, record: ObjectRecord) -> bytes:
+        return self.buffer.path(record.object_id).read_bytes()
+
+    def archived(self) -> dict[str, bytes]:
+        files = [path for path in self.archive.rglob("*") if path.is_file()]
+        relative = {path.relative_to(self.archive).as_posix(): path for path in files}
+        return {name: path.read_bytes() for name, path in relative.items() if not name.startswith(".hiss")}
+
+    def count(self, metric: str, *labels: str) -> float:
+        return self.counters.cell(metric, *labels).value()
+
+    def start(self, **limits: Any) -> None:
+        self._stop.clear()
+        self._drain = asyncio.create_task(
+            serve(
+                catalog=self.catalog,
+                target=self.target,
+                open_reader=self.buffer.open_reader,
+                landing=self.buffer,
+                usage=lambda: self.usage,
+                snapshots_dir=self.paths.snapshots,
+                counters=self.counters,
+                limits=DrainLimits(**(FAST | limits)),
+                stop=self._stop,
+            )
+        )
+
+    async def stop(self) -> None:
+        drain, self._drain = self._drain, None
+        self._stop.set()
+        if drain is not None:
+            await drain
+
+    async def no_tombstones(self, deadline_s: float = 10.0) -> None:
+        """Wait until every delete has been carried out on the archive."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline_s
+        while pending := await self.catalog.pending_archive_deletes(10):
+            assert loop.time() < end, f"still to remove: {pending}"
+            await asyncio.sleep(0.01)
+
+    async def state(self, record: ObjectRecord, wanted: ObjectState, deadline_s: float = 10.0) -> ObjectRecord:
+        """Wait until a version is in this state."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline_s
+        while (now := await self.catalog.by_id(record.object_id)).state is not wanted:
+            assert self._drain is None or not self._drain.done(), await self._drain
+            assert loop.time() < end, f"still {now.state}, {now.drain_error!r}"
+            await asyncio.sleep(0.005)
+        return now
+
+
+@pytest.fixture
+async def node(tmp_path: Path, threads: IoThreads) -> AsyncIterator[Node]:
+    """The catalogue serves in this process, so that drains killed in others leave it alone."""
+    paths = NodePaths(tmp_path / "node")
+    stop, ready = asyncio.Event(), asyncio.Event()
+    serving = asyncio.create_task(server.serve(paths, Counters(None, CATALOGUE), node=0, ready=ready.set, stop=stop))
+    await ready.wait()
+    async with CatalogClient(paths) as catalog:
+        await catalog.create_bucket("mx-2026", "root")
+        node = Node(paths.root, catalog, threads)
+        yield node
+        await node.stop()
+    stop.set()
+    await serving
 
 
 @pytest.fixture
