@@ -28,7 +28,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ENV_PREFIX = "HISS_"
 ENV_OTHERS = frozenset(
     {"HISS_CONFIG", "HISS_DATA", "HISS_ROOT_ACCESS_KEY", "HISS_ROOT_SECRET_KEY", "HISS_CRASHPOINT", "HISS_ENDPOINT"}
-    | {"HISS_ACCESS_KEY", "HISS_SECRET_KEY"}
+    | {"HISS_ACCESS_KEY", "HISS_SECRET_KEY", "HISS_CONTROL"}
 )
 """Environment variables of that prefix that are not settings; so are all that start with HISS_TEST_ or HISS_BENCH_."""
 REGIONS_PER_WORKER_MIN = 4
@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     keepalive_timeout_s: float = _setting(120.0, "s", "Longest idle time between requests.", low=0.1, high=3600)
 
     archive_dir: Absolute = _setting(None, "path", "Root of the POSIX archive.", computed="DATA/archive")
-    drain_parallel: int = _setting(4, "objects", "Objects drained or recalled at a time.", low=1, high=256)
+    drain_parallel: int = _setting(4, "objects", "Objects drained or recalled at a time.", low=1, high=64)
     drain_bytes_per_s: Size = _setting(
         0, "bytes/s", "Most the drain reads and writes; 0 is unlimited.", low=0, high=TIB
     )

@@ -330,16 +330,19 @@ class FeedbackSink(Protocol):
 class FilePiece(Protocol):
     """A run of an object's bytes in an open file, locked against recycling until the reader closes."""
 
-    fd: int
-    offset: int
-    length: int
+    @property
+    def fd(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def length(self) -> int: ...
 
 
 class ObjectReader(Protocol):
     """An opened version: bytes [start, stop) as file pieces in order. Async context manager; closing unlocks."""
 
-    pieces: Sequence[FilePiece]
-
+    @property
+    def pieces(self) -> Sequence[FilePiece]: ...
     async def __aenter__(self) -> ObjectReader: ...
     async def __aexit__(self, *exc: object) -> None: ...
     def chunks(self, size_bytes: int) -> AsyncIterator[memoryview]:

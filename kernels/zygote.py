@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kernels.zygote", description="fork server of sandboxed kernels")
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--parent", type=int, default=0, help="process id this one must not outlive")
+    parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that gets one byte once requests are answered")
     parser.add_argument("--max-children", type=int, default=DEFAULT_MAX_CHILDREN)
     parser.add_argument("--uid-base", type=int, default=DEFAULT_UID_BASE, help="first user id of children, as root")
     parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that is told R once it answers")
@@ -72,7 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from kernels import forkserver, lockdown, warmup
 
-    lockdown.die_with_parent(options.parent or os.getppid())
+    try:
+        lockdown.die_with_parent(options.parent or os.getppid())
+    except lockdown.LockdownError as error:
+        raise SystemExit(f"zygote: {error}") from None
     warmup.warm()
     listener = listen(path)
     threads = len(os.listdir("/proc/self/task"))
@@ -80,6 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"the zygote must have one thread to fork safely, it has {threads}")
     gc.collect()
     gc.freeze()
+    if options.ready_fd >= 0:
+        os.write(options.ready_fd, b"R")
+        os.close(options.ready_fd)
     log.info("ready, %d children at most", options.max_children)
     if options.ready_fd >= 0:
         os.write(options.ready_fd, b"R")

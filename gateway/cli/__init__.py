@@ -1,0 +1,103 @@
+"""The ``hiss`` command: one module a group of commands; every command has ``--json``.
+
+In: arguments, HISS_* variables. Out: answers on stdout; on an error one line on stderr that says what is wrong and what
+to do next, and an exit code:
+
+==== ==============================================================================================================
+code meaning
+==== ==============================================================================================================
+0    done; for ``run status``: safe to clear
+1    the answer is no: not (yet) safe to clear, fsck found damage, not everything was sent
+2    wrong usage, wrong setting, a refused request, or an unexpected answer
+3    another gateway or program holds the data folder or a port
+4    no node is there: it does not run, cannot be reached or does not answer
+5    the node could not be started
+130  interrupted
+==== ==============================================================================================================
+
+A command group registers itself in ``_register`` with a Typer app or a function of its own module.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import httpx
+import typer
+from typer.exceptions import TyperException
+
+from gateway.cli.output import CliError, ExitCode, complain
+from gateway.node_key import NodeKeyError
+from gateway.settings import SettingsError
+from gateway.supervisor.node import RoleFailed
+from gateway.supervisor.resources import NodeRefused
+from gateway.users import UsersError
+from ingest.errors import CatalogUnavailable, IngestError
+
+app = typer.Typer(
+    name="hiss",
+    help="S3-compatible ingest gateway for beamline instruments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
+    (SettingsError, ExitCode.USAGE),
+    (UsersError, ExitCode.USAGE),
+    (NodeKeyError, ExitCode.USAGE),
+    (RoleFailed, ExitCode.NOT_STARTED),
+    (CatalogUnavailable, ExitCode.NO_NODE),
+    (IngestError, ExitCode.USAGE),
+    (httpx.TransportError, ExitCode.NO_NODE),
+)
+"""What an error of the rooms below means for the exit code; the first class that fits counts."""
+
+
+def _register() -> None:
+    from gateway.cli import run, send, serve, settings, status, user
+
+    app.command("serve")(serve.serve)
+    app.command("status")(status.status)
+    app.command("drain")(status.drain)
+    app.command("send")(send.send)
+    app.command("settings")(settings.settings)
+    app.add_typer(run.app, name="run")
+    app.add_typer(user.app, name="user")
+
+
+def main() -> None:
+    """Entry point of the ``hiss`` script."""
+    _register()
+    try:
+        # Not standalone: usage errors, too, are to be one line here.
+        sys.exit(app(standalone_mode=False) or ExitCode.OK)
+    except TyperException as error:
+        message = error.format_message()
+        if not message:  # a group without a command: its help is the answer
+            getattr(error, "show", lambda: None)()
+            sys.exit(ExitCode.USAGE)
+        complain(f"{message.rstrip('.')}; `hiss --help` shows what there is")
+        sys.exit(ExitCode.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has had enough: that is no error of ours.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        complain(str(error) or type(error).__name__)
+        sys.exit(code)
+
+
+def exit_code(error: Exception) -> ExitCode | None:
+    """The exit code for an error that has something to say to the user; None for one that is a fault of ours."""
+    if isinstance(error, CliError):
+        return error.code
+    if isinstance(error, NodeRefused):
+        return ExitCode.HELD if error.held else ExitCode.NOT_STARTED
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)

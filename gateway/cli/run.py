@@ -1,0 +1,63 @@
+"""``hiss run status``: may the detector be cleared? One answer for all that lies under a prefix, also as exit code."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from gateway.cli import node, options
+from gateway.cli.output import CliError, ExitCode, print_json, print_table
+
+app = typer.Typer(help="Runs: everything under one key prefix.", no_args_is_help=True)
+
+_POLL_FIRST_S, _POLL_LAST_S = 0.2, 5.0
+
+
+@app.command("status")
+def run_status(
+    place: Annotated[str, typer.Argument(metavar="s3://BUCKET/PREFIX", help="The run, usually ending with /.")],
+    data: options.Data = None,
+    control: options.Control = "",
+    access_key: options.AccessKey = "",
+    ca: options.CaFile = None,
+    wait_s: Annotated[float, typer.Option("--wait", min=0, help="Wait up to this many seconds for a yes.")] = 0.0,
+    as_json: options.Json = False,
+) -> None:
+    """Exit code 0: everything sent is acknowledged, archived and verified; 1: not yet; 2 and up: no answer."""
+    bucket, prefix = parse_place(place)
+    found = node.find(data, control=control, access_key=access_key, ca=ca)
+    status = wait_until_safe(found, bucket, prefix, wait_s)
+    if as_json:
+        print_json(status)
+    else:
+        rows = [(name.replace("_", " "), value) for name, value in status.items() if not isinstance(value, dict | list)]
+        print_table(("", place), rows)
+    if not status["safe_to_clear"]:
+        raise typer.Exit(ExitCode.NO)
+
+
+def parse_place(place: str) -> tuple[str, str]:
+    """``s3://bucket/prefix`` -> (bucket, prefix); raises CliError."""
+    scheme, _, rest = place.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    if scheme != "s3" or not bucket:
+        raise CliError(f"{place!r} is no place: write it as s3://BUCKET/PREFIX")
+    return bucket, prefix
+
+
+def wait_until_safe(found: node.Node, bucket: str, prefix: str, timeout_s: float) -> dict[str, Any]:
+    """Ask until the run is safe or the time is up; the last answer. Raises CliError."""
+    deadline = time.monotonic() + timeout_s
+    pause_s = _POLL_FIRST_S
+    while True:
+        status = found.ask("/v1/runs/status", bucket=bucket, prefix=prefix)
+        if not isinstance(status, dict) or not isinstance(status.get("safe_to_clear"), bool):
+            raise CliError(
+                "/v1/runs/status: the answer does not say whether it is safe; are node and hiss of one version?"
+            )
+        if status["safe_to_clear"] or time.monotonic() + pause_s > deadline:
+            return status
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, _POLL_LAST_S)
