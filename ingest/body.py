@@ -25,6 +25,8 @@ class Body(abc.ABC):
     """Base of SpanStream and PackedStream."""
 
     reduction: FrameReduction | None = None
+    kernels: tuple[str, ...] = ()
+    """Kernels that match although no live reduction could be opened: they reduce the version from disk."""
     geometry: FrameGeometry | None = None
 
     def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
@@ -96,6 +98,8 @@ class Body(abc.ABC):
                 geometry=self.geometry,
                 reductions=self.reduction.kernels,
             )
+        elif self.kernels:
+            request = msgspec.structs.replace(request, reductions=self.kernels)
         try:
             record = await self.plane.catalog.commit(request)
         except (CatalogUnavailable, asyncio.CancelledError):
@@ -145,6 +149,8 @@ class Body(abc.ABC):
         self.plane.committed_bytes.add(self.length)
         if record is not None and self.reduction is not None:
             self.reduction.committed(record)
+        elif record is not None and self.kernels and self.plane.host is not None:
+            self.plane.host.catch_up(record, self.kernels)
         if self.memory and record is not None:
             self.plane.unsettled(self)
         self.let_go()

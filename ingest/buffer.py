@@ -128,6 +128,7 @@ class Buffer:
             raise BufferFull("the buffer has no room for this body until older data has drained")
         object_id = os.urandom(16)
         reduction = None
+        kernels: tuple[str, ...] = ()
         if self.host is not None and not spec.part and spec.length != 0:
             info = StreamInfo(
                 bucket=spec.bucket.name,
@@ -138,6 +139,8 @@ class Buffer:
                 metadata=spec.metadata,
             )
             reduction = self.host.open(info)
+            if reduction is None:
+                kernels = self.host.kernels_for(spec.bucket.name, spec.key)
         stream: SpanStream | PackedStream
         if reduction is None and spec.length is not None and spec.length <= PACKED_BYTES_MAX:
             stream = PackedStream(self, spec, object_id)
@@ -155,6 +158,7 @@ class Buffer:
             self._streams.add(stream)
             if domain is not None:
                 domain.users += 1
+        stream.kernels = kernels
         self._active.add(stream)
         self._active_gauge.set(len(self._active))
         return stream
@@ -183,8 +187,8 @@ class Buffer:
                 stream.domain.users -= 1
                 self.arena.retire_idle_domains()
 
-    @property
     def busy(self) -> bool:
+        """Bodies are arriving."""
         return bool(self._active)
 
     # -- memory

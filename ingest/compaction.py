@@ -33,17 +33,17 @@ async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> 
     while not stop.is_set():
         await asyncio.sleep(INTERVAL_S)
         try:
-            if buffer.busy:
+            if buffer.busy():
                 continue
             await buffer.segments.recycle_idle()
-            await buffer.segments.prepare_spare(lambda: buffer.busy)
+            await buffer.segments.prepare_spare(buffer.busy)
             segment = buffer.segments.sparse(SPARSE_SHARE)
             if segment is None:
                 continue
             for record, extent in await buffer.catalog.segment_extents(buffer.segments.slot, segment.number):
                 if record is None or not record.settled:
                     continue  # a part, or bytes on their way: these segments empty by themselves
-                if buffer.busy:
+                if buffer.busy():
                     break
                 moved_bytes.add(await _move(buffer, record, extent))
         except (IngestError, StaleExtent, OSError) as error:

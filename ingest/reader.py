@@ -17,6 +17,7 @@ from concurrent.futures import Executor
 from ingest.blockio import AlignedBuffer, open_direct, read_fully
 from ingest.errors import DataLost
 from ingest.paths import NodePaths
+from ingest.ports import FilePiece
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
 from ingest.segments import SegmentHeader
 
@@ -52,7 +53,7 @@ class SegmentReader:
     """An opened range (implements ``ingest.ports.ObjectReader``)."""
 
     def __init__(self, executor: Executor) -> None:
-        self.pieces: Sequence[SegmentPiece] = ()
+        self.pieces: Sequence[FilePiece] = ()
         self._executor = executor
         self._fds: dict[tuple[int, int], int] = {}
 

@@ -1,0 +1,194 @@
+"""A worker: S3 and WebDAV connections, the buffer of one slot, and its kernels, on one uvloop.
+
+In: listening sockets, arena regions and a span table that the supervisor made and keeps. Out: a process that recovers what
+its predecessor left, serves, and on SIGTERM finishes what is in flight, settles what is only in memory, and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import logging
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import uvloop
+
+from archive.dav.errors import render as render_dav
+from archive.dav.service import DavService
+from gateway.boot import Boot
+from gateway.drain_storage import files_elsewhere
+from gateway.node_key import NodeKey
+from gateway.roles.catalogue import NODE
+from gateway.settings import Settings
+from ingest.arena import SLAB_BYTES, Arena
+from ingest.buffer import Buffer
+from ingest.catalog.client import CatalogClient
+from ingest.compaction import housekeep
+from ingest.counters import Counters
+from ingest.paths import socket_address
+from ingest.records import UserRecord
+from ingest.recovery import recover
+from ingest.segments import SegmentStore
+from ingest.span_table import SpanTable
+from kernels.feedback import SocketFeedback
+from kernels.host import HostLimits, KernelHost
+from kernels.sandbox import SandboxLimits
+from s3api.auth.users import CatalogUsers, UserStore
+from s3api.call import Limits, ServiceSettings
+from s3api.http.limits import HttpLimits
+from s3api.http.listener import Server
+from s3api.service import S3Service
+
+log = logging.getLogger(__name__)
+
+IO_THREADS = 4
+"""Writes, flushes and hashes in flight: enough to keep a disk busy with 4 MiB requests."""
+
+
+def main(boot: Boot) -> None:
+    uvloop.run(_serve(boot))
+
+
+async def _serve(boot: Boot) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    settings = boot.load_settings()
+    counters = Counters(boot.counters, boot.slot)
+    executor = ThreadPoolExecutor(IO_THREADS, "io")
+    arena = Arena(boot.regions, counters, functools.partial(loop.run_in_executor, executor))
+    prefault = threading.Thread(target=arena.prefault, args=(stop.is_set,), name="prefault", daemon=True)
+    async with CatalogClient(boot.paths, slot=boot.slot, node=NODE) as catalog:
+        assert boot.span_table is not None
+        spans = SpanTable(boot.span_table, boot.region_bytes // SLAB_BYTES)
+        segments = SegmentStore(
+            boot.paths,
+            node=NODE,
+            slot=boot.slot,
+            segment_bytes=settings.segment_bytes,
+            files_max=settings.buffer_bytes // settings.segment_bytes,
+            files_elsewhere=functools.partial(files_elsewhere, counters, boot.slot),
+            executor=executor,
+            counters=counters,
+        )
+        await recover(boot.paths, catalog, segments, arena, spans, counters)
+        buffer = Buffer(
+            paths=boot.paths,
+            arena=arena,
+            spans=spans,
+            segments=segments,
+            catalog=catalog,
+            executor=executor,
+            counters=counters,
+            recall_timeout_s=settings.recall_timeout_s,
+        )
+        prefault.start()
+        async with _kernels(boot, settings, buffer, counters) as host:
+            buffer.host = host
+            keeper = asyncio.create_task(housekeep(buffer, counters, stop), name="housekeeping")
+            async with _servers(boot, settings, buffer, host, counters):
+                boot.ready()
+                await stop.wait()
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+        await buffer.close(settings.shutdown_grace_s / 2)
+    executor.shutdown(wait=True)
+    segments.close()
+
+
+@contextlib.asynccontextmanager
+async def _kernels(
+    boot: Boot, settings: Settings, buffer: Buffer, counters: Counters
+) -> AsyncIterator[KernelHost | None]:
+    """The kernel room, or None where the node runs no kernels."""
+    if settings.kernels != "on":
+        yield None
+        return
+    feedback = SocketFeedback(lambda: socket_address(boot.paths.feedback_socket), counters)
+    sandbox = SandboxLimits(memory_bytes=settings.kernel_memory_bytes, batch_timeout_s=settings.kernel_batch_timeout_s)
+    host = KernelHost(
+        buffer.catalog,
+        buffer,
+        str(boot.paths.zygote_socket),
+        feedback,
+        counters,
+        boot.slot,
+        HostLimits(sandbox=sandbox),
+    )
+    await feedback.start()
+    await host.start()
+    try:
+        yield host
+    finally:
+        await host.close()
+        await feedback.close()
+
+
+@contextlib.asynccontextmanager
+async def _servers(
+    boot: Boot, settings: Settings, buffer: Buffer, host: KernelHost | None, counters: Counters
+) -> AsyncIterator[None]:
+    """S3 and WebDAV on their listeners; closing finishes what is in flight."""
+    users = CatalogUsers(buffer.catalog, NodeKey.load(boot.paths.node_key).open_secret)
+    service = S3Service(
+        buffer,
+        users,
+        counters,
+        ServiceSettings(
+            region=settings.region,
+            domains=(settings.domain,) if settings.domain else (),
+            etag=settings.etag,
+            host_id=f"hiss-{boot.slot:02d}",
+            limits=Limits(object_bytes=settings.max_object_bytes),
+        ),
+        host,
+    )
+    dav = DavService(buffer, functools.partial(_authenticate, users))
+    limits = HttpLimits(
+        head_timeout_s=settings.head_timeout_s,
+        idle_timeout_s=settings.keepalive_timeout_s,
+        body_timeout_s=settings.body_idle_timeout_s,
+        connections=settings.max_connections,
+    )
+    tls = _tls(settings)
+    servers = []
+    for fd, handler, render in (
+        (boot.listeners.s3, service, service.render_error),
+        (boot.listeners.dav, dav, lambda _, error: render_dav(error)),
+    ):
+        if fd is not None:
+            listener = socket.socket(fileno=fd)
+            server = Server([listener], handler, limits, counters, tls, render, service.observe)
+            server.start()
+            servers.append(server)
+    try:
+        yield
+    finally:
+        await asyncio.gather(*(server.close(settings.shutdown_grace_s / 2) for server in servers))
+        dav.close()
+
+
+async def _authenticate(users: UserStore, access_key: str, secret_key: str) -> UserRecord | None:
+    found = await users.find(access_key)
+    if found is None or not found.user.enabled:
+        return None
+    same = hmac.compare_digest(found.secret_key.encode(), secret_key.encode())
+    return found.user if same else None
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    return context
