@@ -233,6 +233,10 @@ class Journal:
     def flushed(self, covered: int) -> None:
         del self._unflushed[:covered]
 
+    def durable_before(self, next_sequence: int) -> int:
+        """Every entry before the answer is on disk, when ``next_sequence`` is the one after the last appended."""
+        return self._unflushed[0][0] if self._unflushed else next_sequence
+
     def rotate(self, next_sequence: int, payload_bytes: int = 0) -> None:
         """Go on in a new file. Everything appended must be flushed. Raises JournalLost."""
         if self._unflushed:

@@ -290,7 +290,10 @@ class CatalogClient:
                     logger.exception("a push from the catalogue could not be handled")
 
     async def _call(
-        self, request: wire.Mutation | wire.Settle | wire.Snapshot, decode: Callable[[msgspec.Raw], T], **extra: Any
+        self,
+        request: wire.Mutation | wire.Settle | wire.Snapshot | wire.Barrier,
+        decode: Callable[[msgspec.Raw], T],
+        **extra: Any,
     ) -> T:
         """``already``: an error that, on a call that was sent again, says the first time had succeeded."""
         if self._closed:
@@ -459,6 +462,8 @@ class CatalogClient:
         return await self._scan(Reader.drain_counts)
 
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]:
+        # Segments that look dead will be written anew: what made them dead must survive a power cut first.
+        await self._call(wire.Barrier(), _nothing)
         return await self._scan(lambda reader: reader.segment_use(slot))
 
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:

@@ -107,7 +107,12 @@ def _changes_generation(entry: e.Entry) -> bool:
 
 
 class Committer:
-    """Owns the writing connection and the journal. ``committed`` is called after each batch, before its answers."""
+    """Owns the writing connection and the journal.
+
+    ``committed`` is called after each batch, before its answers. ``freed`` is called with extents nobody refers to once
+    the journal that says so is on disk, never earlier: their segment may be written anew from then on, and a power cut
+    must not bring back a version whose bytes are gone.
+    """
 
     def __init__(
         self,
@@ -117,13 +122,16 @@ class Committer:
         counters: Counters,
         *,
         limits: Limits,
-        committed: Callable[[Batch, tuple[Extent, ...]], None],
+        committed: Callable[[Batch], None],
+        freed: Callable[[tuple[Extent, ...]], None],
         ops: FileOps | None = None,
     ) -> None:
         self._paths = paths
         self._db = database
         self._limits = limits
         self._committed = committed
+        self._freed = freed
+        self._freed_unflushed: list[tuple[int, list[Extent]]] = []
         self._next = applied + 1
         self._journal = Journal(paths.journal, self._next, size_bytes=limits.journal_bytes, ops=ops)
         self._decider = Decider(database, part_bytes_min=limits.part_bytes_min)
@@ -170,6 +178,14 @@ class Committer:
                 self._write_back()
         await self._close()
 
+    async def barrier(self) -> None:
+        """Return once everything that is visible now is on disk. Raises StorageFailed."""
+        try:
+            await self._flush()
+        except OSError as error:
+            self._wake.set()
+            raise StorageFailed(f"journal: {error}") from error
+
     async def snapshot(self) -> str:
         """Write a snapshot while commits go on; its path. Raises StorageFailed."""
         loop = asyncio.get_running_loop()
@@ -213,7 +229,10 @@ class Committer:
         if batch.entries:
             self._commit_seconds.observe(time.perf_counter() - started)
             self._mutations.add(len(batch.entries))
-            self._committed(batch, distinct(batch.freed))
+            self._committed(batch)
+            if batch.freed:
+                self._freed_unflushed.append((batch.first_sequence, batch.freed))
+                self._release_freed()
         crashpoint("answer-before")
         for ticket, outcome in batch.outcomes:
             if isinstance(outcome, IngestError):
@@ -258,6 +277,17 @@ class Committer:
         batch.freed += freed
         return answer
 
+    def _release_freed(self) -> None:
+        durable, held_back = [], []
+        for first_sequence, extents in self._freed_unflushed:
+            if first_sequence < self._journal.durable_before(self._next):
+                durable += extents
+            else:
+                held_back.append((first_sequence, extents))
+        self._freed_unflushed = held_back
+        if durable:
+            self._freed(distinct(durable))
+
     # -- journal
     async def _write_journal(self, batch: Batch) -> None:
         """Raises OSError when the batch must be taken back."""
@@ -290,6 +320,7 @@ class Committer:
                 self._journal_failed = True
                 raise
             self._journal.flushed(covered)
+            self._release_freed()
 
     def _flush_soon(self) -> None:
         self._flush_timer = None
@@ -309,6 +340,7 @@ class Committer:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._flush_thread, self._journal.give_up, next_sequence)
             self._journal_failed = False
+            self._release_freed()
         self._chore(self._prepare())
 
     async def _rotate(self, next_sequence: int, payload_bytes: int) -> None:

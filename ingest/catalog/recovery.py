@@ -46,7 +46,7 @@ def recover(paths: NodePaths, node: int) -> Recovered:
         database = _open(paths.catalogue, node)
         rebuilt = False
     else:
-        _rebuild(paths, node, last)
+        rebuild(paths, node)
         database = _open(paths.catalogue, node)
         rebuilt = True
     clean_mark(paths).unlink(missing_ok=True)
@@ -91,6 +91,13 @@ def missing_entries(journals: Path, after: int) -> Iterator[tuple[int, entries.E
                 yield sequence, entry
 
 
+def rebuildable(paths: NodePaths) -> bool:
+    """Whether journal and snapshots alone could bring the index back."""
+    chain = journal.files(paths.journal)
+    first = chain[0].first_sequence if chain else 1
+    return first == 1 or any(found.applied >= first - 1 for found in snapshot.available(paths.snapshots))
+
+
 def _open(path: Path, node: int) -> sqlite3.Connection:
     database = rows.connect(path, read_only=False)
     database.execute("PRAGMA journal_mode=WAL")
@@ -130,8 +137,12 @@ def _name_lost(database: sqlite3.Connection, applied: int, last: int) -> None:
         logger.error("lost with the power: %s/%s (memory durability)", bucket, key.decode("utf-8", "replace"))
 
 
-def _rebuild(paths: NodePaths, node: int, last: int | None) -> None:
-    """Put a new database in place, from the newest usable snapshot, or from nothing when the journal goes back to 1."""
+def rebuild(paths: NodePaths, node: int) -> None:
+    """Put a new database in place, from the newest usable snapshot, or from nothing when the journal goes back to 1.
+
+    The caller holds the catalogue's lock. Raises JournalDamaged and leaves the old database when that is not possible.
+    """
+    last = journal.last_sequence(paths.journal)
     made = paths.catalogue.with_name("rebuild.sqlite")
     usable = [found for found in snapshot.available(paths.snapshots) if last is None or found.applied <= last]
     for base in [*usable, None]:

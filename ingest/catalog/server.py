@@ -10,21 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import cast
 
 import msgspec
 import uvloop
 
-from ingest.catalog import entries as e
-from ingest.catalog import recovery, rows, snapshot, statements, wire
+from ingest.catalog import lock, recovery, rows, snapshot, statements, wire
 from ingest.catalog.committer import Batch, Committer, Limits
 from ingest.catalog.generation import GenerationFile
+from ingest.catalog.lock import CatalogueBusy
 from ingest.catalog.reader import Reader
 from ingest.counters import Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion
@@ -38,14 +37,6 @@ UNANSWERED_MAX = 4096
 """Calls of one connection in work; above it the connection is not read."""
 LOCK_WAIT_S = 10.0
 """How long a new catalogue process waits for its predecessor to be gone."""
-
-
-class CatalogueBusy(IngestError):
-    """Another process holds the catalogue of this folder."""
-
-
-def generation_path(paths: NodePaths) -> str:
-    return str(paths.run / "generation")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -163,7 +154,14 @@ class CatalogueServer:
         recovered = recovery.recover(paths, node)
         self._database = recovered.database
         self._committer = Committer(
-            paths, recovered.database, recovered.applied, counters, limits=limits, committed=self._committed, ops=ops
+            paths,
+            recovered.database,
+            recovered.applied,
+            counters,
+            limits=limits,
+            committed=self._committed,
+            freed=self._push_freed,
+            ops=ops,
         )
         # Looks at what is committed, whatever the batch at hand has written so far.
         self._reader = Reader(rows.connect(paths.catalogue, read_only=True), node)
@@ -176,7 +174,7 @@ class CatalogueServer:
         self._slots: dict[int, _Connection] = {}
         self._epochs: dict[int, int] = {}
         self._waiters: dict[bytes, list[_Waiter]] = defaultdict(list)
-        self._snapshots: set[asyncio.Task[None]] = set()
+        self._working: set[asyncio.Task[None]] = set()
         logger.info("catalogue at entry %d, %d replayed", recovered.applied, recovered.replayed)
 
     async def serve(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
@@ -188,13 +186,16 @@ class CatalogueServer:
         )
         self._paths.catalogue_socket.chmod(0o600)
         committing = asyncio.ensure_future(self._committer.run())
+        if not recovery.rebuildable(self._paths):
+            # After a restore: the journal begins later than the index, so nothing else could bring the index back.
+            await self._committer.snapshot()
         stopping = asyncio.ensure_future(stop.wait())
         ready()
         try:
             await asyncio.wait((committing, stopping), return_when=asyncio.FIRST_COMPLETED)
             listener.close()
-            if self._snapshots and not committing.done():
-                await asyncio.gather(*self._snapshots)
+            if self._working and not committing.done():
+                await asyncio.gather(*self._working)
             self._committer.stop()
             await committing
         finally:
@@ -250,19 +251,24 @@ class CatalogueServer:
         elif isinstance(request, wire.Settle):
             self._settle(connection, call.id, request)
         elif isinstance(request, wire.Snapshot):
-            task = asyncio.ensure_future(self._snapshot(connection, call.id))
-            self._snapshots.add(task)
-            task.add_done_callback(self._snapshots.discard)
+            self._work(connection, call.id, self._committer.snapshot())
+        elif isinstance(request, wire.Barrier):
+            self._work(connection, call.id, self._committer.barrier())
         else:
             self._committer.submit(connection.ticket(call.id, request))
 
-    async def _snapshot(self, connection: _Connection, call: int) -> None:
-        try:
-            path = await self._committer.snapshot()
-        except IngestError as error:
-            connection.refuse(call, error)
-        else:
-            connection.send_answer(wire.Answer(call, msgspec.Raw(wire.encode_value(path))))
+    def _work(self, connection: _Connection, call: int, work: Coroutine[None, None, object]) -> None:
+        async def answer() -> None:
+            try:
+                result = await work
+            except IngestError as error:
+                connection.refuse(call, error)
+            else:
+                connection.send_answer(wire.Answer(call, msgspec.Raw(wire.encode_value(result))))
+
+        task = asyncio.ensure_future(answer())
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     # -- settling
     def _settle(self, connection: _Connection, call: int, request: wire.Settle) -> None:
@@ -316,18 +322,19 @@ class CatalogueServer:
                     waiter.connection.send_answer(answer)
 
     # -- after a batch
-    def _committed(self, batch: Batch, freed: tuple[Extent, ...]) -> None:
+    def _committed(self, batch: Batch) -> None:
         if batch.changes_generation:
             self._generation.bump_generation()
-        if freed:
-            of_slot: dict[int, list[Extent]] = defaultdict(list)
-            for extent in freed:
-                if extent.node == self._node:
-                    of_slot[extent.slot].append(extent)
-            for slot in of_slot.keys() & self._slots.keys():
-                self._slots[slot].push(wire.Push(freed=FreedExtents(tuple(of_slot[slot]))))
-        if self._waiters and any(not isinstance(entry, e.PartCommitted) for entry in batch.entries):
+        if self._waiters:
             self._resolve_waiters()
+
+    def _push_freed(self, freed: tuple[Extent, ...]) -> None:
+        of_slot: dict[int, list[Extent]] = defaultdict(list)
+        for extent in freed:
+            if extent.node == self._node:
+                of_slot[extent.slot].append(extent)
+        for slot in of_slot.keys() & self._slots.keys():
+            self._slots[slot].push(wire.Push(freed=FreedExtents(tuple(of_slot[slot]))))
 
 
 async def serve(
@@ -345,32 +352,23 @@ async def serve(
     Raises CatalogueBusy where another process serves this folder, JournalDamaged, JournalLost, sqlite3.Error, OSError.
     """
     paths.create()
-    lock = await _lock(paths)
+    held = await _lock(paths)
     try:
         server = CatalogueServer(paths, counters, node=node, limits=limits or Limits(), ops=ops)
         await server.serve(ready, stop)
     finally:
-        os.close(lock)
-
-
-def lock_path(paths: NodePaths) -> str:
-    """Held by the process that writes the catalogue, and by whoever replaces it."""
-    return str(paths.catalogue.parent / "lock")
+        os.close(held)
 
 
 async def _lock(paths: NodePaths) -> int:
-    fd = os.open(lock_path(paths), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            return lock.take(lock.catalogue(paths))
+        except CatalogueBusy:
             if asyncio.get_running_loop().time() > deadline:
-                os.close(fd)
-                raise CatalogueBusy(f"another process serves the catalogue in {paths.root}") from None
+                raise
             await asyncio.sleep(0.05)
-        else:
-            return fd
 
 
 def run(

@@ -155,6 +155,10 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
     """Not a mutation: write a snapshot, answer its path."""
 
 
+class Barrier(msgspec.Struct, frozen=True, array_like=True, tag="barrier"):
+    """Not a mutation: answered when everything visible before it is on disk."""
+
+
 Mutation = (
     Commit
     | Delete
@@ -183,7 +187,7 @@ Mutation = (
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     id: int
-    request: Mutation | Settle | Snapshot
+    request: Mutation | Settle | Snapshot | Barrier
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
