@@ -65,6 +65,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._writing_paused = False
         self._peer_waiter: asyncio.Future[bool] | None = None
         self._lingered_bytes = 0
+        self._status = 0
         self._wait = Wait.NEXT
         self._moved = True
         self._since = 0.0
@@ -152,7 +153,7 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self._receiving.fail(
                     HttpError(408, "RequestTimeout", f"No byte of the body came for {timeout_s:g} seconds.")
                 )
-        elif self._wait is Wait.HEAD:
+        elif self._wait is Wait.HEAD and not self._transport.is_closing():
             self._refuse(HttpError(408, "RequestTimeout", f"The request head took longer than {timeout_s:g} seconds."))
         elif self._wait is not Wait.US:
             self.abort()
@@ -213,7 +214,7 @@ class HttpConnection(asyncio.BufferedProtocol):
     # -- send.Outlet
 
     def write(self, data: bytes | memoryview) -> None:
-        if self._lost or self._transport is None:
+        if self._lost or self._transport is None or self._transport.is_closing():
             raise ConnectionResetError("the peer closed the connection")
         self._transport.write(data)
 
@@ -231,7 +232,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             while self._writing_paused or (empty and transport.get_write_buffer_size()):
                 await self.peer_future()
         finally:
-            if empty and not self._lost:
+            if empty and not transport.is_closing():
                 transport.set_write_buffer_limits(_HIGH_WATER_BYTES)
 
     def peer_future(self) -> asyncio.Future[bool]:
@@ -307,49 +308,55 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._linger()
 
     async def _serve(self, request: Request, head: Head, body: RequestBody) -> None:
+        """One request from its head to the last byte of its answer, then on to the next."""
         started_ns = time.monotonic_ns()
-        self.sent_bytes = 0
+        self._status = self.sent_bytes = 0
         keep = False
-        status = 0
         try:
-            response = await self.server.respond(request)
-            status = response.status
-            keep = (
-                not (response.close or self._closing or self._eof) and head.keep_alive and self._can_reuse(head, body)
-            )
-            try:
-                await self._send(response, head, close=not keep)
-            finally:
-                if isinstance(response.body, FileBody):
-                    await response.body.closed()
-            if keep and not body.received:
-                await body.discard()
-        except HttpError:
-            keep = False  # The rest of an unread body came malformed, late or not at all; the answer is out.
+            keep = await self._answer(request, head, body)
         except ConnectionResetError:
-            keep = False
             self.abort()
         except asyncio.CancelledError:
             self.abort()
             raise
         except Exception:
             # The head may be out already: only a broken connection tells the peer that the answer is not whole.
-            keep = False
             _log.exception("request %s: the answer could not be sent", request.request_id)
             self.abort()
         finally:
-            self.server.finished(request, status, self.sent_bytes, time.monotonic_ns() - started_ns)
-        self._task = None
-        if self._lost:
+            self._task = None
+            self.server.finished(request, self._status, self.sent_bytes, time.monotonic_ns() - started_ns)
+        assert self._transport is not None
+        if self._lost or self._transport.is_closing():
             return
         if not keep or self._closing:
             self._close_after_answer(clean=body.received and not len(self.inbox))
-        else:
-            self._enter(Wait.NEXT)
-            self._shrink_inbox()
-            self._next_request()
-            if self._task is None and not self.inbox.full:
+            return
+        self._enter(Wait.NEXT)
+        self._shrink_inbox()
+        self._next_request()
+        if self._task is None:
+            if self._eof:
+                self._close_after_answer(clean=True)
+            else:
                 self.resume_reading()
+
+    async def _answer(self, request: Request, head: Head, body: RequestBody) -> bool:
+        """Run the handler, send what it says; True when the connection can take another request."""
+        response = await self.server.respond(request)
+        self._status = response.status
+        keep = head.keep_alive and not (response.close or self._closing) and self._can_reuse(head, body)
+        try:
+            await self._send(response, head, close=not keep)
+        finally:
+            if isinstance(response.body, FileBody):
+                await response.body.closed()
+        if keep and not body.received:
+            try:
+                await body.discard()
+            except HttpError:
+                return False  # The rest of an unread body came late or not at all; the answer is out.
+        return keep
 
     def _can_reuse(self, head: Head, body: RequestBody) -> bool:
         """Whether the next request's first byte will be known for certain.
@@ -357,6 +364,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         A peer that was not sent the 100 it asked for may or may not send its body after the answer: only closing is
         safe.
         """
+        if self._eof and not len(self.inbox):
+            return False
         if body.received:
             return True
         if head.expects_continue and not self._continued and not len(self.inbox):

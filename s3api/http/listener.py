@@ -133,10 +133,10 @@ class Server:
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(self.limits.tick_s, self._sweep)
         now = loop.time()
         for connection in list(self._connections):
             connection.sweep(now)
-        self._sweeper = loop.call_later(self.limits.tick_s, self._sweep)
 
     # -- accepting
 

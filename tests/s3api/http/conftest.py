@@ -109,6 +109,10 @@ class Echo:
         trailers = ",".join(f"{name}={value}" for name, value in request.body.trailers.items())
         return Response(200, [("x-trailers", trailers)], hashlib.sha256(sink.value()).hexdigest().encode())
 
+    async def do_aws(self, request: Request) -> Response:
+        request.body.unwrap_aws_chunked(int(request.headers["x-amz-decoded-content-length"]), False, True, None)
+        return await self.do_sink(request)
+
     async def do_refuse(self, request: Request) -> Response:
         return Response(503, [], b"slow down")
 
@@ -164,6 +168,20 @@ class Running:
 
 
 Start = Callable[..., Any]
+
+
+async def wait_until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+    """Poll for what has no event to wait for."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while not condition():
+        assert loop.time() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    return wait_until
 
 
 @pytest.fixture
