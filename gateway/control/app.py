@@ -1,0 +1,120 @@
+"""The routes of the control port, and nothing else: each parses its parameters, asks one module and shapes the answer.
+
+In: ``ControlContext``, put together by the composition root. Out: a FastAPI application. Errors are JSON with a
+``detail``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import FastAPI, Header, HTTPException, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from archive.dav.auth import Authenticator
+from gateway.control.auth import User, require_read
+from gateway.control.feedback import FeedbackHub, TooManySubscribers
+from gateway.control.health import HealthCheck, health
+from gateway.control.kernels import kernels
+from gateway.control.runs import run_status
+from gateway.control.status import StatusSource
+from gateway.metrics import Exposition
+from ingest.errors import CatalogError, NoSuchBucket
+from ingest.ports import Catalog
+
+_Bucket = Annotated[str, Query(min_length=3, max_length=63, description="Name of the bucket.")]
+_Prefix = Annotated[str, Query(max_length=1024, description="Key prefix, e.g. a run with its closing slash.")]
+_Sent = Annotated[int | None, Query(ge=0, description="What the sender knows it has sent.")]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ControlContext:
+    """What the application needs of the node."""
+
+    version: str
+    catalog: Catalog
+    authenticate: Authenticator
+    check: HealthCheck
+    status: StatusSource
+    metrics: Exposition
+    feedback: FeedbackHub
+
+
+def create_app(context: ControlContext) -> FastAPI:
+    # The documentation pages load scripts from elsewhere: a beamline network has no way there.
+    app = FastAPI(title="HISS control API", version=context.version, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.context = context
+    app.add_exception_handler(CatalogError, _catalog_error)
+    _add_open_routes(app, context)
+    _add_node_routes(app, context)
+    _add_bucket_routes(app, context)
+    return app
+
+
+async def _catalog_error(_: Request, error: Exception) -> Response:
+    if isinstance(error, NoSuchBucket):
+        return JSONResponse({"detail": "there is no such bucket"}, 404)
+    return JSONResponse({"detail": "the catalogue does not answer; try again"}, 503, {"Retry-After": "2"})
+
+
+def _add_open_routes(app: FastAPI, context: ControlContext) -> None:
+    @app.api_route("/v1/health", methods=["GET", "HEAD"], include_in_schema=False)
+    async def get_health() -> JSONResponse:
+        status, document = await health(context.check)
+        return JSONResponse(document, status, {"Cache-Control": "no-store"})
+
+    @app.get("/metrics", response_class=Response, summary="Prometheus exposition")
+    async def get_metrics(accept: Annotated[str, Header()] = "") -> Response:
+        body, content_type = context.metrics.render(accept)
+        return Response(body, headers={"Content-Type": content_type})
+
+    app.add_api_route("/v1/health", get_health, methods=["GET"], summary="200 once the node can take a PUT")
+
+
+def _add_node_routes(app: FastAPI, context: ControlContext) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi(_: User) -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/v1/status", summary="The node in numbers")
+    async def get_status(_: User) -> dict[str, Any]:
+        return await context.status.document()
+
+
+def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
+    @app.get("/v1/runs/status", response_class=Response, summary="May the detector be cleared?")
+    async def get_run(
+        user: User, bucket: _Bucket, prefix: _Prefix = "", expect_objects: _Sent = None, expect_bytes: _Sent = None
+    ) -> Response:
+        require_read(user, bucket, prefix.encode())
+        status = await run_status(
+            context.catalog, bucket, prefix.encode(), expect_objects=expect_objects, expect_bytes=expect_bytes
+        )
+        return Response(msgspec.json.encode(status), media_type="application/json")
+
+    @app.get("/v1/kernels", response_class=Response, summary="Kernels submitted to a bucket")
+    async def get_kernels(user: User, bucket: _Bucket) -> Response:
+        require_read(user, bucket, b"_kernels/")
+        return Response(msgspec.json.encode(await kernels(context.catalog, bucket)), media_type="application/json")
+
+    @app.get("/v1/feedback", response_class=StreamingResponse, summary="Kernel feedback as server-sent events")
+    async def get_feedback(
+        user: User,
+        bucket: _Bucket,
+        kernel: Annotated[str, Query(max_length=256)] = "",
+        key_prefix: _Prefix = "",
+        last_event_id: Annotated[str, Header(max_length=64)] = "",
+    ) -> StreamingResponse:
+        require_read(user, bucket, key_prefix.encode())
+        await context.catalog.bucket(bucket)
+        try:
+            events = context.feedback.subscribe(
+                bucket, kernel=kernel, key_prefix=key_prefix.encode(), last_event_id=last_event_id
+            )
+        except TooManySubscribers:
+            raise HTTPException(503, "too many feedback streams are open", {"Retry-After": "5"}) from None
+        # Proxies that would collect events into larger answers are asked not to.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)

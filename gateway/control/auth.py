@@ -1,0 +1,51 @@
+"""Who asks the control API: HTTP Basic with an S3 key pair, and read grants on buckets.
+
+In: requests. Out: the ``UserRecord``, or 401 / 403. The same ``authenticator`` serves the WebDAV port.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated
+
+from fastapi import Depends, HTTPException, Request
+from fastapi.security import HTTPBasic
+
+from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
+from ingest.records import UserRecord
+from s3api.auth.grants import Access, allows
+from s3api.auth.users import UserStore
+
+_ABSENT = "-"
+
+
+def authenticator(users: UserStore) -> Authenticator:
+    """Check key pairs against ``users``; the comparison takes as long for a wrong secret as for an unknown key."""
+
+    async def authenticate(access_key: str, secret_key: str) -> UserRecord | None:
+        found = await users.find(access_key)
+        expected = found.secret_key if found else _ABSENT
+        same = hmac.compare_digest(expected.encode(), secret_key.encode())
+        return found.user if found and same and found.user.enabled else None
+
+    return authenticate
+
+
+async def _signed_in(request: Request) -> UserRecord:
+    authenticate: Authenticator = request.app.state.context.authenticate
+    credentials = basic_credentials(request.headers.get("authorization", ""))
+    user = await authenticate(*credentials) if credentials else None
+    if user is None:
+        message = "sign in with an access key and its secret key"
+        raise HTTPException(401, message, {"WWW-Authenticate": CHALLENGE})
+    return user
+
+
+# HTTPBasic only documents the scheme in the OpenAPI document: it would answer a bad field differently than the other ports.
+User = Annotated[UserRecord, Depends(_signed_in), Depends(HTTPBasic(auto_error=False))]
+
+
+def require_read(user: UserRecord, bucket: str, prefix: bytes = b"") -> None:
+    """Raises 403 unless the user may read everything under ``prefix``."""
+    if not allows(user, Access.READ, bucket, prefix):
+        raise HTTPException(403, f"your key pair may not read {prefix.decode(errors='replace')!r} in bucket {bucket!r}")
