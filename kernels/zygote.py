@@ -61,7 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that gets one byte once requests are answered")
     parser.add_argument("--max-children", type=int, default=DEFAULT_MAX_CHILDREN)
     parser.add_argument("--uid-base", type=int, default=DEFAULT_UID_BASE, help="first user id of children, as root")
-    parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that is told R once it answers")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = options.socket.absolute()
