@@ -87,9 +87,6 @@ def main(arguments: list[str] | None = None) -> None:
         os.write(options.ready_fd, b"R")
         os.close(options.ready_fd)
     log.info("ready, %d children at most", options.max_children)
-    if options.ready_fd >= 0:
-        os.write(options.ready_fd, b"R")
-        os.close(options.ready_fd)
     forkserver.ForkServer(listener, options.max_children, options.uid_base).serve()
 
 
