@@ -463,11 +463,15 @@ class CatalogClient:
 
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]:
         # Segments that look dead will be written anew: what made them dead must survive a power cut first.
-        await self._call(wire.Barrier(), _nothing)
+        await self.barrier()
         return await self._scan(lambda reader: reader.segment_use(slot))
 
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
         return await self._scan(lambda reader: reader.segment_extents(slot, segment))
+
+    async def barrier(self) -> None:
+        """Return once everything visible now is on disk, ``memory`` commits too."""
+        await self._call(wire.Barrier(), _nothing)
 
     async def snapshot(self) -> str:
         return await self._call(wire.Snapshot(), _text, timeout_s=600.0)

@@ -232,7 +232,7 @@ def _is_held(index: sqlite3.Connection, extent: Extent, holder: bytes) -> bool:
         'SELECT length FROM extents WHERE (node, slot, segment, generation, "offset", holder) = (?, ?, ?, ?, ?, ?)',
         (extent.node, extent.slot, extent.segment, extent.generation, extent.offset, holder),
     ).fetchone()
-    return row == (extent.length,)
+    return row is not None and int(row[0]) == extent.length
 
 
 def _check_accounting(index: sqlite3.Connection, report: FsckReport) -> None:

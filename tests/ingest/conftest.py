@@ -1,26 +1,42 @@
-"""Fixtures of the buffer's tests: a node's folder and a real catalogue process."""
+"""Fixtures of the buffer's tests: a node's folder, a real catalogue process, or the same server inside the test's loop."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import multiprocessing
+import multiprocessing.synchronize
+import secrets
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+from ingest import crashpoints
 from ingest.catalog import server
 from ingest.catalog.client import CatalogClient
 from ingest.catalog.committer import Limits
 from ingest.counters import CATALOGUE, Counters
+from ingest.journal import FileOps
 from ingest.paths import NodePaths
+from ingest.records import CommitObject, Extent
 
 START_TIMEOUT_S = 20.0
 
+# Fork from a process that has imported the server once: a start then costs what a start costs, not 0.7 s of imports.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["ingest.catalog.server", "ingest.catalog.client"])
 
-def _catalogue_process(root: Path, limits: Limits, ready: object) -> None:
-    server.run(NodePaths(root), Counters(None, CATALOGUE), node=0, ready=ready.set, limits=limits)  # type: ignore[attr-defined]
+
+def _catalogue_process(
+    root: Path, limits: Limits, ready: multiprocessing.synchronize.Event, crashpoint: tuple[str, int]
+) -> None:
+    # The server of forks was started with another environment, so HISS_CRASHPOINT would not reach this process.
+    crashpoints._name, crashpoints._left = crashpoint
+    server.run(NodePaths(root), Counters(None, CATALOGUE), node=0, ready=ready.set, limits=limits)
 
 
 class CatalogueProcess:
@@ -31,18 +47,18 @@ class CatalogueProcess:
         self._limits = limits
         self._process: BaseProcess | None = None
 
-    def start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        ready = context.Event()
-        self._process = context.Process(target=_catalogue_process, args=(self.paths.root, self._limits, ready))
+    def start(self, *, crashpoint: str = "", passage: int = 1) -> None:
+        ready = _context.Event()
+        arguments = (self.paths.root, self._limits, ready, (crashpoint, passage))
+        self._process = _context.Process(target=_catalogue_process, args=arguments)
         self._process.start()
         assert ready.wait(START_TIMEOUT_S), "the catalogue process did not start"
 
-    def _end(self, number: signal.Signals) -> int | None:
+    def _end(self, number: signal.Signals | None) -> int | None:
         if self._process is None:
             return None
         process, self._process = self._process, None
-        if process.pid is not None and process.is_alive():
+        if number is not None and process.is_alive():
             process.kill() if number is signal.SIGKILL else process.terminate()
         process.join(START_TIMEOUT_S)
         code = process.exitcode
@@ -54,6 +70,14 @@ class CatalogueProcess:
 
     def kill(self) -> int | None:
         return self._end(signal.SIGKILL)
+
+    def died(self) -> int | None:
+        """Wait for the process to end by itself; its exit code."""
+        return self._end(None)
+
+
+Serving = Callable[..., AbstractAsyncContextManager[None]]
+CommitOf = Callable[..., CommitObject]
 
 
 @pytest.fixture
@@ -87,3 +111,55 @@ def catalogue(paths: NodePaths, make_catalogue: Callable[..., CatalogueProcess])
 async def client(paths: NodePaths, catalogue: CatalogueProcess) -> AsyncIterator[CatalogClient]:
     async with CatalogClient(paths, slot=0) as client:
         yield client
+
+
+@pytest.fixture
+def serving(paths: NodePaths) -> Serving:
+    """``async with serving(ops=…, **limits)``: the same server and socket, inside the test's own loop."""
+
+    @contextlib.asynccontextmanager
+    async def serve(ops: FileOps | None = None, **limits: int | float) -> AsyncIterator[None]:
+        stop, ready = asyncio.Event(), asyncio.Event()
+        values = {"part_bytes_min": 100, "journal_bytes": 1 << 20} | limits
+        task = asyncio.create_task(
+            server.serve(
+                paths,
+                Counters(None, CATALOGUE),
+                node=0,
+                ready=ready.set,
+                stop=stop,
+                limits=Limits(**values),  # type: ignore[arg-type]
+                ops=ops,
+            )
+        )
+        started = asyncio.create_task(ready.wait())
+        await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        try:
+            yield
+        finally:
+            stop.set()
+            await task
+
+    return serve
+
+
+@pytest.fixture
+def commit_of() -> CommitOf:
+    """A commit of ``length`` bytes (default 10) in an extent of its own."""
+    places = iter(range(1, 1 << 30))
+
+    def make(bucket: str, key: bytes, **fields: object) -> CommitObject:
+        length = fields.get("length", 10)
+        place = next(places)
+        values: dict[str, object] = {
+            "object_id": secrets.token_bytes(16),
+            "length": length,
+            "etag": f"{place:032x}",
+            "crc64nvme": 2**64 - place,
+            "owner": "root",
+            "extents": (Extent(0, 0, place >> 10, 1, (place & 1023) << 20, length),),  # type: ignore[arg-type]
+        }
+        return CommitObject(bucket=bucket, key=key, **(values | fields))  # type: ignore[arg-type]
+
+    return make
