@@ -33,8 +33,8 @@ from ingest.segments import SegmentStore
 from ingest.span_table import SpanTable
 from s3api.auth.users import CatalogUsers
 from s3api.call import ServiceSettings
-from s3api.http.listener import Server
 from s3api.http.limits import HttpLimits
+from s3api.http.listener import Server
 from s3api.service import S3Service
 
 START_TIMEOUT_S = 20.0
@@ -225,6 +225,13 @@ def bucket(s3: Any) -> str:
     return name
 
 
+class _Signer(S3SigV4Auth):
+    """botocore's signer, with the payload hash a test asks for."""
+
+    def payload(self, request: AWSRequest) -> str:
+        return str(request.context.get("payload_hash") or super().payload(request))
+
+
 class RawClient:
     """Requests exactly as a test writes them, signed by botocore, sent by httpx."""
 
@@ -233,12 +240,26 @@ class RawClient:
         self.credentials = BotoCredentials(*keys)
         self.http = httpx.Client(timeout=20)
 
-    def __call__(
-        self, method: str, path: str, body: bytes = b"", *, headers: dict[str, str] | None = None
-    ) -> httpx.Response:
+    def signed(
+        self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, payload_hash: str = ""
+    ) -> dict[str, str]:
+        """The headers of the request, Authorization among them."""
         request = AWSRequest(method, self.endpoint + path, data=body, headers=dict(headers or {}))
-        S3SigV4Auth(self.credentials, "s3", "us-east-1").add_auth(request)
-        return self.http.request(method, self.endpoint + path, content=body, headers=dict(request.headers))
+        request.context["payload_hash"] = payload_hash
+        _Signer(self.credentials, "s3", "us-east-1").add_auth(request)
+        return dict(request.headers)
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: dict[str, str] | None = None,
+        payload_hash: str = "",
+    ) -> httpx.Response:
+        signed = self.signed(method, path, body, headers, payload_hash)
+        return self.http.request(method, self.endpoint + path, content=body, headers=signed)
 
 
 @pytest.fixture(scope="session")

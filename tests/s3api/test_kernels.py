@@ -1,0 +1,60 @@
+"""Keys with a meaning: kernels are checked before they are stored, products are the kernels' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+Raw = Callable[..., httpx.Response]
+Code = Callable[[httpx.Response], str]
+
+SOURCE = b"def frame(frame, params, state, index, out, feedback):\n    return KEEP\n"
+
+
+def test_a_kernel_is_stored_like_any_object(raw: Raw, s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="_kernels/hits.py", Body=SOURCE, Metadata={"match": "run/*"})
+    got = s3.get_object(Bucket=bucket, Key="_kernels/hits.py")
+    assert got["Body"].read() == SOURCE
+    assert got["Metadata"] == {"match": "run/*"}
+
+
+def test_a_kernel_that_does_not_pass(raw: Raw, code_of: Code, bucket: str) -> None:
+    answer = raw("PUT", f"/{bucket}/_kernels/hits.py", b"def frame(:\n    pass\n")
+    assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
+    assert "hits.py:1:" in answer.text
+    assert raw("HEAD", f"/{bucket}/_kernels/hits.py").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["hits.txt", "a/b.py", ".py", "9.py", "", "table.npy", "h%20its.py"])
+def test_other_names_are_refused(raw: Raw, code_of: Code, bucket: str, name: str) -> None:
+    answer = raw("PUT", f"/{bucket}/_kernels/{name}", SOURCE)
+    assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
+
+
+def test_a_source_of_more_than_64_kib(raw: Raw, code_of: Code, bucket: str) -> None:
+    assert code_of(raw("PUT", f"/{bucket}/_kernels/big.py", b"#" * 65537)) == "EntityTooLarge"
+
+
+def test_no_kernel_in_parts(raw: Raw, code_of: Code, bucket: str) -> None:
+    assert code_of(raw("POST", f"/{bucket}/_kernels/hits.py?uploads")) == "InvalidKernel"
+
+
+def test_a_copied_kernel_is_checked_too(raw: Raw, code_of: Code, s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="good", Body=SOURCE)
+    s3.put_object(Bucket=bucket, Key="bad", Body=b"def")
+    s3.copy_object(Bucket=bucket, Key="_kernels/hits.py", CopySource=f"{bucket}/good")
+    assert s3.get_object(Bucket=bucket, Key="_kernels/hits.py")["Body"].read() == SOURCE
+    answer = raw("PUT", f"/{bucket}/_kernels/hits.py", headers={"x-amz-copy-source": f"{bucket}/bad"})
+    assert code_of(answer) == "InvalidKernel"
+
+
+def test_products_are_read_only(raw: Raw, code_of: Code, bucket: str) -> None:
+    path = f"/{bucket}/_products/hits/run/1.nxs"
+    for method, query in (("PUT", ""), ("POST", "?uploads")):
+        answer = raw(method, path + query, b"x" if method == "PUT" else b"")
+        assert (answer.status_code, code_of(answer)) == (403, "AccessDenied")
+        assert "written by kernels" in answer.text
+    assert raw("DELETE", path).status_code == 204

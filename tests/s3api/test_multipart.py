@@ -1,0 +1,238 @@
+"""Multipart uploads, as SDKs do them and as they go wrong."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import ClientError
+
+Raw = Callable[..., httpx.Response]
+Code = Callable[[httpx.Response], str]
+
+MIB = 1 << 20
+FIRST, LAST = os.urandom(5 * MIB), os.urandom(12345)
+
+
+def refused(call: Callable[..., object], **arguments: Any) -> tuple[int, str]:
+    with pytest.raises(ClientError) as caught:
+        call(**arguments)
+    response = caught.value.response
+    return response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"]
+
+
+def upload(s3: Any, bucket: str, key: str, bodies: list[bytes], **create: Any) -> tuple[str, list[dict[str, Any]]]:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key=key, **create)["UploadId"]
+    parts = []
+    for number, body in enumerate(bodies, 1):
+        answer = s3.upload_part(Bucket=bucket, Key=key, UploadId=upload_id, PartNumber=number, Body=body)
+        parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+    return upload_id, parts
+
+
+def complete(s3: Any, bucket: str, key: str, upload_id: str, parts: list[dict[str, Any]], **extra: Any) -> Any:
+    return s3.complete_multipart_upload(
+        Bucket=bucket, Key=key, UploadId=upload_id, MultipartUpload={"Parts": parts}, **extra
+    )
+
+
+def test_transfer_manager(s3: Any, bucket: str, tmp_path: Any) -> None:
+    body = os.urandom(17 * MIB + 3)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(body)
+    config = TransferConfig(multipart_threshold=5 * MIB, multipart_chunksize=5 * MIB, max_concurrency=4)
+    s3.upload_file(str(source), bucket, "big", Config=config, ExtraArgs={"Metadata": {"run": "7"}})
+    s3.download_file(bucket, "big", str(target), Config=config)
+    assert target.read_bytes() == body
+    head = s3.head_object(Bucket=bucket, Key="big", ChecksumMode="ENABLED")
+    assert head["Metadata"] == {"run": "7"}
+    assert head["ETag"].endswith('-4"')
+    assert head["ChecksumCRC32"]
+
+
+def test_nothing_is_visible_before_complete(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [FIRST, LAST], ContentType="image/x")
+    assert refused(s3.head_object, Bucket=bucket, Key="k") == (404, "404")
+    assert [row["UploadId"] for row in s3.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [upload_id]
+    listed = s3.list_parts(Bucket=bucket, Key="k", UploadId=upload_id)["Parts"]
+    assert [(row["PartNumber"], row["Size"]) for row in listed] == [(1, len(FIRST)), (2, len(LAST))]
+    complete(s3, bucket, "k", upload_id, parts)
+    got = s3.get_object(Bucket=bucket, Key="k")
+    assert got["Body"].read() == FIRST + LAST
+    assert got["ContentType"] == "image/x"
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+
+
+def test_complete_may_be_asked_again(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [LAST])
+    first = complete(s3, bucket, "k", upload_id, parts, IfNoneMatch="*")
+    assert complete(s3, bucket, "k", upload_id, parts, IfNoneMatch="*")["ETag"] == first["ETag"]
+    s3.put_object(Bucket=bucket, Key="k", Body=b"newer")
+    assert refused(complete, s3=s3, bucket=bucket, key="k", upload_id=upload_id, parts=parts) == (404, "NoSuchUpload")
+
+
+def test_a_part_may_be_sent_again(s3: Any, bucket: str) -> None:
+    upload_id, _ = upload(s3, bucket, "k", [b"old"])
+    answer = s3.upload_part(Bucket=bucket, Key="k", UploadId=upload_id, PartNumber=1, Body=b"new")
+    complete(s3, bucket, "k", upload_id, [{"PartNumber": 1, "ETag": answer["ETag"]}])
+    assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == b"new"
+
+
+def test_only_the_named_parts_count(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [FIRST, b"dropped", LAST])
+    complete(s3, bucket, "k", upload_id, [parts[0], parts[2]])
+    assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == FIRST + LAST
+    assert s3.get_object(Bucket=bucket, Key="k", PartNumber=2)["Body"].read() == LAST
+    assert s3.head_object(Bucket=bucket, Key="k", PartNumber=1)["PartsCount"] == 2
+    assert refused(s3.get_object, Bucket=bucket, Key="k", PartNumber=3) == (416, "InvalidRange")
+
+
+def test_etag_of_md5_parts(s3: Any, bucket: str) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+    parts = []
+    for number, body in enumerate((FIRST, LAST), 1):
+        answer = s3.upload_part(
+            Bucket=bucket, Key="k", UploadId=upload_id, PartNumber=number, Body=body,
+            ContentMD5=base64.b64encode(hashlib.md5(body).digest()).decode(),
+        )  # fmt: skip
+        assert answer["ETag"] == f'"{hashlib.md5(body).hexdigest()}"'
+        parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+    expected = hashlib.md5(hashlib.md5(FIRST).digest() + hashlib.md5(LAST).digest()).hexdigest()
+    assert complete(s3, bucket, "k", upload_id, parts)["ETag"] == f'"{expected}-2"'
+
+
+# -- checksums
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [("CRC32", "FULL_OBJECT"), ("CRC32", "COMPOSITE"), ("CRC32C", "FULL_OBJECT"), ("CRC64NVME", "FULL_OBJECT"),
+     ("SHA1", "COMPOSITE"), ("SHA256", "COMPOSITE")],
+)  # fmt: skip
+def test_checksum_types(s3: Any, bucket: str, algorithm: str, kind: str) -> None:
+    created = s3.create_multipart_upload(Bucket=bucket, Key="k", ChecksumAlgorithm=algorithm, ChecksumType=kind)
+    assert (created["ChecksumAlgorithm"], created["ChecksumType"]) == (algorithm, kind)
+    parts = []
+    for number, body in enumerate((FIRST, LAST), 1):
+        answer = s3.upload_part(
+            Bucket=bucket, Key="k", UploadId=created["UploadId"], PartNumber=number, Body=body,
+            ChecksumAlgorithm=algorithm,
+        )  # fmt: skip
+        parts.append(
+            {"PartNumber": number, "ETag": answer["ETag"], f"Checksum{algorithm}": answer[f"Checksum{algorithm}"]}
+        )
+    answer = complete(s3, bucket, "k", created["UploadId"], parts, MpuObjectSize=len(FIRST) + len(LAST))
+    assert answer["ChecksumType"] == kind
+    assert answer[f"Checksum{algorithm}"].endswith("-2") == (kind == "COMPOSITE")
+    got = s3.get_object(Bucket=bucket, Key="k", ChecksumMode="ENABLED")
+    assert got["Body"].read() == FIRST + LAST
+    assert got[f"Checksum{algorithm}"] == answer[f"Checksum{algorithm}"]
+    if (algorithm, kind) == ("CRC32", "FULL_OBJECT"):
+        crc = zlib.crc32(FIRST + LAST).to_bytes(4, "big")
+        assert got["ChecksumCRC32"] == base64.b64encode(crc).decode()
+
+
+def test_full_object_claim_at_complete(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [LAST], ChecksumAlgorithm="CRC32", ChecksumType="FULL_OBJECT")
+    claim = {"s3": s3, "bucket": bucket, "key": "k", "upload_id": upload_id, "parts": parts}
+    assert refused(complete, **claim, ChecksumCRC32="AAAAAA==") == (400, "BadDigest")
+    assert refused(complete, **claim, ChecksumType="COMPOSITE") == (400, "InvalidRequest")
+    assert refused(complete, **claim, MpuObjectSize=1) == (400, "InvalidRequest")
+    crc = base64.b64encode(zlib.crc32(LAST).to_bytes(4, "big")).decode()
+    complete(s3, bucket, "k", upload_id, parts, ChecksumCRC32=crc, ChecksumType="FULL_OBJECT")
+
+
+@pytest.mark.parametrize(
+    "create",
+    [{"ChecksumAlgorithm": "SHA256", "ChecksumType": "FULL_OBJECT"},
+     {"ChecksumAlgorithm": "CRC64NVME", "ChecksumType": "COMPOSITE"}],
+)  # fmt: skip
+def test_impossible_checksum_types(s3: Any, bucket: str, create: dict[str, str]) -> None:
+    assert refused(s3.create_multipart_upload, Bucket=bucket, Key="k", **create) == (400, "InvalidRequest")
+
+
+def test_a_part_of_another_algorithm(s3: Any, bucket: str) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k", ChecksumAlgorithm="SHA256")["UploadId"]
+    part = {"Bucket": bucket, "Key": "k", "UploadId": upload_id, "PartNumber": 1, "Body": b"x"}
+    assert refused(s3.upload_part, **part, ChecksumAlgorithm="CRC32") == (400, "InvalidRequest")
+
+
+# -- refusals
+
+
+def test_what_complete_refuses(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [b"short", b"last"])
+    claim = {"s3": s3, "bucket": bucket, "key": "k", "upload_id": upload_id}
+    assert refused(complete, **claim, parts=parts) == (400, "EntityTooSmall")
+    assert refused(complete, **claim, parts=parts[::-1]) == (400, "InvalidPartOrder")
+    assert refused(complete, **claim, parts=[{"PartNumber": 1, "ETag": '"x"'}]) == (400, "InvalidPart")
+    assert refused(complete, **claim, parts=[{"PartNumber": 3, "ETag": parts[0]["ETag"]}]) == (400, "InvalidPart")
+    assert refused(complete, **claim, parts=[]) == (400, "MalformedXML")
+    assert refused(complete, **{**claim, "upload_id": "0" * 32}, parts=parts) == (404, "NoSuchUpload")
+    s3.put_object(Bucket=bucket, Key="k", Body=b"x")
+    assert refused(complete, **claim, parts=parts[:1], IfNoneMatch="*") == (412, "PreconditionFailed")
+
+
+@pytest.mark.parametrize("quote", ['"{}"', "{}", "&quot;{}&quot;", "&#34;{}&#34;"])
+@pytest.mark.parametrize("namespace", ["", ' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'])
+def test_spellings_of_complete(raw: Raw, s3: Any, bucket: str, quote: str, namespace: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [b"x"])
+    etag = quote.format(parts[0]["ETag"].strip('"'))
+    body = (
+        f"<CompleteMultipartUpload{namespace}>\n <Part>\n  <PartNumber> 1 </PartNumber><ETag>{etag}</ETag></Part>"
+        "</CompleteMultipartUpload>"
+    )
+    assert raw("POST", f"/{bucket}/k?uploadId={upload_id}", body.encode()).status_code == 200
+
+
+@pytest.mark.parametrize("number", [0, 10001])
+def test_part_numbers(s3: Any, bucket: str, number: int) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+    part = {"Bucket": bucket, "Key": "k", "UploadId": upload_id, "PartNumber": number, "Body": b"x"}
+    assert refused(s3.upload_part, **part) == (400, "InvalidArgument")
+
+
+def test_abort(s3: Any, bucket: str) -> None:
+    upload_id, parts = upload(s3, bucket, "k", [LAST])
+    s3.abort_multipart_upload(Bucket=bucket, Key="k", UploadId=upload_id)
+    claim = {"s3": s3, "bucket": bucket, "key": "k", "upload_id": upload_id, "parts": parts}
+    assert refused(complete, **claim) == (404, "NoSuchUpload")
+    part = {"Bucket": bucket, "Key": "k", "UploadId": upload_id}
+    assert refused(s3.upload_part, **part, PartNumber=1, Body=b"x") == (404, "NoSuchUpload")
+    assert refused(s3.list_parts, **part) == (404, "NoSuchUpload")
+
+
+def test_pages_of_parts_and_uploads(s3: Any, bucket: str) -> None:
+    upload_id, _ = upload(s3, bucket, "b", [b"1", b"2", b"3"])
+    page = s3.list_parts(Bucket=bucket, Key="b", UploadId=upload_id, MaxParts=2)
+    assert page["IsTruncated"]
+    rest = s3.list_parts(Bucket=bucket, Key="b", UploadId=upload_id, PartNumberMarker=page["NextPartNumberMarker"])
+    assert [row["PartNumber"] for row in page["Parts"] + rest["Parts"]] == [1, 2, 3]
+    for key in ("a", "c", "c"):
+        s3.create_multipart_upload(Bucket=bucket, Key=key)
+    pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, MaxUploads=1)
+    assert [row["Key"] for page in pages for row in page["Uploads"]] == ["a", "b", "c", "c"]
+
+
+# -- copies of parts
+
+
+def test_upload_part_copy(s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="source", Body=FIRST + LAST)
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+    source = {"Bucket": bucket, "Key": "source"}
+    parts = []
+    for number, span in enumerate((f"bytes=0-{len(FIRST) - 1}", f"bytes={len(FIRST)}-{len(FIRST + LAST) - 1}"), 1):
+        answer = s3.upload_part_copy(
+            Bucket=bucket, Key="k", UploadId=upload_id, PartNumber=number, CopySource=source, CopySourceRange=span
+        )
+        parts.append({"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]})
+    complete(s3, bucket, "k", upload_id, parts)
+    assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == FIRST + LAST
