@@ -18,7 +18,7 @@ from archive.targets.base import FileRights, Staged, Target, TargetError
 from ingest.crashpoints import crashpoint
 from ingest.errors import DataLost, IngestError, StorageFailed
 from ingest.ports import ObjectReader
-from ingest.records import ArchiveCopy, ObjectRecord
+from ingest.records import BLOCK_BYTES, ArchiveCopy, ObjectRecord
 
 OpenReader = Callable[[ObjectRecord], Awaitable[ObjectReader]]
 """Opens all bytes of a version, recalled or settled if need be; raises IngestError."""
@@ -61,7 +61,10 @@ class Copier:
     async def _staged(self, record: ObjectRecord, rights: FileRights) -> Staged:
         crc = Crc64()
         async with await self._open_reader(record) as reader:
-            async with contextlib.aclosing(self._source(reader.chunks(self._limits.chunk_bytes), crc)) as source:
+            # A reader prepares memory for whole chunks: small versions ask for small ones.
+            blocks = -(-max(1, record.stored_length) // BLOCK_BYTES)
+            chunks = reader.chunks(min(self._limits.chunk_bytes, blocks * BLOCK_BYTES))
+            async with contextlib.aclosing(self._source(chunks, crc)) as source:
                 staged = await self._target.stage(record, rights, source)
         if (crc.length, crc.value) != (record.stored_length, record.crc64nvme):
             with contextlib.suppress(TargetError):

@@ -20,7 +20,7 @@ from archive.keylocks import KeyLocks
 from archive.pace import DrainLimits, retry_after_s
 from archive.reconcile import Reconciler, key_text
 from archive.scheduler import Claim, Scheduler
-from archive.targets.base import FileRights, TargetError
+from archive.targets.base import FileRights, TargetError, TargetLost
 from ingest import bucket_settings
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
@@ -53,7 +53,7 @@ class Drain:
         self._rng = random.Random()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._superseded: StaleEpoch | None = None
+        self._fatal: StaleEpoch | TargetLost | None = None
         self._objects = counters.cell("hiss_drain_objects_total")
         self._bytes = counters.cell("hiss_drain_bytes_total")
         self._failures = counters.cell("hiss_drain_failures_total")
@@ -62,14 +62,14 @@ class Drain:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``; then objects in flight get ``stop_grace_s`` to finish and the rest is given back. Raises
-        StaleEpoch when a newer drain process took this one's place."""
+        StaleEpoch when a newer drain process took this one's place, TargetLost when the archive must be opened anew."""
         loop = asyncio.get_running_loop()
         stopping = loop.create_task(self._wake_at_stop(stop))
         try:
             while not stop.is_set():
                 self._wake.clear()
-                if self._superseded is not None:
-                    raise self._superseded
+                if self._fatal is not None:
+                    raise self._fatal
                 for step in self._scheduler.step(loop.time()):
                     self._spawn(self._claim(step.limit) if isinstance(step, Claim) else self._drain(step.record))
                 with contextlib.suppress(TimeoutError):
@@ -105,7 +105,7 @@ class Drain:
         try:
             records = await self._catalog.claim_drain(limit, self._limits.lease_s)
         except StaleEpoch as error:
-            self._superseded = error
+            self._fatal = error
             return
         except IngestError as error:
             log.warning("cannot ask for versions to drain: %s", error)
@@ -182,6 +182,8 @@ class Drain:
         except IngestError as refused:
             # Gone meanwhile, or the lease runs out and the version is claimed again.
             log.info("the failure of %s was not recorded: %s", key_text(record), refused)
+        if isinstance(error, TargetLost):
+            self._fatal = error
         whole_target = isinstance(error, TargetError) and error.whole_target
         self._scheduler.failed(record.object_id, asyncio.get_running_loop().time(), whole_target=whole_target)
 

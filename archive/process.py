@@ -1,8 +1,8 @@
 """The drain process, composed: drain, recall, reconciliation, eviction, snapshots and gauges over one catalogue and target.
 
 In: everything it works on, injected by the composition root. Out: it returns after ``stop``. Always true: trouble of the
-catalogue or the target is logged and tried again, and ends nothing; anything unexpected ends the process, loudly, and the
-supervisor starts another, which goes on where this one died.
+catalogue or the target is logged and tried again, and ends nothing; anything unexpected, and a target that must be opened
+anew, ends the process, loudly, and the supervisor starts another, which goes on where this one died.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from archive.pace import DrainLimits, retry_after_s
 from archive.recall import Landing, Recaller
 from archive.reconcile import Reconciler
 from archive.snapshots import keep_snapshots
-from archive.targets.base import Target, TargetError
+from archive.targets.base import Target, TargetError, TargetLost
 from ingest.counters import Counters
 from ingest.errors import IngestError
 from ingest.ports import Catalog
@@ -113,6 +113,8 @@ async def _repeat(doing: str, step: Callable[[], Awaitable[None]], interval_s: f
     while not stop.is_set():
         try:
             await step()
+        except TargetLost:
+            raise
         except (IngestError, TargetError) as error:
             log.warning("%s: %s", doing, error)
         await _pause(interval_s, stop)

@@ -17,7 +17,7 @@ from typing import Protocol
 from archive.checksum import Crc64
 from archive.pace import DrainLimits
 from archive.reconcile import key_text
-from archive.targets.base import Target, TargetError
+from archive.targets.base import Target, TargetError, TargetLost
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
@@ -56,6 +56,7 @@ class Recaller:
         self._limits = limits
         self._running: dict[bytes, asyncio.Task[None]] = {}
         self._poked = asyncio.Event()
+        self._fatal: TargetLost | None = None
         self._objects = counters.cell("hiss_recall_objects_total")
         self._failures = counters.cell("hiss_recall_failures_total")
 
@@ -64,9 +65,12 @@ class Recaller:
         self._poked.set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop``; recalls under way are then broken off and begin anew with the next drain process."""
+        """Until ``stop``; recalls under way are then broken off and begin anew with the next drain process. Raises
+        TargetLost when the archive must be opened anew."""
         try:
             while not stop.is_set():
+                if self._fatal is not None:
+                    raise self._fatal
                 self._poked.clear()
                 await self._start_due()
                 with contextlib.suppress(TimeoutError):
@@ -105,6 +109,8 @@ class Recaller:
         except Exception as error:  # whoever waits for the object must hear of it, whatever it was
             known = isinstance(error, TargetError | IngestError)
             await self._failed(record, str(error) if known else f"unexpected {type(error).__name__}: {error}")
+            if isinstance(error, TargetLost):
+                self._fatal = error
             if not known:
                 log.exception("the recall of %s failed", key_text(record))
         else:

@@ -13,7 +13,7 @@ import logging
 from archive.copier import Copier
 from archive.keylocks import KeyLocks
 from archive.pace import DrainLimits
-from archive.targets.base import FileRights, Target, TargetError
+from archive.targets.base import FileRights, Target, TargetError, TargetLost
 from ingest import bucket_settings
 from ingest.counters import Counters
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
@@ -89,17 +89,19 @@ class Reconciler:
                 await asyncio.sleep(len(rows) / self._limits.sweep_objects_per_s)
 
     async def _look_at(self, listed: ObjectRecord) -> None:
-        if await self._shows(listed):
-            return
-        async with self._keys.hold(listed.bucket, listed.key):
-            try:
+        try:
+            if await self._shows(listed):
+                return
+            async with self._keys.hold(listed.bucket, listed.key):
                 record = await self._catalog.by_id(listed.object_id)
                 if not await self._shows(record):
                     await self.settle(record)
-            except (NoSuchKey, NoSuchBucket, StaleVersion):
-                return
-            except (TargetError, IngestError, bucket_settings.BadSetting) as error:
-                log.error("cannot repair the archive copy of %s: %s", key_text(listed), error)
+        except (NoSuchKey, NoSuchBucket, StaleVersion):
+            return
+        except TargetLost:
+            raise
+        except (TargetError, IngestError, bucket_settings.BadSetting) as error:
+            log.error("cannot compare or repair the archive copy of %s: %s", key_text(listed), error)
 
     async def _shows(self, record: ObjectRecord) -> bool:
         """Whether the recorded path shows this version. Versions on other targets are not this one's business."""

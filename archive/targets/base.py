@@ -28,6 +28,10 @@ class TargetError(Exception):
         self.whole_target = whole_target
 
 
+class TargetLost(TargetError):
+    """What was opened is gone for good (unmounted, exported anew): it must be opened again, by a new process."""
+
+
 class CopyMissing(TargetError):
     """No published file at that path."""
 
@@ -49,16 +53,20 @@ _ERRNO_TABLE: dict[int, tuple[str, bool]] = {
         "the folder is another file system than the archive's root, so nothing can be renamed into it",
         False,
     ),
-    errno.ESTALE: ("the archive's file system was unmounted or exported anew", True),
-    errno.ENOTCONN: ("the archive's file system is not connected", True),
     errno.ETIMEDOUT: ("the archive does not answer", True),
     errno.EHOSTDOWN: ("the archive's host is down", True),
-    errno.ENODEV: ("the archive's device is gone", True),
+}
+_LOST = {
+    errno.ESTALE: "the archive's file system was unmounted or exported anew",
+    errno.ENOTCONN: "the archive's file system is not connected",
+    errno.ENODEV: "the archive's device is gone",
 }
 
 
 def translated(error: OSError, doing: str) -> TargetError:
     """The one place where errno becomes a sentence: ``doing`` says what was attempted, with the path."""
+    if error.errno in _LOST:
+        return TargetLost(f"{doing}: {_LOST[error.errno]} ({error.strerror})", whole_target=True)
     text, whole_target = _ERRNO_TABLE.get(error.errno or 0, ("the archive refused", False))
     return TargetError(f"{doing}: {text} ({error.strerror or error})", whole_target=whole_target)
 

@@ -35,7 +35,8 @@ class Blocked(OSError):
 
 def aligned_buffer(size_bytes: int) -> memoryview:
     """Anonymous memory, page-aligned; freed with the last view of it."""
-    return memoryview(mmap.mmap(-1, -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES))
+    whole_bytes = max(1, -(-size_bytes // BLOCK_BYTES)) * BLOCK_BYTES
+    return memoryview(mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 @contextlib.contextmanager
@@ -105,6 +106,26 @@ def mark_of(folder: int, name: str) -> bytes | None:
             return bytes.fromhex(os.getxattr(fd, MARK).decode("ascii"))
     except (OSError, ValueError):
         return None
+
+
+def read_text(folder: int, name: str) -> str:
+    """A short ASCII file; empty when there is none."""
+    try:
+        with closing(open_file(folder, name, direct=False)) as fd:
+            return os.read(fd, BLOCK_BYTES).decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def write_text(folder: int, name: str, text: str) -> None:
+    """Whole and durable on return."""
+    part = f".{name}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with closing(os.open(part, flags, 0o600, dir_fd=folder)) as fd:
+        os.write(fd, f"{text}\n".encode("ascii"))
+        os.fsync(fd)
+    os.rename(part, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
 
 
 def allocate(fd: int, length: int) -> None:

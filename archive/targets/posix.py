@@ -1,6 +1,7 @@
 """The POSIX target: a folder on any mounted file system (local disk, NFS, GPFS, Lustre, BeeGFS).
 
     ROOT/<bucket>/<components of the key>      published files, see archive/keymap.py
+    ROOT/.hiss/archive-id                      which archive this is
     ROOT/.hiss/snapshots/                      copies of the catalogue's snapshots
     ROOT/.hiss-tmp/<instance>/lock             held by a living drain (flock); the folder of a dead one is cleared
     ROOT/.hiss-tmp/<instance>/*.part           copies being written
@@ -36,15 +37,23 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _KEPT = (".hiss", "snapshots")
+_IDENTITY = "archive-id"
 _KEPT_RIGHTS = FileRights(0o600)
 _FOLDERS_KNOWN_MAX = 65536
 
 
 class PosixTarget:
-    """``root`` is made if only its last component is missing. ``threads`` may serve several targets."""
+    """``root`` is made if only its last component is missing. ``threads`` may serve several targets.
 
-    def __init__(self, root: Path, threads: IoThreads, *, name: str = "posix") -> None:
+    ``identity_file`` lies on the node and remembers which archive this is. Without it, an archive that is not mounted
+    looks like a new, empty one: copies would go to the disk under the mount point. With it, such a root does not open.
+    """
+
+    def __init__(
+        self, root: Path, threads: IoThreads, *, name: str = "posix", identity_file: Path | None = None
+    ) -> None:
         self.name = name
+        self._identity_file = identity_file
         self._root = root
         self._threads = threads
         self._root_fd = -1
@@ -58,17 +67,43 @@ class PosixTarget:
     def _open(self) -> None:
         with contextlib.suppress(FileExistsError):
             self._root.mkdir(mode=0o755)
-        self._root_fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._instance = Instance(self._root_fd)
+        with contextlib.ExitStack() as undo:
+            self._root_fd = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(self._close_root)
+            if self._identity_file is not None:
+                self._identify(self._identity_file)
+            self._instance = Instance(self._root_fd)
+            undo.pop_all()
         log.info("archive %s: %s", self._root, self.abilities)
+
+    def _identify(self, known_as: Path) -> None:
+        """TargetError unless this is the archive the node knows; a node that knows none learns this one's identity."""
+        with files.closing(self._walk(_KEPT[:1], _KEPT_RIGHTS)) as folder:
+            here = files.read_text(folder, _IDENTITY)
+            known = known_as.read_text("ascii").strip() if known_as.exists() else ""
+            if known and here != known:
+                what = f"is archive {here}" if here else "bears no mark of it (is it mounted?)"
+                raise TargetError(
+                    f"this node archives to {known}, but {self._root} {what}. To begin a new archive there, remove {known_as}",
+                    whole_target=True,
+                )
+            if not here:
+                here = secrets.token_hex(16)
+                files.write_text(folder, _IDENTITY, here)
+        if not known:
+            with files.closing(os.open(known_as.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as beside:
+                files.write_text(beside, known_as.name, here)
+
+    def _close_root(self) -> None:
+        os.close(self._root_fd)
+        self._root_fd = -1
 
     async def close(self) -> None:
         if self._instance is not None:
             await self._call(f"closing the archive {self._root}", self._instance.close)
             self._instance = None
         if self._root_fd >= 0:
-            os.close(self._root_fd)
-            self._root_fd = -1
+            self._close_root()
 
     @property
     def abilities(self) -> Abilities:
@@ -340,7 +375,8 @@ class PosixTarget:
 
     async def _chunks(self, doing: str, fd: int, size_bytes: int) -> AsyncGenerator[memoryview, None]:
         try:
-            buffer = files.aligned_buffer(size_bytes)
+            # No larger than the file: the kernel touches every page of a buffer it is given.
+            buffer = files.aligned_buffer(min(size_bytes, os.fstat(fd).st_size + 1))
             offset = 0
             while count := await self._call(doing, files.read_full, fd, buffer, offset):
                 yield buffer[:count]

@@ -220,6 +220,13 @@ class Node:
             assert loop.time() < end, f"still to remove: {pending}"
             await asyncio.sleep(0.01)
 
+    async def ended(self, deadline_s: float = 10.0) -> None:
+        """Wait for the drain to end by itself; raises what ended it."""
+        drain, self._drain = self._drain, None
+        assert drain is not None
+        async with asyncio.timeout(deadline_s):
+            await drain
+
     async def state(self, record: ObjectRecord, wanted: ObjectState, deadline_s: float = 10.0) -> ObjectRecord:
         """Wait until a version is in this state."""
         loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ import stat
 
 import pytest
 
-from archive.targets.base import TargetError
+from archive.targets.base import TargetError, TargetLost
 from archive.targets.files import aligned_buffer
 from archive.targets.posix import PosixTarget
 from ingest.errors import NoSuchKey
@@ -52,7 +52,7 @@ def troubled(node, threads) -> TroubledTarget:
     return node.target
 
 
-async def test_every_version_ends_as_one_verified_copy(node) -> None:
+async def test_every_version_ends_as_one_verified_copy(node, until) -> None:
     bodies = {b"scan/%04d" % number: number * 999 for number in range(20)} | {
         b"a": 10,
         b"a/b": 10,
@@ -66,7 +66,7 @@ async def test_every_version_ends_as_one_verified_copy(node) -> None:
     for record in records:
         assert record.archive.crc64nvme == record.crc64nvme
         assert record.archive.verified_ns > record.modified_ns
-    assert node.count("hiss_drain_objects_total") == len(bodies)
+    await until(lambda: node.count("hiss_drain_objects_total") == len(bodies), "every copy being counted")
     assert node.count("hiss_drain_bytes_total") == sum(bodies.values())
     assert node.count("hiss_drain_failures_total") == 0
 
@@ -209,6 +209,22 @@ async def test_an_archive_that_comes_late_is_waited_for(node) -> None:
     node.start()
     await asyncio.sleep(0)
     node.archive.unlink()
+    await node.state(record, ARCHIVED)
+
+
+async def test_an_archive_that_must_be_opened_anew_ends_the_process(node, troubled, until) -> None:
+    async def stale(_) -> None:
+        raise TargetLost("writing: the archive's file system was unmounted", whole_target=True)
+
+    troubled.before_stage = stale
+    record = await node.put(b"scan/1")
+    node.start()
+    with pytest.raises(ExceptionGroup) as caught:
+        await node.ended()
+    assert caught.group_contains(TargetLost)
+    assert "unmounted" in (await node.catalog.by_id(record.object_id)).drain_error
+    troubled.before_stage = None
+    node.start()
     await node.state(record, ARCHIVED)
 
 

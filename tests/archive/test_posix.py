@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from archive.targets import files
-from archive.targets.base import FileRights, NameBlocked, TargetError, translated
+from archive.targets.base import FileRights, NameBlocked, TargetError, TargetLost, translated
 from archive.targets.posix import PosixTarget
 
 RIGHTS = FileRights()
@@ -197,6 +197,29 @@ async def test_a_missing_archive_is_named(tmp_path: Path, threads) -> None:
         await PosixTarget(tmp_path / "none/below", threads).open()
 
 
+async def test_an_archive_that_is_not_mounted_is_not_taken_for_a_new_one(tmp_path: Path, threads, version) -> None:
+    root, identity = tmp_path / "archive", tmp_path / "archive-id"
+    for _ in range(2):
+        target = PosixTarget(root, threads, identity_file=identity)
+        await target.open()
+        await target.close()
+    root.rename(tmp_path / "elsewhere")
+    root.mkdir()
+    with pytest.raises(TargetError, match=r"bears no mark of it \(is it mounted\?\)") as caught:
+        await PosixTarget(root, threads, identity_file=identity).open()
+    assert caught.value.whole_target
+    other = PosixTarget(root, threads)
+    await other.open()
+    await other.close()
+    with pytest.raises(TargetError, match="is it mounted"):
+        await PosixTarget(root, threads, identity_file=identity).open()
+    identity.unlink()
+    target = PosixTarget(root, threads, identity_file=identity)
+    await target.open()
+    await publish(target, version(b"1"))
+    await target.close()
+
+
 async def test_cancelling_a_copy_leaves_nothing(target, root, version) -> None:
     one = version(b"slow")
     started = asyncio.Event()
@@ -215,6 +238,7 @@ async def test_cancelling_a_copy_leaves_nothing(target, root, version) -> None:
 
 
 def test_every_errno_becomes_a_sentence() -> None:
+    assert isinstance(translated(OSError(errno.ESTALE, "stale"), "writing x"), TargetLost)
     for code in (errno.EIO, errno.EACCES, errno.EPERM, errno.EXDEV, errno.EBADMSG):
         text = str(translated(OSError(code, os.strerror(code)), "writing x"))
         assert text.startswith("writing x: ")

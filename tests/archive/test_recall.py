@@ -29,7 +29,7 @@ async def evicted(node):
     return make
 
 
-async def test_a_recalled_version_is_buffered_again_and_still_archived(node, evicted) -> None:
+async def test_a_recalled_version_is_buffered_again_and_still_archived(node, evicted, until) -> None:
     record, body = await evicted(b"scan/1")
     node.start()
     await node.catalog.request_recall(record.object_id)
@@ -38,14 +38,16 @@ async def test_a_recalled_version_is_buffered_again_and_still_archived(node, evi
     assert recalled.archive == record.archive
     assert sum(extent.length for extent in recalled.extents) == len(body)
     assert {extent.slot for extent in recalled.extents} == {31}
-    assert node.count("hiss_recall_objects_total") == 1
+    await until(lambda: node.count("hiss_recall_objects_total") == 1, "the recall being counted")
 
 
 async def failed(node, record):
     """Wait for the recall to have failed: the version is evicted again, with a reason."""
-    while not (now := await node.state(record, EVICTED)).drain_error:
+    while True:
+        now = await node.state(record, EVICTED)
+        if now.drain_error:
+            return now
         await asyncio.sleep(0.005)
-    return now
 
 
 @pytest.mark.parametrize(
