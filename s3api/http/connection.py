@@ -304,8 +304,12 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._closing = True
         response = self.server.render(None, error)
         body = response.body if isinstance(response.body, bytes) else b""
-        self.write(response_head(response, length=len(body), chunked=False, close=True) + body)
-        self._linger()
+        try:
+            self.write(response_head(response, length=len(body), chunked=False, close=True) + body)
+        except (ValueError, ConnectionResetError):
+            self.abort()
+        else:
+            self._linger()
 
     async def _serve(self, request: Request, head: Head, body: RequestBody) -> None:
         """One request from its head to the last byte of its answer, then on to the next."""

@@ -45,7 +45,7 @@ class Inbox:
         """Memory for the next bytes; empty only when the inbox is full."""
         if self.start == self.end:
             self.start = self.end = 0
-        elif self.end == len(self.data) and self.start:
+        elif self.start and len(self.data) - self.end < len(self.data) // 4:
             count = self.end - self.start
             self.view[:count] = self.view[self.start : self.end]
             self.start, self.end = 0, count

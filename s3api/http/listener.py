@@ -288,7 +288,10 @@ class Server:
 
     def finished(self, request: Request, status: int, sent_bytes: int, elapsed_ns: int) -> None:
         if self._observe is not None:
-            self._observe(request, status, sent_bytes, elapsed_ns)
+            try:
+                self._observe(request, status, sent_bytes, elapsed_ns)
+            except Exception:
+                _log.exception("request %s: not observed", request.request_id)
 
 
 async def _peek(sock: socket.socket) -> bytes:

@@ -145,31 +145,29 @@ class Residency:
 
     def __init__(self) -> None:
         self._cachestat = True
-        self._range = _CacheRange()
-        self._stat = _CacheStat()
-        self._byte = bytearray(1)
 
     def resident(self, fd: int, offset: int, length: int) -> bool:
         samples = 2
         if self._cachestat:
             first = offset // _PAGE_BYTES
             pages = (offset + length - 1) // _PAGE_BYTES - first + 1
-            self._range.offset, self._range.length = first * _PAGE_BYTES, pages * _PAGE_BYTES
-            if _syscall()(_SYS_CACHESTAT, fd, ctypes.byref(self._range), ctypes.byref(self._stat), 0) == 0:
-                if self._stat.cached < pages:
+            span, stat = _CacheRange(first * _PAGE_BYTES, pages * _PAGE_BYTES), _CacheStat()
+            if _syscall()(_SYS_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(stat), 0) == 0:
+                if stat.cached < pages:
                     return False
             else:
                 self._cachestat = ctypes.get_errno() not in (errno.ENOSYS, errno.EPERM)
                 samples = 16
         else:
             samples = 16
-        return all(self._readable(fd, offset + (length - 1) * i // (samples - 1)) for i in range(samples))
+        return all(_readable(fd, offset + (length - 1) * i // (samples - 1)) for i in range(samples))
 
-    def _readable(self, fd: int, offset: int) -> bool:
-        try:
-            return os.preadv(fd, [self._byte], offset, os.RWF_NOWAIT) == 1
-        except OSError:
-            return False  # EAGAIN: not in memory. EOPNOTSUPP: this filesystem cannot tell.
+
+def _readable(fd: int, offset: int) -> bool:
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False  # EAGAIN: not in memory. EOPNOTSUPP: this filesystem cannot tell.
 
 
 _residency = Residency()
