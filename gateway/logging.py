@@ -64,7 +64,16 @@ def setup(level: str, shape: str, *, role: str, slot: int | None = None) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("botocore", "aiobotocore", "numba", "httpx", "httpcore", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.INFO, root.level))
-    logging.getLogger("httpx").setLevel(max(logging.WARNING, root.level))
+    for talkative in (
+        "alembic",
+        "asyncio",
+        "botocore",
+        "aiobotocore",
+        "httpcore",
+        "httpx",
+        "numba",
+        "uvicorn",
+        "wsgidav",
+    ):
+        logging.getLogger(talkative).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)

@@ -56,14 +56,16 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
 
 
 def _register() -> None:
-    from gateway.cli import run, send, serve, settings, status, user
+    from gateway.cli import catalog, run, send, serve, settings, status, user
 
     app.command("serve")(serve.serve)
     app.command("status")(status.status)
     app.command("drain")(status.drain)
     app.command("send")(send.send)
     app.command("settings")(settings.settings)
+    app.command("fsck")(catalog.fsck)
     app.add_typer(run.app, name="run")
+    app.add_typer(catalog.app, name="catalog")
     app.add_typer(user.app, name="user")
 
 

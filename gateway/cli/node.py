@@ -48,7 +48,7 @@ class Node:
             timeout=httpx.Timeout(30.0, connect=5.0),
         )
 
-    def ask(self, path: str, **params: str) -> Any:
+    def ask(self, path: str, **params: str | int) -> Any:
         """GET a JSON document of the control API. Raises CliError."""
         with self.control() as client:
             try:
@@ -61,7 +61,7 @@ class Node:
             document = answer.json()
         except ValueError:
             raise CliError(f"{path}: answered {answer.status_code} and no JSON; is it a control port?") from None
-        if answer.status_code >= 400 and answer.status_code != 503:
+        if answer.status_code >= 400:
             detail = document.get("detail", document) if isinstance(document, dict) else document
             raise CliError(f"{path}: answered {answer.status_code}: {detail}")
         return document

@@ -13,6 +13,8 @@ from gateway.cli.output import CliError, ExitCode, print_json, print_table
 app = typer.Typer(help="Runs: everything under one key prefix.", no_args_is_help=True)
 
 _POLL_FIRST_S, _POLL_LAST_S = 0.2, 5.0
+_SHOWN_MAX = 20
+"""Rows of a list on a terminal; --json has them all."""
 
 
 @app.command("status")
@@ -22,18 +24,21 @@ def run_status(
     control: options.Control = "",
     access_key: options.AccessKey = "",
     ca: options.CaFile = None,
+    expect_objects: Annotated[int | None, typer.Option(min=0, help="How many objects were sent.")] = None,
+    expect_bytes: Annotated[int | None, typer.Option(min=0, help="How many bytes were sent.")] = None,
     wait_s: Annotated[float, typer.Option("--wait", min=0, help="Wait up to this many seconds for a yes.")] = 0.0,
     as_json: options.Json = False,
 ) -> None:
     """Exit code 0: everything sent is acknowledged, archived and verified; 1: not yet; 2 and up: no answer."""
     bucket, prefix = parse_place(place)
     found = node.find(data, control=control, access_key=access_key, ca=ca)
-    status = wait_until_safe(found, bucket, prefix, wait_s)
+    expected = {"expect_objects": expect_objects, "expect_bytes": expect_bytes}
+    known = {name: value for name, value in expected.items() if value is not None}
+    status = wait_until_safe(found, bucket, prefix, wait_s, **known)
     if as_json:
         print_json(status)
     else:
-        rows = [(name.replace("_", " "), value) for name, value in status.items() if not isinstance(value, dict | list)]
-        print_table(("", place), rows)
+        _print(place, status)
     if not status["safe_to_clear"]:
         raise typer.Exit(ExitCode.NO)
 
@@ -47,12 +52,28 @@ def parse_place(place: str) -> tuple[str, str]:
     return bucket, prefix
 
 
-def wait_until_safe(found: node.Node, bucket: str, prefix: str, timeout_s: float) -> dict[str, Any]:
-    """Ask until the run is safe or the time is up; the last answer. Raises CliError."""
+def _print(place: str, status: dict[str, Any]) -> None:
+    print(f"{place}: {'SAFE TO CLEAR' if status['safe_to_clear'] else 'NOT SAFE TO CLEAR'} ({status['verdict']})")
+    for reason in status["reasons"]:
+        print(f"  {reason}")
+    plain = [(name.replace("_", " "), value) for name, value in status.items() if type(value) is int]
+    frames = [(f"frames {name.replace('_', ' ')}", value) for name, value in status["frames"].items() if value]
+    print_table(("", ""), [*plain, *frames])
+    if status["missing"]:
+        rows = [(one["key"], one["state"], one["drain_attempts"], one["error"]) for one in status["missing"]]
+        print_table(("not archived yet", "state", "attempts", "error"), rows[:_SHOWN_MAX])
+    if status["gaps"]:
+        gaps = [(one["key"], one["first_frame"], one["frames"]) for one in status["gaps"]]
+        print_table(("frames missing in", "first", "count"), gaps[:_SHOWN_MAX])
+
+
+def wait_until_safe(found: node.Node, bucket: str, prefix: str, timeout_s: float, **expected: int) -> dict[str, Any]:
+    """Ask until the run is safe or the time is up; the last answer. ``expected``: expect_objects, expect_bytes.
+    Raises CliError."""
     deadline = time.monotonic() + timeout_s
     pause_s = _POLL_FIRST_S
     while True:
-        status = found.ask("/v1/runs/status", bucket=bucket, prefix=prefix)
+        status = found.ask("/v1/runs/status", bucket=bucket, prefix=prefix, **expected)
         if not isinstance(status, dict) or not isinstance(status.get("safe_to_clear"), bool):
             raise CliError(
                 "/v1/runs/status: the answer does not say whether it is safe; are node and hiss of one version?"

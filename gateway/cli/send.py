@@ -73,7 +73,10 @@ def send(
     status = None
     if wait and not failed:
         folder = prefix if prefix.endswith("/") or not prefix else prefix + "/"
-        status = wait_until_safe(found, bucket, folder, wait_timeout_s)
+        sent_bytes = sum(one.size_bytes for one in sent)
+        status = wait_until_safe(
+            found, bucket, folder, wait_timeout_s, expect_objects=len(sent), expect_bytes=sent_bytes
+        )
     total = sum(one.size_bytes for one in sent)
     if as_json:
         objects = [dataclasses.asdict(one) for one in sent]

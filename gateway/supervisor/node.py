@@ -122,13 +122,18 @@ class Supervisor:
                     self._arenas = await making_arenas
                 if self._stop.is_set():
                     return
-                await self._start_role(role)
+                self._start_role(role)
+                if role.barrier:
+                    await self._role_ready(role)
+            for role in self._roles:
+                if not role.barrier:
+                    await self._role_ready(role)
         finally:
             # A thread cannot be cancelled; what it made is freed with the process.
             with contextlib.suppress(resources.NodeRefused):
                 await making_arenas
 
-    async def _start_role(self, role: Role) -> None:
+    def _start_role(self, role: Role) -> None:
         cell = self._counters.cell("hiss_process_restarts_total", role.name)
         for number in role.slots:
             slot = Slot(
@@ -141,11 +146,12 @@ class Supervisor:
             )
             self._slots[role.name].append(slot)
             slot.start()
-        attempts = START_ATTEMPTS if role.essential else 1
-        for slot in self._slots[role.name]:
-            if await self._first_ready(slot, attempts) or not role.essential or self._stop.is_set():
-                continue
-            raise RoleFailed(f"the {role.name} process {slot.status().last_exit}; its log lines above say why")
+
+    async def _role_ready(self, role: Role) -> None:
+        """Wait for the role if the node cannot do without it, then run its hook. Raises RoleFailed."""
+        for slot in self._slots[role.name] if role.essential else ():
+            if not await self._first_ready(slot, START_ATTEMPTS) and not self._stop.is_set():
+                raise RoleFailed(f"the {role.name} process {slot.status().last_exit}; its log lines above say why")
         if (hook := self._hooks.get(role.name)) is not None and not self._stop.is_set():
             await hook()
 

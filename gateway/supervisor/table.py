@@ -29,6 +29,8 @@ class Role:
     """Stages stop one after the other, lowest first; the processes of a stage stop together."""
     essential: bool = True
     """The node's start fails if it cannot be started; others are retried in the background from the start."""
+    barrier: bool = False
+    """Nothing after it is started before it is ready."""
     listeners: frozenset[str] = frozenset()
     """Which of ``s3``, ``control``, ``dav`` it accepts on."""
     arena: bool = False
@@ -42,7 +44,7 @@ def node_roles(settings: Settings) -> tuple[Role, ...]:
     """The node's table, in start order."""
     zygote = Role("zygote", (ZYGOTE_SLOT,), stop_stage=3, essential=False, holds_lock=False)
     return (
-        Role("catalogue", (counters.CATALOGUE,), stop_stage=4),
+        Role("catalogue", (counters.CATALOGUE,), stop_stage=4, barrier=True),
         *((zygote,) if settings.kernels == "on" else ()),
         Role("worker", tuple(range(settings.workers)), 0, listeners=frozenset({"s3", "dav"}), arena=True),
         Role("drain", (DRAIN_SLOT,), stop_stage=1, essential=False),

@@ -29,6 +29,7 @@ gateway_logging.setup("debug", "text", role="supervisor")
 roles = [
     Role(
         one["role"], tuple(one.get("slots", [0])), one.get("stage", 0), essential=one.get("essential", True),
+        barrier=one.get("barrier", False),
         listeners=frozenset(one.get("listeners", [])), arena=one.get("arena", False),
         command=lambda role, fd, how=one["how"]: [sys.executable, asked["child"], how, asked["journal"], str(fd)],
     )

@@ -1,0 +1,81 @@
+"""``hiss catalog backup|restore`` and ``hiss fsck``: keeping and checking the node's truth, on the node itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.cli import node, options
+from gateway.cli.output import CliError, ExitCode, print_json, print_table
+from ingest.catalog import backup as catalogue_backup
+from ingest.catalog import fsck as catalogue_fsck
+from ingest.catalog.lock import CatalogueBusy
+from ingest.journal import JournalDamaged
+
+app = typer.Typer(help="Back-ups of the catalogue.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The back-up: one SQLite file.")]
+
+
+@app.command()
+def backup(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
+    """Write a back-up of the catalogue; the node may run. Object bytes are not in it."""
+    if file.exists():
+        raise CliError(f"{file} is there already; give a new name")
+    try:
+        report = catalogue_backup.backup(node.paths_of(data).root, file)
+    except JournalDamaged as error:
+        raise CliError(f"the journal of {data} is damaged: {error}; run `hiss fsck --data {data}`") from None
+    except (OSError, sqlite3.Error) as error:
+        raise CliError(f"{file} could not be written: {error}") from None
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    print(f"{report.file}: {report.size_bytes} bytes, complete up to journal entry {report.applied_sequence}")
+
+
+@app.command()
+def restore(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
+    """Make a back-up the catalogue of a stopped node; what was committed later is no longer known."""
+    try:
+        report = catalogue_backup.restore(node.paths_of(data).root, file)
+    except CatalogueBusy:
+        raise CliError(f"a node runs on {data}; stop it first", ExitCode.HELD) from None
+    except (OSError, sqlite3.Error) as error:
+        raise CliError(f"{file} could not be restored: {error}") from None
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    print(f"restored up to journal entry {report.applied_sequence}; now run `hiss fsck --data {data}`")
+    for path in report.set_aside:
+        print(f"set aside: {path}")
+
+
+def fsck(
+    data: options.NodeData,
+    repair: Annotated[bool, typer.Option("--repair", help="Build a damaged index anew (stopped node).")] = False,
+    payload: Annotated[bool, typer.Option("--payload", help="Read every buffered byte, too.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check journal, index and segments against each other. Exit code 0: sound; 1: something does not fit."""
+    try:
+        report = catalogue_fsck.fsck(node.paths_of(data).root, repair=repair, payload=payload)
+    except CatalogueBusy:
+        raise CliError(f"a node runs on {data}; stop it to repair", ExitCode.HELD) from None
+    except OSError as error:
+        raise CliError(f"{data} could not be read: {error}") from None
+    if as_json:
+        print_json({"sound": report.sound, **dataclasses.asdict(report)})
+    else:
+        facts = dataclasses.asdict(report)
+        del facts["problems"]
+        print_table(("", "sound" if report.sound else "DAMAGED"), [(k.replace("_", " "), v) for k, v in facts.items()])
+        if report.problems:
+            rows = [(problem.kind, problem.where, problem.detail) for problem in report.problems]
+            print_table(("kind", "where", "problem"), rows)
+    if not report.sound:
+        raise typer.Exit(ExitCode.NO)

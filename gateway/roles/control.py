@@ -1,0 +1,103 @@
+"""The control process: health, status, metrics, runs and feedback on the control port.
+
+It reads what others do (counters, DATA/run/processes.json, the catalogue) and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import signal
+import socket
+from typing import Any
+
+import uvloop
+
+from gateway.boot import Boot
+from gateway.control import process
+from gateway.control.app import ControlContext, create_app
+from gateway.control.auth import authenticator
+from gateway.control.feedback import FeedbackHub
+from gateway.control.health import HealthCheck
+from gateway.control.status import ProcessFile, Rates, StatusSource
+from gateway.metrics import Exposition, NodeCollector, Reader
+from gateway.node_key import NodeKey
+from gateway.roles.catalogue import NODE
+from gateway.supervisor.slot import SlotState
+from ingest.catalog.client import CatalogClient
+from ingest.counters import CONTROL, Counters
+from ingest.ports import Catalog
+from s3api.auth.users import CatalogUsers
+
+DISTRIBUTION = "hiss-gateway"
+
+
+def main(boot: Boot) -> None:
+    uvloop.run(_serve(boot))
+
+
+async def _serve(boot: Boot) -> None:
+    assert boot.listeners.control is not None
+    settings = boot.load_settings()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    counters = Counters(boot.counters, CONTROL)
+    reader = Reader(counters)
+    rates = Rates(reader)
+    processes = ProcessFile(boot.paths.processes)
+    feedback = FeedbackHub(counters)
+    version = importlib.metadata.version(DISTRIBUTION)
+    async with CatalogClient(boot.paths, node=NODE) as catalog:
+        users = CatalogUsers(catalog, NodeKey.load(boot.paths.node_key).open_secret)
+        context = ControlContext(
+            version=version,
+            catalog=catalog,
+            authenticate=authenticator(users),
+            check=health_check(processes, catalog),
+            status=StatusSource(reader, rates, processes, catalog, settings.as_dict(), version),
+            metrics=Exposition(NodeCollector(counters, version, processes.rows)),
+            feedback=feedback,
+        )
+        tls = None
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            tls = process.tls_context(settings.tls_cert, settings.tls_key)
+        await feedback.listen(boot.paths.feedback_socket)
+        sampling = asyncio.create_task(rates.run(), name="rates")
+        try:
+            await process.serve(
+                create_app(context),
+                socket.socket(fileno=boot.listeners.control),
+                stop=stop,
+                tls=tls,
+                ready=boot.ready,
+                stopping=feedback.close,
+            )
+        finally:
+            sampling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sampling
+
+
+def health_check(processes: ProcessFile, catalog: Catalog) -> HealthCheck:
+    """Yes while a worker and the catalogue process are ready, the catalogue can be read and the node is not stopping."""
+
+    async def check() -> tuple[bool, dict[str, Any]]:
+        document = await asyncio.to_thread(processes.read)
+        rows = document["processes"]
+        ready = [row for row in rows if row["state"] == SlotState.READY]
+        workers = sum(row["role"] == "worker" for row in ready)
+        catalogue = any(row["role"] == "catalogue" for row in ready)
+        details = {
+            "state": document["state"],
+            "workers_ready": workers,
+            "workers": sum(row["role"] == "worker" for row in rows),
+            "catalogue_ready": catalogue,
+            "failing": sorted({row["role"] for row in rows if row["failing"]}),
+        }
+        if catalogue:
+            await catalog.drain_counts()
+        return bool(workers and catalogue and document["state"] != "stopping"), details
+
+    return check
