@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from ingest.errors import IngestError
+from ingest.errors import BufferFull, IngestError
 from ingest.ports import Catalog, Domain, KernelRefused, LandingPad
 from ingest.records import ObjectRecord
 from kernels.contract import Kernel, resolve_params
@@ -31,6 +31,8 @@ KERNEL_PREFIX = b"_kernels/"
 PRODUCT_PREFIX = b"_products/"
 KERNELS_MAX = 64
 """Kernels of one bucket; more are left out, with a warning."""
+KERNELS_KEPT_MAX = 4096
+"""Parsed kernels remembered over all buckets."""
 SOURCE_BYTES_MAX = 1 << 20
 MATCH_BYTES_MAX = 1024
 PARAMS_BYTES_MAX = 8192
@@ -84,13 +86,29 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
         given = msgspec.json.decode(params.encode(), type=dict[str, int | float])
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         raise refuse(f'x-amz-meta-params: a JSON object of numbers, e.g. {{"low": 12}} ({error})') from None
-    return Attachment(kernel, match, resolve_params(kernel, given), re.compile(fnmatch.translate(match)))
+    return Attachment(kernel, match, resolve_params(kernel, given), _pattern(metadata))
 
 
-@dataclasses.dataclass(slots=True)
+def _pattern(metadata: Mapping[str, str]) -> re.Pattern[str]:
+    return re.compile(fnmatch.translate(metadata.get("match", "*")))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unread:
+    """A kernel whose source could not be read yet: it is known to be there, and over which keys."""
+
+    name: str
+    pattern: re.Pattern[str]
+
+    def matches(self, key: bytes) -> bool:
+        return self.pattern.match(key.decode("utf-8", "surrogateescape")) is not None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Entry:
     generation: int
-    attachments: tuple[Attachment, ...]
+    attachments: tuple[Attachment, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
 
 class Registry:
@@ -105,15 +123,21 @@ class Registry:
 
     def fresh(self, bucket: str) -> bool:
         entry = self._entries.get(bucket)
-        return entry is not None and entry.generation == self._catalog.generation()
+        return entry is not None and not entry.unread and entry.generation == self._catalog.generation()
 
     def known(self, bucket: str) -> tuple[Attachment, ...]:
         """What was attached when the bucket was last read."""
         entry = self._entries.get(bucket)
         return entry.attachments if entry is not None else ()
 
+    def unread(self, bucket: str) -> tuple[Unread, ...]:
+        """Kernels that are there but whose source could not be read."""
+        entry = self._entries.get(bucket)
+        return entry.unread if entry is not None else ()
+
     async def refresh(self, bucket: str) -> None:
-        """Read the bucket's kernels unless what is known is fresh. Raises IngestError; what was known then stays."""
+        """Read the bucket's kernels unless what is known is fresh. Raises IngestError if they cannot even be listed;
+        what was known then stays."""
         if self.fresh(bucket):
             return
         lock = self._locks.setdefault(bucket, asyncio.Lock())
@@ -132,26 +156,36 @@ class Registry:
         if truncated:
             log.warning("bucket %s has more than %d kernels; the rest does not run", bucket, KERNELS_MAX)
         records = [row.record for row in rows if row.record is not None and kernel_name(row.key) is not None]
-        attachments = await self._attachments(bucket, records)
+        entry = await self._entry(bucket, generation, records)
         self._entries.pop(bucket, None)
-        self._entries[bucket] = _Entry(generation, attachments)
+        self._entries[bucket] = entry
         while len(self._entries) > BUCKETS_MAX:
             del self._entries[next(iter(self._entries))]
+        while len(self._made) > KERNELS_KEPT_MAX:
+            del self._made[next(iter(self._made))]
 
-    async def _attachments(self, bucket: str, records: Sequence[ObjectRecord]) -> tuple[Attachment, ...]:
-        found = []
+    async def _entry(self, bucket: str, generation: int, records: Sequence[ObjectRecord]) -> _Entry:
+        attachments, unread = [], []
         for record in records:
-            if record.object_id not in self._made:
-                domain = self._pad.domain(bucket)
-                if domain is None:
-                    raise IngestError(f"no memory region is free to read the kernels of bucket {bucket}")
-                self._made[record.object_id] = await self._make(record, domain)
-            attachment = self._made[record.object_id]
-            if attachment is not None:
-                found.append(attachment)
-        for object_id in [old for old in self._made if len(self._made) > KERNELS_MAX * 64]:
-            del self._made[object_id]
-        return tuple(found)
+            try:
+                attachment = await self._attachment(record)
+            except IngestError as error:
+                log.warning("kernel %r of bucket %s could not be read: %s", record.key, bucket, error)
+                name = kernel_name(record.key)
+                assert name is not None
+                unread.append(Unread(name, _pattern(record.metadata)))
+            else:
+                if attachment is not None:
+                    attachments.append(attachment)
+        return _Entry(generation, tuple(attachments), tuple(unread))
+
+    async def _attachment(self, record: ObjectRecord) -> Attachment | None:
+        if record.object_id not in self._made:
+            domain = self._pad.domain(record.bucket)
+            if domain is None:
+                raise BufferFull("no memory region is free")
+            self._made[record.object_id] = await self._make(record, domain)
+        return self._made[record.object_id]
 
     async def _make(self, record: ObjectRecord, domain: Domain) -> Attachment | None:
         name = kernel_name(record.key)

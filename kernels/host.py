@@ -37,6 +37,8 @@ log = logging.getLogger("hiss.kernels")
 
 CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
+STRIKES_KEPT_MAX = 4096
+"""Failing kernels remembered; the least recently failed is forgotten first."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -54,7 +56,10 @@ class HostLimits:
     attempts_max: int = 5
     """Internal errors over one owed product before it is given up; shortages do not count."""
     catchups_max: int = 2
-    """Versions read back from disk at once."""
+    """Versions that landed without their kernels, reduced at once."""
+    pieces_max: int = 4
+    """Pieces read back from disk in memory at once (passes.CATCHUP_BYTES or one frame each): catch-up must not take the
+    memory that live streams need."""
     backlog_max: int = 4096
     """Owed versions remembered between sweeps."""
     grace_s: float = 60.0
@@ -106,7 +111,7 @@ class KernelHost:
         self._work = asyncio.Semaphore(0)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
-        self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.catchups_max))
+        self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
 
     async def start(self) -> None:
         """Begin to pay what is owed. Returns at once."""
@@ -114,9 +119,14 @@ class KernelHost:
         for _ in range(self._limits.catchups_max):
             self.spawn(self._pay(), "catch up")
 
-    async def close(self) -> None:
-        """End every process; what is unfinished stays owed in the catalogue."""
+    async def close(self, timeout_s: float = 2.0) -> None:
+        """Let committed reductions finish for so long, then end every process; the rest stays owed in the catalogue."""
         self._closed = True
+        finishing = [asyncio.ensure_future(r.finished.wait()) for r in self._reductions if r.is_committed]
+        if finishing:
+            await asyncio.wait(finishing, timeout=timeout_s)
+        for waiter in finishing:
+            waiter.cancel()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -139,8 +149,10 @@ class KernelHost:
         except NoSuchBucket:
             return
         except IngestError as error:
-            self._pool.close_idle(lambda lane: lane.key.bucket != bucket)
             log.warning("the kernels of bucket %s could not be read: %s", bucket, error)
+        if self._registry.unread(bucket):
+            # Warm processes of other buckets keep their regions; give those up for whoever comes next.
+            self._pool.close_idle(lambda lane: lane.key.bucket != bucket)
 
     def open(self, info: StreamInfo) -> FrameReduction | None:
         """None: no kernel matches, or no memory region is free for the bucket (``kernels_for`` tells which)."""
@@ -152,17 +164,20 @@ class KernelHost:
 
     def _open(self, info: StreamInfo) -> Reduction | None:
         attachments = self._matching(info.bucket, info.key)
-        if not attachments:
+        if not attachments or len(attachments) < len(self.kernels_for(info.bucket, info.key)):
+            # Some source could not be read yet: the whole version is reduced from disk, by all its kernels.
             return None
         domain = self.pad.domain(info.bucket)
         if domain is None:
-            # Warm processes of other buckets keep their regions; give those up for whoever comes next.
             self._pool.close_idle(lambda lane: lane.key.bucket != info.bucket)
             return None
         return self._begin(info, attachments, domain)
 
     def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
-        return tuple(attachment.kernel.name for attachment in self._matching(bucket, key))
+        names = [attachment.kernel.name for attachment in self._matching(bucket, key)]
+        if not is_internal(key) and not self._closed:
+            names += [unread.name for unread in self._registry.unread(bucket) if unread.matches(key)]
+        return tuple(names)
 
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
         """Reduce a stored version in the background. Beyond ``backlog_max`` the sweep finds it later."""
@@ -225,7 +240,10 @@ class KernelHost:
     def struck(self, lane: Lane, failure: SandboxFailed) -> bool:
         self._tally.error(failure.kind)
         owner = (lane.key.bucket, lane.key.sha256)
-        strikes = self._strikes[owner] = self._strikes.get(owner, 0) + 1
+        strikes = self._strikes.pop(owner, 0) + 1
+        self._strikes[owner] = strikes
+        while len(self._strikes) > STRIKES_KEPT_MAX:
+            del self._strikes[next(iter(self._strikes))]
         last = strikes >= self._limits.strikes_max
         log.warning(
             "kernel %s in bucket %s failed (%d of %d%s): %s",
@@ -363,6 +381,10 @@ class KernelHost:
 
     async def _reduce_stored(self, record: ObjectRecord, names: tuple[str, ...]) -> None:
         await self._registry.refresh(record.bucket)
+        unread = {kernel.name for kernel in self._registry.unread(record.bucket)}
+        if unread.intersection(names):
+            self._pool.close_idle(lambda lane: lane.key.bucket != record.bucket)
+            raise Postponed("its kernels cannot be read at the moment")
         attached = {attachment.kernel.name: attachment for attachment in self._registry.known(record.bucket)}
         attachments = []
         for name in names:

@@ -30,10 +30,12 @@ from kernels.verdicts import Verdicts
 
 log = logging.getLogger("hiss.kernels")
 
-CATCHUP_BYTES = (16 << 20) - 2 * BLOCK_BYTES
-"""One piece read from disk; at least one frame. With room for alignment it still fits a span of 16 MiB."""
+CATCHUP_BYTES = (4 << 20) - 2 * BLOCK_BYTES
+"""One piece read from disk; at least one frame. With room for alignment it still fits a slab of 4 MiB."""
+CATCHUP_FRAMES = 1024
+"""Most frames of one piece, so that a slow kernel does not sit on a full piece for long."""
 CATCHUP_PIECES = 2
-"""Pieces in memory at once: one is reduced while the next is read."""
+"""Pieces of one pass in memory at once: one is reduced while the next is read."""
 LOAD_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 1.0, 2.0, 2.0)
 """Waits after a failed read; then the pass is postponed to the next sweep."""
 
@@ -64,20 +66,24 @@ class LoadedBatch:
 
     revoked = False
 
-    def __init__(self, loaded: LoadedBytes, first_frame: int, count: int, window: asyncio.Semaphore) -> None:
+    def __init__(
+        self, loaded: LoadedBytes, first_frame: int, count: int, limits: tuple[asyncio.Semaphore, ...]
+    ) -> None:
+        """``limits`` were acquired for this piece and are given back with it."""
         self.region = loaded.region
         self.offset = loaded.offset
         self.first_frame = first_frame
         self.count = count
         self._loaded = loaded
-        self._window = window
+        self._limits = limits
 
     def dispatched(self) -> bool:
         return True
 
     def release(self) -> None:
         self._loaded.release()
-        self._window.release()
+        for limit in self._limits:
+            limit.release()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,8 +93,8 @@ class PassContext:
     pad: LandingPad
     feedback: FeedbackSink
     tally: Tally
-    gate: asyncio.Semaphore
-    """How many passes may read back from disk at once."""
+    pieces: asyncio.Semaphore
+    """How many pieces read back from disk may be in memory at once; first come, first served, so passes take turns."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -219,30 +225,38 @@ class KernelPass:
     async def _catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
         """Read back every frame that lags now; False when none did."""
         frame_bytes = self._geometry.frame_bytes
-        size = max(1, min(CATCHUP_BYTES, domain.region_bytes) // frame_bytes)
+        size = max(1, min(CATCHUP_FRAMES, CATCHUP_BYTES // frame_bytes))
         head = self._take(size)
         if head is None:
             return False
-        # A lane that has no process yet must not hold the gate: those that have one may need it to finish.
+        # A lane that has no process yet must not hold pieces: those that have one may need them to finish.
         await self._lane.admitted()
-        async with self._context.gate:
-            while head is not None:
-                await window.acquire()
-                first, count = head
-                try:
-                    loaded = await self._load(record, first, count, domain)
-                except BaseException:
-                    window.release()
-                    if self._refusal is None:
-                        self._lane.lag(self._stream, first, count)
-                    raise
-                if self._refusal is not None:
-                    loaded.release()
-                    window.release()
-                    return True
-                self._lane.offer(self._stream, LoadedBatch(loaded, first, count, window), live=False)
-                head = self._take(size)
+        while head is not None:
+            await self._bring_back(record, *head, domain, window)
+            head = self._take(size)
         return True
+
+    async def _bring_back(
+        self, record: ObjectRecord, first: int, count: int, domain: Domain, window: asyncio.Semaphore
+    ) -> None:
+        """Read one piece and offer it to the lane; on failure its frames lag again."""
+        held: list[asyncio.Semaphore] = []
+        try:
+            for limit in (window, self._context.pieces):
+                await limit.acquire()
+                held.append(limit)
+            loaded = await self._load(record, first, count, domain)
+        except BaseException:
+            for limit in held:
+                limit.release()
+            if self._refusal is None:
+                self._lane.lag(self._stream, first, count)
+            raise
+        batch = LoadedBatch(loaded, first, count, tuple(held))
+        if self._refusal is not None:
+            batch.release()
+        else:
+            self._lane.offer(self._stream, batch, live=False)
 
     def _take(self, count_max: int) -> tuple[int, int] | None:
         return None if self._refusal is not None else self._lane.load(self._stream, count_max)

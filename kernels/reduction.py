@@ -98,6 +98,7 @@ class Reduction:
         self._amending = asyncio.Lock()
         self._unfinished = len(self.attachments)
         self._over = False
+        self.is_committed = False
         self.finished = asyncio.Event()
         domain.hold()
 
@@ -152,8 +153,8 @@ class Reduction:
 
     def offer(self, batch: FrameBatch) -> None:
         shared = SharedBatch(batch, max(1, len(self._passes)))
-        if self._trouble is not None or self._over or not self._passes or not self._fits(batch):
-            shared.shares[0].release()
+        if self._over or not self._passes or not self._fits(batch.first_frame + batch.count) or self._trouble:
+            shared.expire()
             return
         try:
             self._announced.add(batch.first_frame, batch.count)
@@ -164,8 +165,8 @@ class Reduction:
             self.break_off("internal error of the kernel host")
             shared.expire()
 
-    def _fits(self, batch: FrameBatch) -> bool:
-        if batch.first_frame + batch.count <= FRAMES_MAX:
+    def _fits(self, frames: int) -> bool:
+        if frames <= FRAMES_MAX:
             return True
         self.break_off(f"more than {FRAMES_MAX} frames in one object")
         return False
@@ -175,6 +176,8 @@ class Reduction:
 
     @_contained
     def _lagging(self, first_frame: int, count: int) -> None:
+        if not self._fits(first_frame + count):
+            return
         for first, size in self._unannounced(first_frame, count):
             self._announced.add(first, size)
             for kernel_pass in self._passes:
@@ -213,6 +216,7 @@ class Reduction:
     def committed(self, record: ObjectRecord) -> None:
         if self._over:
             return
+        self.is_committed = True
         # Whatever the stream did not announce is read back, too.
         self._lagging(0, self._received)
         for row, attachment in enumerate(self.attachments):

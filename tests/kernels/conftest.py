@@ -14,8 +14,10 @@ import itertools
 import mmap
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -142,6 +144,7 @@ class Store:
         self.domains: dict[str, Regions] = {}
         self.domains_max = 4
         self.loads = 0
+        self.recalled: set[bytes] = set()
         self.before_load: Callable[[ObjectRecord], None] = lambda record: None
         self.before_store: Callable[[CommitObject], None] = lambda request: None
         self._generation = 1
@@ -259,6 +262,7 @@ class Store:
         ]
 
     async def request_recall(self, object_id: bytes) -> ObjectRecord:
+        self.recalled.add(object_id)
         return self._live(object_id)
 
 
@@ -333,3 +337,58 @@ def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+NOBODY = 65534
+_AS_NOBODY = """
+import ctypes, os, sys
+from kernels import forkserver, warmup, zygote
+warmup.warm()  # the interpreter's own folder may be closed to nobody
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable again, as after an exec
+zygote.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session")
+def unprivileged_zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A fork server without any privilege: run as nobody where the tests run as root."""
+    if os.geteuid() != 0:
+        if os.environ.get("CI"):
+            pytest.fail("needs root, to become nobody")
+        pytest.skip("needs root, to become nobody; the other zygote is unprivileged already")
+    folder = Path(tempfile.mkdtemp(prefix="hiss-test-"))
+    folder.chmod(0o777)
+    path = folder / "zygote.sock"
+    environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _AS_NOBODY, "--socket", str(path), "--parent", str(os.getpid())],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if b"ready" in line:
+                break
+        else:
+            raise AssertionError(f"the zygote did not start: {b''.join(lines).decode()}")
+        yield str(path)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def region() -> Iterator[Regions]:
+    """One sealed region on its own."""
+    regions = Regions("bucket", count=1)
+    yield regions
+    regions.close()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ingest.counters import Counters
+from ingest.errors import BufferFull, ObjectOffline
 from ingest.ports import FrameReduction, KernelRefused, StreamInfo
 from ingest.records import CommitObject, FrameLedger, ObjectRecord
 from kernels.host import HostLimits, KernelHost
@@ -445,16 +446,11 @@ async def test_without_free_regions_a_stream_is_reduced_later(node: Node, frames
     warm.commit()
     await until(lambda: node.has_product("count", b"a.raw", "other"))
     stream = await node.open(b"a.raw", frames)
-    while stream.reduction is None and not node.host.kernels_for(BUCKET, b"a.raw"):
-        # The bucket's kernels could not even be read; the idle sandbox of the other bucket is closed for us.
-        await asyncio.sleep(0.01)
-        stream = await node.open(b"a.raw", frames)
-    if stream.reduction is None:
-        record = node.store.commit_now(stream.request(None), frames.tobytes())
-        node.host.catch_up(record, node.host.kernels_for(BUCKET, b"a.raw"))
-    else:
-        stream.sniff()
-        stream.commit()
+    assert stream.reduction is None
+    assert node.host.kernels_for(BUCKET, b"a.raw") == ("count",), "known by name, though its source cannot be read"
+    record = node.store.commit_now(stream.request(None), frames.tobytes())
+    node.host.catch_up(record, node.host.kernels_for(BUCKET, b"a.raw"))
+    # The other bucket's idle sandbox is closed to make room.
     await until(lambda: node.has_product("count", b"a.raw"))
     check_count(node, b"a.raw", frames)
 
@@ -500,3 +496,71 @@ async def test_a_submission_that_passes(node: Node) -> None:
     with pytest.raises(KernelRefused) as refusal:
         await node.host.check(BUCKET, "../count", COUNT.encode(), {})
     assert "name" in refusal.value.reason
+
+
+async def test_a_product_that_cannot_be_stored_now_stays_owed(
+    node: Node, frames: np.ndarray, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.reduction.STORE_BACKOFF_S", (0.0, 0.0))
+    full = [BufferFull("full")] * 3
+
+    def before_store(_: CommitObject) -> None:
+        if full:
+            raise full.pop()
+
+    node.store.before_store = before_store
+    node.attach("count", COUNT)
+    stream = await node.open(b"a.raw", frames)
+    stream.sniff()
+    stream.offer(0, 40)
+    stream.commit()
+    await until(lambda: node.has_product("count", b"a.raw"))
+    check_count(node, b"a.raw", frames)
+    assert not full
+    assert not node.store.failures, "a shortage is not the kernel's failure"
+
+
+async def test_bytes_on_the_archive_tier_are_recalled(node: Node, frames: np.ndarray, until: Until) -> None:
+    node.attach("count", COUNT)
+    await node.host.prepare(BUCKET)
+    record = node.store.put(BUCKET, b"a.raw", frames.tobytes(), frame_dtype="uint16", frame_shape="8,12")
+    node.store.owed[record.object_id, "count"] = 0
+
+    def before_load(loaded: ObjectRecord) -> None:
+        if loaded.object_id not in node.store.recalled and not loaded.key.startswith(b"_kernels/"):
+            raise ObjectOffline
+
+    node.store.before_load = before_load
+    await until(lambda: node.has_product("count", b"a.raw"))
+    assert node.store.recalled == {record.object_id}
+
+
+async def test_an_npy_stack_with_fewer_frames_than_it_declares(node: Node, frames: np.ndarray, until: Until) -> None:
+    node.attach("count", COUNT)
+    await node.host.prepare(BUCKET)
+    target = io.BytesIO()
+    np.save(target, frames)
+    record = node.store.put(BUCKET, b"a.npy", target.getvalue()[: -frames[0].nbytes - 5])
+    node.host.catch_up(record, ("count",))
+    await until(lambda: node.has_product("count", b"a.npy"))
+    check_count(node, b"a.npy", frames[:38])
+    ledger = node.store.ledgers[record.object_id]
+    assert (ledger.received, ledger.gaps) == (38, ((38, 2),))
+
+
+async def test_a_closing_host_leaves_what_is_unfinished_owed(
+    make_node: Callable[..., contextlib.AbstractAsyncContextManager[Node]], frames: np.ndarray, until: Until
+) -> None:
+    async with make_node() as node:
+        node.attach("slow", SLOW)
+        stream = await node.open(b"a.raw", frames)
+        stream.sniff()
+        stream.offer(0, 40)
+        await until(node.pids)
+        stream.commit()
+        pids = node.pids()
+        await node.host.close(timeout_s=0.05)
+    assert node.store.owed == {(stream.info.object_id, "slow"): 0}
+    assert not node.store.failures
+    assert pids
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
