@@ -127,6 +127,7 @@ class _CacheStat(ctypes.Structure):
 
 
 _SYS_CACHESTAT = 451
+_PROBE_HOLDS_S = 0.1
 
 
 @functools.cache
@@ -182,6 +183,9 @@ class FileSender:
         self._pieces = [piece for piece in body.pieces if piece.length]
         self._index = 0
         self._offset = self._pieces[0].offset if self._pieces else 0
+        # A window found in memory is not probed again for every part of it that the socket takes.
+        self._trusted_stop = 0
+        self._trusted_until_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[bool] = self._loop.create_future()
 
@@ -232,7 +236,13 @@ class FileSender:
             if self._index == len(self._pieces):
                 return True
             piece, count = self._window()
-            if not _residency.resident(piece.fd, self._offset, count):
+            trusted = self._trusted_stop - self._offset
+            if trusted > 0 and self._loop.time() < self._trusted_until_s:
+                count = min(count, trusted)
+            elif _residency.resident(piece.fd, self._offset, count):
+                self._trusted_stop = self._offset + count
+                self._trusted_until_s = self._loop.time() + _PROBE_HOLDS_S
+            else:
                 return False
             self._advance(piece, os.sendfile(sock.fileno(), piece.fd, self._offset, count))
         except BlockingIOError:
@@ -270,6 +280,7 @@ class FileSender:
         self._outlet.progress(sent)
         if self._offset == piece.offset + piece.length:
             self._index += 1
+            self._trusted_stop = 0
             if self._index < len(self._pieces):
                 self._offset = self._pieces[self._index].offset
 
