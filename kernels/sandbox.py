@@ -84,10 +84,11 @@ class _Output:
         try:
             os.ftruncate(self.fd, layout.size_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._memory = memoryview(mmap.mmap(self.fd, layout.size_bytes))
+            self._mapping = mmap.mmap(self.fd, layout.size_bytes)
         except BaseException:
             os.close(self.fd)
             raise
+        self._memory = memoryview(self._mapping)
         self.verdicts = layout.verdicts(self._memory)
         self.counters = layout.counters(self._memory)
         self.feedback = layout.feedback(self._memory)
@@ -105,8 +106,13 @@ class _Output:
         return {spec.name: array.copy() for spec, array in zip(self._layout.state, arrays, strict=True)}
 
     def close_fd(self) -> None:
-        """The mapping stays until the last array over it is dropped."""
         os.close(self.fd)
+
+    def close(self) -> None:
+        """Unmap, once nobody uses the arrays any more."""
+        del self.verdicts, self.counters, self.feedback
+        self._memory.release()
+        self._mapping.close()
 
 
 class Sandbox:
@@ -161,6 +167,7 @@ class Sandbox:
         process, output, refusals = await _launch(zygote_socket, spec, region_fds, limits)
         if refusals:
             await process.kill()
+            output.close()
             raise _refusal(kernel, refusals[0])
         return cls(
             process,
@@ -208,8 +215,10 @@ class Sandbox:
 
     async def close(self) -> None:
         """Kill the process and wait for its end; may be called again."""
-        self._output = None
+        output, self._output = self._output, None
         await self._process.kill()
+        if output is not None:
+            output.close()
 
     # -- one batch
 
@@ -223,7 +232,7 @@ class Sandbox:
         timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s
         try:
             if not self._process.send(run.pack()):
-                raise SandboxFailed("crash", "the process has gone")
+                raise SandboxFailed("crash", await self._process.kill())
             try:
                 reply = await self._process.receive(timeout_s)
             except TimeoutError:
@@ -287,8 +296,9 @@ async def check(
     for dtype, shape in layouts:
         _check_geometry(dtype, shape)
     spec = _spec(kernel, {}, layouts, 0, 0, 1, limits)
-    process, _, refusals = await _launch(zygote_socket, spec, (), limits)
+    process, output, refusals = await _launch(zygote_socket, spec, (), limits)
     await process.kill()
+    output.close()
     if refusals and len({refusal.index for refusal in refusals}) >= len(layouts):
         raise _refusal(kernel, refusals[0])
     return {
@@ -304,21 +314,28 @@ async def _launch(
     """A process that has compiled, or has refused for every layout; raises SandboxFailed with the process gone."""
     output = _Output(wire.OutputLayout(spec.kernel.state, spec.slots))
     try:
-        process = await SandboxProcess.fork(zygote_socket, spec, output.fd, region_fds)
-    finally:
-        output.close_fd()
+        try:
+            process = await SandboxProcess.fork(zygote_socket, spec, output.fd, region_fds)
+        finally:
+            output.close_fd()
+        return process, output, await _compile_or_kill(process, len(spec.layouts), limits.compile_timeout_s)
+    except BaseException:
+        output.close()
+        raise
+
+
+async def _compile_or_kill(process: SandboxProcess, layouts: int, timeout_s: float) -> list[wire.RawReply]:
     try:
-        return process, output, await _compiled(process, len(spec.layouts), limits.compile_timeout_s)
+        return await _compiled(process, layouts, timeout_s)
     except TimeoutError:
         await process.kill()
-        raise SandboxFailed("timeout", f"not compiled within {limits.compile_timeout_s:g} s") from None
+        raise SandboxFailed("timeout", f"not compiled within {timeout_s:g} s") from None
     except SandboxFailed as failure:
         ending = await process.kill()
         if failure.kind == "crash" and not failure.message:
             raise SandboxFailed("crash", f"while compiling, {ending}") from None
         raise
     except BaseException:
-        process.signal_kill()
         await process.kill()
         raise
 

@@ -319,24 +319,27 @@ def until_fixture() -> Callable[..., object]:
 @pytest.fixture(scope="session")
 def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real fork server, once for all tests of the room."""
-    path = tmp_path_factory.mktemp("run") / "zygote.sock"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kernels.zygote", "--socket", str(path), "--parent", str(os.getpid())],
-        cwd=Path(__file__).parents[2],
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
+    folder = tmp_path_factory.mktemp("run")
+    path = folder / "zygote.sock"
+    ready, said = os.pipe()
+    with (folder / "zygote.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "kernels.zygote", "--socket", str(path), "--parent", str(os.getpid()),
+                "--ready-fd", str(said),
+            ],
+            cwd=Path(__file__).parents[2],
+            stderr=log,
+            pass_fds=[said],
+        )  # fmt: skip
+    os.close(said)
     try:
-        for line in process.stderr:
-            if b"ready" in line:
-                break
-        else:
-            raise AssertionError(f"the zygote did not start: exit {process.wait()}")
+        with os.fdopen(ready, "rb") as pipe:
+            assert pipe.read(1), f"the zygote did not start: {(folder / 'zygote.log').read_text()}"
         yield str(path)
     finally:
         process.kill()
         process.wait()
-        process.stderr.close()
 
 
 NOBODY = 65534
@@ -382,7 +385,6 @@ def unprivileged_zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iter
     finally:
         process.kill()
         process.wait()
-        process.stderr.close()
         shutil.rmtree(folder)
 
 
