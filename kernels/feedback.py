@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from typing import cast
+
 from ingest.counters import Counters
 from ingest.ports import FeedbackEvent
 
@@ -61,9 +63,9 @@ class _Wire(asyncio.Protocol):
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.set_write_buffer_limits(high=1 << 20)
+        # uvloop's transports do not inherit from asyncio's.
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(high=1 << 20)
 
     def pause_writing(self) -> None:
         self.room = False
@@ -89,7 +91,8 @@ class SocketFeedback:
         burst: int = 10_000,
         queue_events_max: int = QUEUE_EVENTS_MAX,
     ) -> None:
-        """``address``: where the control process listens, asked anew for each attempt (ingest.paths.socket_address)."""
+        """``address``: where the control process listens; asked once, on ``start``, for it may open a folder
+        (ingest.paths.socket_address)."""
         self._address = address
         self._rate_per_s = rate_per_s
         self._burst = burst
@@ -143,10 +146,11 @@ class SocketFeedback:
 
     async def _keep_connected(self) -> None:
         loop = asyncio.get_running_loop()
+        address = self._address()
         backoff_s = BACKOFF_FIRST_S
         while True:
             try:
-                _, wire = await loop.create_unix_connection(lambda: _Wire(self), self._address())
+                _, wire = await loop.create_unix_connection(lambda: _Wire(self), address)
             except OSError:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(BACKOFF_MAX_S, 2 * backoff_s)

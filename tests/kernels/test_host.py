@@ -563,4 +563,6 @@ async def test_a_closing_host_leaves_what_is_unfinished_owed(
     assert node.store.owed == {(stream.info.object_id, "slow"): 0}
     assert not node.store.failures
     assert pids
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
