@@ -6,6 +6,7 @@ User metadata travels as ``x-amz-meta-*`` and is kept byte for byte; Content-* h
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 
 from ingest.bucket_settings import BucketSettings
@@ -72,10 +73,24 @@ def describe(call: Call, record: ObjectRecord, settings: BucketSettings) -> list
     if "content-type" not in fields:
         headers.append(("content-type", DEFAULT_CONTENT_TYPE))
     headers.extend(fields.items())
-    headers.extend([(META_PREFIX + name, value) for name, value in record.metadata.items()])
+    headers.extend([(META_PREFIX + name, _field_value(value)) for name, value in record.metadata.items()])
     if is_cold(record, settings):
         headers.append(("x-amz-storage-class", "GLACIER"))
     return headers
+
+
+def _field_value(value: str) -> str:
+    """Metadata as a header value. What came over S3 goes back byte for byte; text that another room wrote and that no
+    header can carry goes as RFC 2047, as S3 does it."""
+    if _is_field_value(value):
+        return value
+    return f"=?UTF-8?B?{base64.b64encode(value.encode('utf-8', 'surrogatepass')).decode('ascii')}?="
+
+
+def _is_field_value(value: str) -> bool:
+    if value.isascii() and value.isprintable():
+        return True
+    return all((" " <= character <= "\xff" and character != "\x7f") or character == "\t" for character in value)
 
 
 def _overrides(call: Call) -> dict[str, str]:
@@ -84,7 +99,7 @@ def _overrides(call: Call) -> dict[str, str]:
         header = _OVERRIDES.get(argument)
         if header is None:
             continue
-        if not all(" " <= character <= "\xff" and character != "\x7f" for character in value):
+        if not _is_field_value(value):
             raise S3Error(
                 "InvalidArgument",
                 f"{argument} must be a header value: printable Latin-1 without line breaks",

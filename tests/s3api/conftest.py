@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import secrets
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,10 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.credentials import Credentials as BotoCredentials
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from ingest.arena import Arena, create_regions
 from ingest.buffer import Buffer
@@ -75,6 +81,9 @@ class NodeThread:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._tls_listener = socket.create_server(("127.0.0.1", 0))
+        self.tls_endpoint = f"https://localhost:{self._tls_listener.getsockname()[1]}"
+        self.certificate = root.parent / "certificate.pem"
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="node")
@@ -160,21 +169,49 @@ class NodeThread:
                 render_error=self.service.render_error,
                 observe=self.service.observe,
             )
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(self.certificate)
+            tls_server = Server([self._tls_listener], self.service, HttpLimits(), self.counters, context)
             server.start()
+            tls_server.start()
             self._ready.set()
             await self._stop.wait()
-            await server.close(2.0)
+            await asyncio.gather(server.close(2.0), tls_server.close(2.0))
             await self.buffer.close(5.0)
         down.set()
         await writer
         executor.shutdown()
         self._listener.close()
+        self._tls_listener.close()
+
+
+def write_certificate(path: Path) -> None:
+    """A self-signed certificate for localhost and its key, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(tz=datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
 
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeThread]:
     settings = ServiceSettings(domains=("s3.test",), host_id="bm9kZQ==")
     node = NodeThread(tmp_path_factory.mktemp("s3") / "node", settings, CheckingHost())  # type: ignore[arg-type]
+    write_certificate(node.certificate)
     node.start()
     yield node
     node.stop()
@@ -185,11 +222,12 @@ def root_keys(node: NodeThread) -> tuple[str, str]:
     return node.add_user("root", root=True)
 
 
-def s3_client(node: NodeThread, keys: tuple[str, str], **config: Any) -> Any:
+def s3_client(node: NodeThread, keys: tuple[str, str], *, tls: bool = False, **config: Any) -> Any:
     config.setdefault("s3", {"addressing_style": "path"})
     return boto3.client(
         "s3",
-        endpoint_url=node.endpoint,
+        endpoint_url=node.tls_endpoint if tls else node.endpoint,
+        verify=str(node.certificate) if tls else None,
         aws_access_key_id=keys[0],
         aws_secret_access_key=keys[1],
         region_name="us-east-1",
@@ -258,7 +296,7 @@ class RawClient:
         headers: dict[str, str] | None = None,
         payload_hash: str = "",
     ) -> httpx.Response:
-        signed = self.signed(method, path, body, headers, payload_hash)
+        signed = httpx.Headers(self.signed(method, path, body, headers, payload_hash), encoding="utf-8")
         return self.http.request(method, self.endpoint + path, content=body, headers=signed)
 
 

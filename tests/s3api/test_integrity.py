@@ -243,6 +243,22 @@ def test_boto3_verifies_what_it_gets(s3: Any, bucket: str, algorithm: str) -> No
     assert got[f"Checksum{algorithm}"] == put[f"Checksum{algorithm}"]
 
 
+def test_boto3_over_tls(make_client: Callable[..., Any], root_keys: tuple[str, str], bucket: str) -> None:
+    """There it sends aws-chunked with a trailer, inside HTTP chunks, without a Content-Length."""
+    client = make_client(root_keys, tls=True)
+    put = client.put_object(Bucket=bucket, Key="k", Body=BODY)
+    assert put["ChecksumCRC32"] == b64(DIGESTS["crc32"])
+    assert client.get_object(Bucket=bucket, Key="k")["Body"].read() == BODY
+
+
+def test_boto3_without_signing_the_payload(
+    make_client: Callable[..., Any], root_keys: tuple[str, str], bucket: str
+) -> None:
+    """The fast way for an instrument on plain HTTP."""
+    client = make_client(root_keys, s3={"addressing_style": "path", "payload_signing_enabled": False})
+    assert client.put_object(Bucket=bucket, Key="k", Body=BODY)["ChecksumCRC32"] == b64(DIGESTS["crc32"])
+
+
 def test_boto3_wrong_checksum(s3: Any, bucket: str) -> None:
     with pytest.raises(ClientError) as caught:
         s3.put_object(Bucket=bucket, Key="k", Body=BODY, ChecksumCRC32="AAAAAA==")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import email.header
 import email.utils
 import hashlib
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 from botocore.exceptions import ClientError
+
+from ingest.records import CommitObject
 
 BODY = bytes(range(256)) * 40
 
@@ -114,6 +117,18 @@ def test_aws_chunked_is_not_a_coding_of_the_object(raw: Raw, s3: Any, bucket: st
     answer = raw("PUT", f"/{bucket}/k", body, headers=headers, payload_hash="STREAMING-UNSIGNED-PAYLOAD-TRAILER")
     assert answer.status_code == 200, answer.text
     assert s3.head_object(Bucket=bucket, Key="k")["ContentEncoding"] == "gzip"
+
+
+def test_metadata_is_kept_byte_for_byte(raw: Raw, bucket: str) -> None:
+    assert raw("PUT", f"/{bucket}/k", b"x", headers={"x-amz-meta-note": "Grüße"}).status_code == 200
+    assert (b"x-amz-meta-note", "Grüße".encode()) in raw("GET", f"/{bucket}/k").headers.raw
+
+
+def test_metadata_of_other_rooms_fits_a_header(node: Any, s3: Any, bucket: str) -> None:
+    request = CommitObject(bucket, b"k", os.urandom(16), 0, "", 0, "root", (), metadata={"note": "µ→\n"})
+    node.run(node.buffer.store(request, b"x"))
+    note = s3.head_object(Bucket=bucket, Key="k")["Metadata"]["note"]
+    assert str(email.header.make_header(email.header.decode_header(note))) == "µ→\n"
 
 
 def test_overrides(s3: Any, stored: dict[str, Any]) -> None:
