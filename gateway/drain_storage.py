@@ -8,6 +8,7 @@ that failed a write or a flush is not written again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
@@ -124,7 +125,9 @@ class _Landed:
             self._segments.finish(reservation, 0)
 
     def close(self) -> None:
-        self._staging.close()
+        # After an error its traceback may still hold a view: then the memory goes with that.
+        with contextlib.suppress(BufferError):
+            self._staging.close()
 
     def _begin(self) -> None:
         left = self._record.stored_length - self._position

@@ -13,10 +13,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import msgspec
-
-from typing import cast
 
 from ingest.counters import Counters
 from ingest.ports import FeedbackEvent

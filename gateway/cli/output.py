@@ -62,6 +62,14 @@ def human_rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.2f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.1f} MB/s"
 
 
+def human_size(size_bytes: float) -> str:
+    """Decimal units, as disks and networks count."""
+    for unit_bytes, unit, digits in ((1e12, "TB", 3), (1e9, "GB", 3), (1e6, "MB", 1), (1e3, "kB", 1)):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.{digits}f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
 def human_age(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from gateway.cli import node, options
-from gateway.cli.output import CliError, ExitCode, human_age, human_rate, print_json, print_table
+from gateway.cli.output import CliError, ExitCode, human_age, human_rate, human_size, print_json, print_table
 from gateway.cli.run import parse_place
-from gateway.settings import human_bytes
 
 _SECTIONS = ("rates", "ingest", "buffer", "arena", "kernels", "drain", "errors")
 
@@ -93,7 +92,7 @@ def _flat(section: Any) -> list[tuple[str, str]]:
 def _words(name: str) -> str:
     for unit in ("_bytes_per_s", "_per_s", "_bytes", "_s", "_ns"):
         if name.endswith(unit):
-            return name.removesuffix(unit).replace("_", " ") + ("" if "bytes" in unit or unit != "_per_s" else " per s")
+            return name.removesuffix(unit).replace("_", " ") + (" per s" if unit == "_per_s" else "")
     return name.replace("_", " ")
 
 
@@ -106,7 +105,7 @@ def shown(name: str, value: Any) -> str:
     if name.endswith("_bytes_per_s"):
         return human_rate(value)
     if name.endswith("_bytes"):
-        return f"{value / 1e9:.3f} GB" if value >= 1e8 else human_bytes(value)
+        return human_size(value)
     if name.endswith("_ns"):
         return f"{human_age(max(0.0, time.time() - value / 1e9))} ago"
     if name.endswith("_s") and not name.endswith("_per_s"):

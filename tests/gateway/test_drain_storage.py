@@ -1,0 +1,150 @@
+"""Recalled bytes into segments and back out: whole, block-aligned, over segment ends, and free again when abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from awscrt.checksums import crc64nvme
+
+from gateway.drain_storage import SegmentLanding
+from ingest.counters import Counters
+from ingest.errors import BufferFull, StorageFailed
+from ingest.label import read_label
+from ingest.paths import NodePaths
+from ingest.reader import SegmentReader
+from ingest.records import ObjectRecord, ObjectState
+from ingest.segments import SegmentStore
+
+SEGMENT_BYTES = 16 << 20
+SLOT = 31
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> NodePaths:
+    paths = NodePaths(tmp_path)
+    paths.create()
+    return paths
+
+
+@pytest.fixture
+def segments(paths: NodePaths, executor: ThreadPoolExecutor) -> Iterator[SegmentStore]:
+    store = SegmentStore(
+        paths, node=0, slot=SLOT, segment_bytes=SEGMENT_BYTES, files_max=4, files_elsewhere=lambda: 0,
+        executor=executor, counters=Counters(None, 0),
+    )  # fmt: skip
+    store.open([])
+    yield store
+    store.close()
+
+
+def record(body: bytes) -> ObjectRecord:
+    return ObjectRecord(
+        bucket="scan42",
+        key=b"run/frame",
+        version_id="null",
+        object_id=os.urandom(16),
+        sequence=1,
+        state=ObjectState.RECALLING,
+        length=len(body),
+        stored_length=len(body),
+        etag="",
+        crc64nvme=crc64nvme(body),
+        modified_ns=0,
+        owner="root",
+    )
+
+
+async def pieces(body: bytes, size_bytes: int) -> AsyncIterator[memoryview]:
+    # One buffer for all: each view is only valid until the next is asked for.
+    buffer = bytearray(size_bytes)
+    for start in range(0, len(body), size_bytes):
+        part = body[start : start + size_bytes]
+        buffer[: len(part)] = part
+        yield memoryview(buffer)[: len(part)]
+
+
+async def read_back(paths: NodePaths, executor: ThreadPoolExecutor, extents: tuple[object, ...], length: int) -> bytes:
+    async with await SegmentReader.open(paths, executor, extents, 0, length) as reader:  # type: ignore[arg-type]
+        return b"".join([bytes(view) async for view in reader.chunks(1 << 20)])
+
+
+@pytest.mark.parametrize("length", [0, 1, 4096, 4097, (8 << 20) + 5, 20 << 20, (40 << 20) + 12345])
+@pytest.mark.parametrize("step", [3 << 20])
+async def test_what_lands_reads_back(
+    paths: NodePaths, executor: ThreadPoolExecutor, segments: SegmentStore, length: int, step: int
+) -> None:
+    body = os.urandom(length)
+    extents = await SegmentLanding(segments).land(record(body), pieces(body, step))
+    assert await read_back(paths, executor, extents, length) == body
+    assert segments.live_bytes == sum(extent.stored_bytes for extent in extents)
+    for extent in extents:
+        fd = os.open(paths.segment_file(SLOT, extent.segment), os.O_RDONLY)
+        label = read_label(fd, extent.offset)
+        os.close(fd)
+        assert label is not None
+        assert (label.bucket, label.key, label.offset) == ("scan42", b"run/frame", extent.offset)
+
+
+async def test_several_land_at_a_time(paths: NodePaths, executor: ThreadPoolExecutor, segments: SegmentStore) -> None:
+    landing = SegmentLanding(segments)
+    bodies = [os.urandom(1_000_001 * (number + 1)) for number in range(4)]
+    landed = await asyncio.gather(*(landing.land(record(body), pieces(body, 100_000)) for body in bodies))
+    for body, extents in zip(bodies, landed, strict=True):
+        assert await read_back(paths, executor, extents, len(body)) == body
+
+
+async def test_a_source_that_fails_leaves_the_room_free(segments: SegmentStore) -> None:
+    class ArchiveGone(Exception):
+        pass
+
+    async def broken() -> AsyncIterator[memoryview]:
+        yield memoryview(bytes(9 << 20))
+        raise ArchiveGone
+
+    with pytest.raises(ArchiveGone):
+        await SegmentLanding(segments).land(record(bytes(30 << 20)), broken())
+    assert segments.live_bytes == 0
+    assert all(segment.open_extents == 0 for segment in segments.segments.values())
+
+
+async def test_abandoned_extents_are_free_again(segments: SegmentStore) -> None:
+    body = bytes(5 << 20)
+    landing = SegmentLanding(segments)
+    extents = await landing.land(record(body), pieces(body, 1 << 20))
+    await landing.abandon(extents)
+    assert segments.live_bytes == 0
+
+
+async def test_a_full_buffer_refuses_and_holds_nothing(segments: SegmentStore) -> None:
+    body = bytes(5 * SEGMENT_BYTES)
+    with pytest.raises(BufferFull):
+        await SegmentLanding(segments).land(record(body), pieces(body, 4 << 20))
+    assert segments.live_bytes == 0
+    assert all(segment.open_extents == 0 for segment in segments.segments.values())
+
+
+async def test_a_segment_that_fails_a_write_is_retired(segments: SegmentStore) -> None:
+    body = bytes(1 << 20)
+    landing = SegmentLanding(segments)
+    await landing.land(record(body), pieces(body, 1 << 20))
+    (segment,) = segments.segments.values()
+    real, segment.fd = segment.fd, os.open("/dev/full", os.O_RDWR)
+    try:
+        with pytest.raises(StorageFailed):
+            await landing.land(record(body), pieces(body, 1 << 20))
+    finally:
+        os.close(segment.fd)
+        segment.fd = real
+    assert segment.retired
+    assert (await landing.land(record(body), pieces(body, 1 << 20)))[0].segment != segment.number
