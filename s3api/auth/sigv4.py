@@ -29,6 +29,7 @@ SIGNED_HEADERS_MAX = 128
 CACHED_KEYS_MAX = 4096
 
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
 class Payload(enum.Enum):
@@ -168,9 +169,7 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
         raise S3Error("InvalidToken")
     access_key, date, region = _credential(fields["Credential"], presigned=False)
     timestamp = request.headers.get("x-amz-date") or _basic_date(request.headers.get("date"))
-    payload_hash = request.headers.get("x-amz-content-sha256")
-    if not payload_hash:
-        raise S3Error("InvalidRequest", "Missing required header for this request: x-amz-content-sha256")
+    payload_hash = request.headers.get("x-amz-content-sha256") or _hash_of_no_body(request)
     return _Claim(
         access_key,
         date,
@@ -181,6 +180,17 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
         payload_hash,
         presigned=False,
     )
+
+
+def _hash_of_no_body(request: Request) -> str:
+    """Older curl leaves x-amz-content-sha256 out and signs the hash of nothing, which is right where there is no body."""
+    if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
+        raise S3Error(
+            "InvalidRequest",
+            "Missing required header for this request: x-amz-content-sha256"
+            " (with curl: -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD')",
+        )
+    return EMPTY_SHA256
 
 
 def _from_query(request: Request) -> _Claim:

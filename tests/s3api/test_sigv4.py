@@ -5,6 +5,7 @@ from __future__ import annotations
 import calendar
 import datetime
 import hashlib
+import hmac
 import string
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.records import UserRecord
-from s3api.auth.canonical import canonical_query
+from s3api.auth.canonical import canonical_query, canonical_request
 from s3api.auth.chunks import ChunkSignatures
 from s3api.auth.sigv4 import Payload, Signed, SigV4, signing_key, timestamp_s
 from s3api.auth.users import Credentials
@@ -195,10 +196,37 @@ async def test_bad_authorization(authorization: str, expected: str) -> None:
     assert await code_of(request, DOCUMENTED_AT_S) == expected
 
 
+async def test_without_a_payload_hash_there_must_be_no_body() -> None:
+    """curl before 8.0: the documented request with the header left out, signed anew."""
+    url = "http://examplebucket.s3.amazonaws.com/test.txt"
+    headers = {"x-amz-date": "20130524T000000Z"}
+    empty = hashlib.sha256(b"").hexdigest()
+    canonical = canonical_request("GET", "/test.txt", "", request_of("GET", url, headers).headers, SIGNED, empty)
+    text = "\n".join(
+        (
+            "AWS4-HMAC-SHA256",
+            "20130524T000000Z",
+            "20130524/us-east-1/s3/aws4_request",
+            hashlib.sha256(canonical.encode()).hexdigest(),
+        )
+    )
+    signature = hmac.digest(signing_key(SECRET, "20130524", "us-east-1"), text.encode(), "sha256").hex()
+    headers["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20130524/us-east-1/s3/aws4_request,"
+        f" SignedHeaders={';'.join(SIGNED)}, Signature={signature}"
+    )
+    signed = await SigV4(Users()).verify(request_of("GET", url, headers), DOCUMENTED_AT_S)
+    assert signed.sha256 == empty
+    with_body = request_of("GET", url, {**headers, "content-length": "5"})
+    assert await code_of(with_body, DOCUMENTED_AT_S) == "InvalidRequest"
+
+
+SIGNED = ("host", "x-amz-date")
+
+
 @pytest.mark.parametrize(
     ("header", "value", "expected"),
     [
-        ("x-amz-content-sha256", "", "InvalidRequest"),
         ("x-amz-content-sha256", "zz", "InvalidArgument"),
         ("x-amz-content-sha256", "STREAMING-AWS4-ECDSA-P256-SHA256-PAYLOAD", "NotImplemented"),
         ("x-amz-date", "yesterday", "AccessDenied"),
