@@ -6,6 +6,7 @@ In: ``ControlContext``, put together by the composition root. Out: a FastAPI app
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import Annotated, Any
 
@@ -67,7 +68,8 @@ def _add_open_routes(app: FastAPI, context: ControlContext) -> None:
 
     @app.get("/metrics", response_class=Response, summary="Prometheus exposition")
     async def get_metrics(accept: Annotated[str, Header()] = "") -> Response:
-        body, content_type = context.metrics.render(accept)
+        # In a thread: several milliseconds that no subscriber of feedback should wait for.
+        body, content_type = await asyncio.to_thread(context.metrics.render, accept)
         return Response(body, headers={"Content-Type": content_type})
 
     app.add_api_route("/v1/health", get_health, methods=["GET"], summary="200 once the node can take a PUT")

@@ -137,6 +137,17 @@ async def test_status_answers_before_the_first_sample_and_without_a_process_file
     assert status["drain"]["oldest_undrained_age_s"] is None
 
 
+async def test_metrics_are_open_and_name_nobody(node: Any) -> None:
+    await node.catalog.create_bucket("scan-of-ada", "root")
+    await node.put("scan-of-ada", b"run1/a")
+    node.counters(0).cell("hiss_ingest_committed_objects_total").add(5)
+    async with node.client(None) as client:
+        answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "hiss_ingest_committed_objects_total 5.0\n" in answer.text
+    assert "ada" not in answer.text
+
+
 async def test_kernels_of_a_bucket(node: Any) -> None:
     await node.catalog.create_bucket("scan", "root")
     for key, metadata in {b"_kernels/hits.py": {"match": "run*", "device": "cpu"}, b"_kernels/readme": {}}.items():
