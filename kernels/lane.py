@@ -37,6 +37,8 @@ SLOT_STATE_BYTES_MAX = 256 << 20
 """State memory of one sandbox, over all its slots (one slot always exists)."""
 BATCH_BYTES_MAX = 16 << 20
 """Bounds how long one stream's batch can delay another's (about 4 ms at 4 GB/s)."""
+TRANSIENT = ("internal", "unavailable")
+"""Kinds of refusal that say nothing about the kernel: the product stays owed."""
 STATE_ON_LOOP_BYTES_MAX = 1 << 20
 """Larger states are copied and merged in a thread, so that the loop goes on receiving."""
 START_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -63,7 +65,7 @@ class LaneClient(Protocol):
         ...
 
     def refused(self, kind: str, reason: str) -> None:
-        """No frame of this stream will ever be judged here."""
+        """No frame of this stream will ever be judged here. ``kind``: compile, or as of SandboxFailed, or internal."""
         ...
 
 
@@ -193,8 +195,8 @@ class Lane:
 
     @property
     def refused(self) -> bool:
-        """No stream can be served here; the lane waits to be closed."""
-        return self._failure is not None
+        """The kernel cannot serve any stream of this layout; whoever joins is told why."""
+        return self._failure is not None and self._failure[0] not in TRANSIENT
 
     async def close(self) -> None:
         """End the process; streams that are left get ``refused``. Idempotent."""
@@ -214,7 +216,7 @@ class Lane:
             raise
         except Exception:
             log.exception("lane of kernel %s in bucket %s failed", self.key.kernel, self.key.bucket)
-            self._refuse("crash", "internal error of the kernel host")
+            self._refuse("internal", "internal error of the kernel host")
         finally:
             await self._end_process()
             self._schedule.failed()

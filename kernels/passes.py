@@ -212,8 +212,6 @@ class KernelPass:
             while not self._final:
                 self._changed.clear()
                 if self._refusal is not None:
-                    if self._refusal.kind == "unavailable":
-                        raise Postponed(str(self._refusal))
                     raise self._refusal
                 if not await self._catch_up(record, domain, window) and not self._final and self._refusal is None:
                     await self._changed.wait()

@@ -23,7 +23,7 @@ from ingest.records import BLOCK_BYTES, CommitObject, FrameGeometry, FrameLedger
 from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.formats import NotFrames, sniff
-from kernels.lane import Lane
+from kernels.lane import TRANSIENT, Lane
 from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
 from kernels.ranges import Ranges
 from kernels.sharing import SharedBatch
@@ -70,7 +70,7 @@ def _contained(
             return method(self, *args, **kwargs)
         except Exception:
             log.exception("the reduction of %s/%r failed", self.info.bucket, self.info.key)
-            self.break_off("internal error of the kernel host")
+            self.break_off("internal", "internal error of the kernel host")
             return None
 
     return guarded
@@ -162,13 +162,13 @@ class Reduction:
                 kernel_pass.offer(share)
         except Exception:
             log.exception("the reduction of %s/%r failed", self.info.bucket, self.info.key)
-            self.break_off("internal error of the kernel host")
+            self.break_off("internal", "internal error of the kernel host")
             shared.expire()
 
     def _fits(self, frames: int) -> bool:
         if frames <= FRAMES_MAX:
             return True
-        self.break_off(f"more than {FRAMES_MAX} frames in one object")
+        self.break_off("format", f"more than {FRAMES_MAX} frames in one object")
         return False
 
     def lagging(self, first_frame: int, count: int) -> None:
@@ -227,12 +227,12 @@ class Reduction:
         """Also right after the end: then it changes nothing."""
         self._end()
 
-    def break_off(self, reason: str) -> None:
-        """No frame is judged from here on; the products become failures. Idempotent."""
+    def break_off(self, kind: str, reason: str) -> None:
+        """No frame is judged from here on. ``kind``: format, or internal. Idempotent."""
         if self._trouble is None:
-            self._trouble = Hopeless("crash", reason)
+            self._trouble = Hopeless(kind, reason)
         for kernel_pass in self._passes:
-            kernel_pass.refused("crash", reason)
+            kernel_pass.refused(kind, reason)
 
     def _end(self) -> None:
         if self._over:
@@ -281,9 +281,7 @@ class Reduction:
             await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
         except Exception as error:
             log.exception("kernel %s over %s/%r failed", name, record.bucket, record.key)
-            self._host.context.tally.error("crash")
-            await self._say_failed(record, name, f"internal error: {type(error).__name__}", give_up=False)
-            await self._host.postpone(record, name, Postponed("internal error"))
+            await self._begin_anew(record, name, f"internal error: {type(error).__name__}", counted=True)
         finally:
             self._unfinished -= 1
             if self._unfinished == 0:
@@ -293,8 +291,11 @@ class Reduction:
         """Format and compile errors are the answer to this version: the product says so. Others are failures."""
         name = attachment.kernel.name
         tally = self._host.context.tally
-        tally.given_up(self._counts().unreduced)
         log.warning("kernel %s cannot reduce %s/%r: %s", name, record.bucket, record.key, trouble)
+        if trouble.kind in TRANSIENT:
+            await self._begin_anew(record, name, str(trouble), counted=trouble.kind == "internal")
+            return
+        tally.given_up(self._counts().unreduced)
         if trouble.kind not in ("format", "compile"):
             await self._say_failed(record, name, f"{trouble.kind}: {trouble}", give_up=True)
             return
@@ -308,6 +309,13 @@ class Reduction:
             await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
         except Postponed as reason:
             await self._host.postpone(record, name, reason)
+
+    async def _begin_anew(self, record: ObjectRecord, kernel: str, reason: str, *, counted: bool) -> None:
+        """Leave the product to the sweep; ``counted``: only so often, for it may be this version that breaks us."""
+        if counted:
+            self._host.context.tally.error("crash")
+            await self._say_failed(record, kernel, reason, give_up=False)
+        await self._host.postpone(record, kernel, Postponed(reason))
 
     async def _say_failed(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
         try:

@@ -20,7 +20,7 @@ from ingest.errors import BufferFull, ObjectOffline
 from ingest.ports import FrameReduction, KernelRefused, StreamInfo
 from ingest.records import CommitObject, FrameLedger, ObjectRecord
 from kernels.host import HostLimits, KernelHost
-from kernels.sandbox import SandboxLimits
+from kernels.sandbox import Sandbox, SandboxLimits
 
 BUCKET = "scan42"
 
@@ -566,3 +566,27 @@ async def test_a_closing_host_leaves_what_is_unfinished_owed(
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_trouble_of_our_own_is_not_the_kernels(
+    node: Node, frames: np.ndarray, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arena whose regions a sandbox will not take: the frames stay owed, and are reduced once that is mended."""
+    start = Sandbox.start
+    refusals = [ValueError("region descriptor is not sealed")] * 2
+
+    async def unwilling(*arguments: object, **options: object) -> Sandbox:
+        if refusals:
+            raise refusals.pop()
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(Sandbox, "start", unwilling)
+    node.attach("count", COUNT)
+    stream = await node.open(b"a.raw", frames)
+    stream.sniff()
+    stream.offer(0, 40)
+    stream.commit()
+    await until(lambda: node.has_product("count", b"a.raw"))
+    check_count(node, b"a.raw", frames)
+    assert node.host.kernels_for(BUCKET, b"a.raw") == ("count",)
+    assert [failure[3] for failure in node.store.failures] == [False, False]
