@@ -1,5 +1,6 @@
-"""``python -m gateway.cli``: the same as the ``hiss`` command."""
+"""``python -m gateway.cli``: the ``hiss`` command where the script is not on the path."""
 
 from gateway.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

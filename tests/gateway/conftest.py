@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 NODE_PROGRAM = """
@@ -168,3 +169,97 @@ def poll() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def is_gone() -> Callable[[int], bool]:
     return gone
+
+
+class RealNode:
+    """``hiss serve`` on a folder of its own, ports picked free, small."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.data_dir = folder / "data"
+        self._flags = flags
+        self.log = folder / "log"
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
+        sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
+        command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir), "--host", "127.0.0.1"]
+        command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0", "--workers", "1", *sizes, *self._flags]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+
+    def again(self) -> None:
+        """Start it anew on the same folder."""
+        assert self.process.poll() is not None
+        self.process = self._start()
+        self.healthy()
+
+    def ports(self) -> dict[str, Any]:
+        return dict(json.loads((self.data_dir / "run" / "ports.json").read_text()))
+
+    def processes(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.data_dir / "run" / "processes.json").read_text())["processes"])
+
+    def url(self, name: str) -> str:
+        ports = self.ports()
+        return f"{'https' if ports['tls'] else 'http'}://127.0.0.1:{ports[name]}"
+
+    def healthy(self) -> None:
+        """Wait for a 200 of /v1/health."""
+
+        def answers() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(httpx.TransportError, FileNotFoundError):
+                if self.ports()["pid"] == self.process.pid:
+                    return httpx.get(self.url("control") + "/v1/health", verify=False, timeout=5).status_code == 200
+            return False
+
+        until(answers, "the node is healthy", 60)
+
+    def hiss(self, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command against this node."""
+        return run_hiss(*arguments, "--data", str(self.data_dir), environ=environ)
+
+    def keys(self) -> dict[str, str]:
+        return dict(json.loads(self.hiss("user", "show-root", "--json").stdout))
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def run_hiss(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
+    command = [sys.executable, "-m", "gateway.cli", *arguments]
+    return subprocess.run(
+        command, env={**clean, **(environ or {})}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def hiss() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``hiss ARGUMENTS`` in a process of its own, without HISS_ variables but those given."""
+    return run_hiss
+
+
+@pytest.fixture(scope="session")
+def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RealNode]]:
+    """Start real nodes: ``start_node("--tls-cert", …)``, healthy on return; they end with the session."""
+    nodes: list[RealNode] = []
+
+    def start(*flags: str) -> RealNode:
+        nodes.append(RealNode(tmp_path_factory.mktemp("node"), *flags))
+        nodes[-1].healthy()
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        if node.process.poll() is None:
+            node.process.kill()
+            node.process.wait()
+
+
+@pytest.fixture(scope="session")
+def real_node(start_node: Callable[..., RealNode]) -> RealNode:
+    """One node for every test that leaves it running and healthy."""
+    return start_node()

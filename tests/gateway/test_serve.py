@@ -1,0 +1,162 @@
+"""``hiss serve`` whole: real processes, real ports; what dies comes back, and it stops cleanly."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import signal
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+Poll = Callable[..., Any]
+ROLES = ("worker", "drain", "control", "zygote", "catalogue")
+
+
+def make_bucket(node: Any, name: str) -> None:
+    from gateway.cli.s3put import sign
+    from gateway.users import KeyPair
+
+    url = node.url("s3")
+    headers = sign("PUT", f"/{name}", {"host": url.split("://")[1]}, KeyPair(**node.keys()), "us-east-1")
+    answer = httpx.put(f"{url}/{name}", headers=headers, verify=False)
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_node_needs_nothing_but_a_folder(real_node: Any) -> None:
+    ports = real_node.ports()
+    assert ports["pid"] == real_node.process.pid
+    assert {type(ports[name]) for name in ("s3", "control", "dav")} == {int}
+    health = httpx.get(real_node.url("control") + "/v1/health").json()
+    assert (health["status"], health["workers_ready"], health["catalogue_ready"]) == ("ok", 1, True)
+    assert {row["role"] for row in real_node.processes()} == set(ROLES)
+    assert httpx.get(real_node.url("s3")).status_code == 403, "S3 answers and wants a signature"
+    assert httpx.request("PROPFIND", real_node.url("dav")).status_code == 401
+    assert real_node.data_dir.stat().st_mode & 0o077 == 0
+    text = real_node.log.read_text()
+    assert real_node.keys()["access_key"] in text
+    assert real_node.keys()["secret_key"] not in text, "the secret is shown on a terminal only"
+
+
+def test_a_second_node_is_refused_by_folder_and_by_port(real_node: Any, hiss: Poll, tmp_path: Path) -> None:
+    again = hiss("serve", "--data", str(real_node.data_dir), "--s3-port", "0")
+    assert again.returncode == 3
+    assert again.stderr.splitlines()[-1] == (
+        f"hiss: {real_node.data_dir} is held by another gateway (pid {real_node.process.pid}); "
+        "stop it, or give another --data"
+    )
+    port = real_node.ports()["s3"]
+    other = hiss("serve", "--data", str(tmp_path / "other"), "--host", "127.0.0.1", "--s3-port", str(port))
+    assert other.returncode == 3
+    assert f"hiss: port {port} (s3) is held by another gateway or program; give another --s3-port" in other.stderr
+
+
+def test_what_is_killed_comes_back_and_the_node_takes_puts_again(real_node: Any, poll: Poll, tmp_path: Path) -> None:
+    make_bucket(real_node, "phoenix")
+    body = tmp_path / "frame"
+    body.write_bytes(os.urandom(300_000))
+    for role in ROLES:
+        before = next(row for row in real_node.processes() if row["role"] == role)
+        os.kill(before["pid"], signal.SIGKILL)
+
+        def back(role: str = role, before: dict[str, Any] = before) -> bool:
+            row = next(row for row in real_node.processes() if row["role"] == role)
+            return row["state"] == "ready" and row["restarts"] > before["restarts"]
+
+        poll(back, f"a new {role} is ready", 60)
+        real_node.healthy()
+        sent = real_node.hiss("send", str(body), f"s3://phoenix/{role}/", "--wait", "--json")
+        assert sent.returncode == 0, sent.stdout + sent.stderr + real_node.log.read_text()
+    metrics = httpx.get(real_node.url("control") + "/metrics").text
+    for role in ROLES:
+        assert f'hiss_process_restarts_total{{role="{role}"}} 1.0' in metrics
+
+
+def test_sighup_reads_the_users_again(start_node: Poll, poll: Poll, tmp_path: Path) -> None:
+    file = tmp_path / "users.toml"
+    entry = '[[user]]\nid = "{0}"\naccess_key = "{0}-key"\nsecret_key = "{0}-secret-0"\ngrants = ["read:*"]\n'
+    file.write_text(entry.format("daq"))
+    node = start_node("--users", str(file), "--set", "kernels=off")
+    url = node.url("control") + "/v1/status"
+    assert httpx.get(url, auth=("daq-key", "daq-secret-0")).status_code == 200
+    assert httpx.get(url, auth=("daq-key", "daq-secret-1")).status_code == 401
+    file.write_text(entry.format("ops"))
+    node.process.send_signal(signal.SIGHUP)
+    poll(lambda: httpx.get(url, auth=("ops-key", "ops-secret-0")).status_code == 200, "the new user is let in")
+    poll(lambda: httpx.get(url, auth=("daq-key", "daq-secret-0")).status_code == 401, "the one who left is not")
+    file.write_text("[[user]]\n")
+    node.process.send_signal(signal.SIGHUP)
+    poll(lambda: "users were not reloaded" in node.log.read_text(), "a wrong file is reported")
+    assert httpx.get(url, auth=("ops-key", "ops-secret-0")).status_code == 200, "and changes nothing"
+    assert "secret-0" not in node.log.read_text()
+    assert node.stop() == 0
+
+
+def test_sigterm_ends_it_with_0_and_a_new_start_has_everything(start_node: Poll, tmp_path: Path) -> None:
+    node = start_node("--set", "kernels=off")
+    make_bucket(node, "kept")
+    body = tmp_path / "frame"
+    body.write_bytes(os.urandom(5_000_000))
+    assert node.hiss("send", str(body), "s3://kept/run/").returncode == 0
+    keys = node.keys()
+    assert node.stop() == 0
+    assert not (node.data_dir / "run" / "ports.json").exists()
+    assert node.hiss("status").returncode == 4
+    node.again()
+    assert node.keys() == keys
+    status = node.hiss("run", "status", "s3://kept/run/", "--wait", "30", "--expect-bytes", "5000000", "--json")
+    assert status.returncode == 0, status.stdout
+    assert json.loads(status.stdout)["archived_bytes"] == 5_000_000
+    assert node.stop() == 0
+    assert "Traceback" not in node.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hiss test")])
+    now = datetime.datetime.now(datetime.UTC)
+    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(alternative, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_tls_on_all_three_ports(start_node: Poll, certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    node = start_node("--tls-cert", str(certificate[0]), "--tls-key", str(certificate[1]), "--set", "kernels=off")
+    trust = ssl.create_default_context(cafile=str(certificate[0]))
+    for name, status in (("s3", 403), ("control", 404), ("dav", 401)):
+        assert httpx.get(node.url(name) + "/", verify=trust).status_code == status, name
+        plain = httpx.get(node.url(name).replace("https", "http"))
+        assert plain.status_code == 400, name
+        assert "TLS" in plain.text or "https" in plain.text, "HTTP to a TLS port is answered clearly"
+    make_bucket(node, "sealed")
+    body = tmp_path / "frame"
+    body.write_bytes(os.urandom(3_000_000))
+    assert node.hiss("send", str(body), "s3://sealed/run/", "--wait", "--ca", str(certificate[0])).returncode == 0
+    assert node.stop() == 0
