@@ -11,6 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
+from awscrt.auth import AwsCredentialsProvider
+from awscrt.http import HttpHeaders, HttpRequest
+from awscrt.io import ClientBootstrap, DefaultHostResolver, EventLoopGroup
+from awscrt.s3 import (
+    S3ChecksumAlgorithm,
+    S3ChecksumConfig,
+    S3ChecksumLocation,
+    S3Client,
+    S3RequestTlsMode,
+    S3RequestType,
+    create_default_s3_signing_config,
+)
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
@@ -236,3 +248,38 @@ def test_upload_part_copy(s3: Any, bucket: str) -> None:
         parts.append({"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]})
     complete(s3, bucket, "k", upload_id, parts)
     assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == FIRST + LAST
+
+
+def crt_client(keys: tuple[str, str]) -> S3Client:
+    group = EventLoopGroup(1)
+    provider = AwsCredentialsProvider.new_static(*keys)
+    return S3Client(
+        bootstrap=ClientBootstrap(group, DefaultHostResolver(group)),
+        region="us-east-1",
+        signing_config=create_default_s3_signing_config(region="us-east-1", credential_provider=provider),
+        tls_mode=S3RequestTlsMode.DISABLED,
+        part_size=8 * MIB,
+    )
+
+
+@pytest.mark.parametrize("checksum", [S3ChecksumAlgorithm.CRC32, S3ChecksumAlgorithm.CRC64NVME, None])
+def test_common_runtime_client(
+    node: Any, s3: Any, bucket: str, root_keys: tuple[str, str], tmp_path: Any, checksum: S3ChecksumAlgorithm | None
+) -> None:
+    """The CRT sends each part as one aws-chunk with a trailer, states the object's size at Complete, reads in ranges."""
+    body = os.urandom(21 * MIB + 5)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(body)
+    client = crt_client(root_keys)
+    host = ("Host", f"127.0.0.1:{node.port}")
+    put = HttpRequest("PUT", f"/{bucket}/big", HttpHeaders([host, ("Content-Length", str(len(body)))]))
+    config = S3ChecksumConfig(algorithm=checksum, location=S3ChecksumLocation.TRAILER) if checksum else None
+    sent = client.make_request(
+        type=S3RequestType.PUT_OBJECT, request=put, send_filepath=str(source), checksum_config=config
+    )
+    sent.finished_future.result(30)
+    get = HttpRequest("GET", f"/{bucket}/big", HttpHeaders([host]))
+    received = client.make_request(type=S3RequestType.GET_OBJECT, request=get, recv_filepath=str(target))
+    received.finished_future.result(30)
+    assert target.read_bytes() == body
+    assert s3.head_object(Bucket=bucket, Key="big")["ETag"].endswith('-3"')
