@@ -1,0 +1,54 @@
+# make venv | demo | serve | test | check | bench: see README.md and CONTRIBUTING.md.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+DATA ?= hiss-data
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+# Clients that are built here come before those of the system.
+export PATH := $(CURDIR)/.cache/bin:$(PATH)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## create .venv with everything; needs Python 3.11 or newer, nothing else
+
+$(STAMP): requirements.lock pyproject.toml
+	@python=$$(.ci/python) && { test -x $(BIN)/pip || $$python -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## a node, a kernel, real frames at full rate, read back: under two minutes
+	@$(BIN)/hiss demo $(ARGS)
+
+serve: $(STAMP) ## run a node on DATA (default hiss-data) until Ctrl-C
+	@exec $(BIN)/hiss serve --data $(DATA) $(ARGS)
+
+apt: ## install the programs that tests use as peers, or say what is missing
+	@.ci/peers
+
+test: $(STAMP) apt ## all tests; ARGS="-k name" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## format, lint, types, imports between rooms
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP) ## measure beside the ceilings; writes bench/results/DATE.json
+	$(BIN)/python -m bench --json bench/results/$$(date +%Y%m%d-%H%M%S).json $(ARGS)
+
+format: $(STAMP) ## put the format right, and what the linter can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+clean: ## remove what make made here
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.PHONY: help venv demo serve apt test check bench format clean
