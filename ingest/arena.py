@@ -162,7 +162,7 @@ class Arena:
         counters.cell("hiss_arena_bytes").set(self.size_bytes)
         self._used = counters.cell("hiss_arena_used_bytes")
         self._used.set(0)
-        self.domain_regions = max(1, len(self.regions) // 6)
+        self.domain_regions = max(1, len(self.regions) // 4)
 
     # -- spans
 

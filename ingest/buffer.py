@@ -225,7 +225,7 @@ class Buffer:
         self.arena.notify(waiter)
         self._starving = True
         self.relieve()
-        self.writer.pump_lazy()
+        self.writer.pump_lazy(pressed=True)
 
     def relieve(self) -> None:
         """Take frames back that no sandbox has begun: a slow kernel costs its product, never the stream."""

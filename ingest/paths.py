@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -89,8 +90,10 @@ class NodePaths:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
+@functools.cache
 def socket_address(path: Path) -> str:
-    """An address for a unix socket however long ``path`` is: sun_path holds 107 bytes, so go through an open folder."""
+    """An address for a unix socket however long ``path`` is: sun_path holds 107 bytes, so go through an open folder,
+    which stays open for the life of the process."""
     if len(os.fsencode(path)) < 100:
         return str(path)
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -167,13 +167,13 @@ class Writer:
             item, _ = self._lazy.popitem(last=False)
             self.submit(item)
 
-    def pump_lazy(self) -> None:
-        """Start lazy writes that are due; called on deferral, on a full arena and by the timer."""
+    def pump_lazy(self, *, pressed: bool = False) -> None:
+        """Start lazy writes that are due; called on deferral, by the timer, and when somebody waits for memory (pressed)."""
         now = time.monotonic()
         in_flight = sum(len(items) for items in self._writing.values())
         while self._lazy and in_flight < LAZY_IN_FLIGHT_MAX:
             item, since = next(iter(self._lazy.items()))
-            if now - since < LAZY_AFTER_S and self._arena_share() < LAZY_ARENA_SHARE:
+            if not pressed and now - since < LAZY_AFTER_S and self._arena_share() < LAZY_ARENA_SHARE:
                 break
             del self._lazy[item]
             self.submit(item)

@@ -429,7 +429,13 @@ def _check_geometry(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _check_seals(fd: int) -> None:
-    """A region that a sandbox maps must be sealed: the process could else make its mapping writable, or shrink it."""
+    """A region that a sandbox maps must not be writable through its descriptor, nor shrink under the mapping.
+
+    Either the memory is sealed against future writable mappings, or the descriptor was opened for reading only: a shared
+    mapping of it can then never be made writable (mmap(2): EACCES), and a sandbox has no way to open it again. The arena
+    hands out the latter, because a worker that takes over from a dead one must map the same memory for writing.
+    """
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    if not seals & (_F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE) or not seals & fcntl.F_SEAL_SHRINK:
+    read_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    if not (read_only or seals & (_F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE)) or not seals & fcntl.F_SEAL_SHRINK:
         raise ValueError(f"region descriptor {fd} is not sealed against writing and shrinking")
