@@ -139,7 +139,7 @@ class DavService:
             return Response(status, headers, content_length=0)
         offline = record.state in _OFFLINE
         if offline and self._recalls[user_id] >= RECALLS_PER_USER:
-            raise ObjectOffline(f"{user_id} already waits for {RECALLS_PER_USER} recalls")
+            raise ObjectOffline(f"you already wait for {RECALLS_PER_USER} recalls")
         self._recalls[user_id] += offline
         try:
             reader = await self._plane.open_reader(record, start, stop)

@@ -11,30 +11,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
 from gateway.control.feedback import Ring
 from ingest.counters import CONTROL, Counters
 from ingest.paths import socket_address
 from ingest.ports import FeedbackEvent
+from kernels.feedback import SocketFeedback
 
 SSE = dict[str, str]
 
 
 def event(frame: int, *, bucket: str = "scan", key: bytes = b"run1/a", kernel: str = "hits") -> FeedbackEvent:
     return FeedbackEvent(bucket, key, kernel, frame, 1, frame / 2, time.time_ns())
-
-
-class WorkerWire:
-    """What a worker writes: a 4-byte little-endian length and a msgpack list of event maps."""
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        self._writer = writer
-
-    def publish(self, events: list[FeedbackEvent]) -> None:
-        body = msgspec.msgpack.encode(events)
-        self._writer.write(len(body).to_bytes(4, "little") + body)
 
 
 class Subscription:
@@ -90,14 +79,14 @@ async def scan(node: Any) -> Any:
 
 
 @pytest.fixture
-async def worker(scan: Any) -> AsyncIterator[WorkerWire]:
-    _, writer = await asyncio.open_unix_connection(socket_address(scan.paths.feedback_socket))
-    yield WorkerWire(writer)
-    writer.close()
-    await writer.wait_closed()
+async def worker(scan: Any) -> AsyncIterator[SocketFeedback]:
+    sink = SocketFeedback(lambda: socket_address(scan.paths.feedback_socket), Counters(scan.counters_fd, 0))
+    await sink.start()
+    yield sink
+    await sink.close()
 
 
-async def test_events_arrive_in_order_with_all_their_fields(scan: Any, worker: WorkerWire) -> None:
+async def test_events_arrive_in_order_with_all_their_fields(scan: Any, worker: SocketFeedback) -> None:
     async with subscribed(scan) as subscription:
         sent = [event(number) for number in range(3)]
         worker.publish(sent)
@@ -197,7 +186,7 @@ async def test_heartbeats_move_a_filtering_subscriber_on(start: Any) -> None:
                     break
 
 
-async def test_latency_from_worker_to_subscriber(scan: Any, worker: WorkerWire) -> None:
+async def test_latency_from_worker_to_subscriber(scan: Any, worker: SocketFeedback) -> None:
     async with subscribed(scan) as subscription:
         latencies_s = []
 
@@ -248,7 +237,7 @@ async def test_stopping_ends_the_streams(scan: Any) -> None:
             await subscription.next()
 
 
-async def test_a_worker_that_talks_nonsense_is_cut_off_alone(scan: Any, worker: WorkerWire) -> None:
+async def test_a_worker_that_talks_nonsense_is_cut_off_alone(scan: Any, worker: SocketFeedback) -> None:
     address = socket_address(scan.paths.feedback_socket)
     async with subscribed(scan) as subscription:
         for nonsense in (
