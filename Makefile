@@ -9,6 +9,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Clients that are built here come before those of the system.
 export PATH := $(CURDIR)/.cache/bin:$(PATH)
 
@@ -17,10 +18,13 @@ help: ## this list
 
 venv: $(STAMP) ## create .venv with everything; needs Python 3.11 or newer, nothing else
 
+# WsgiDAV comes as source only: it is built with the locked setuptools, so that nothing unlocked is ever fetched.
 $(STAMP): requirements.lock pyproject.toml
 	@python=$$(.ci/python) && { test -x $(BIN)/pip || $$python -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock > $(VENV)/setuptools.lock
+	$(PIP) --require-hashes -r $(VENV)/setuptools.lock
+	$(PIP) --require-hashes --no-build-isolation --only-binary :all: --no-binary wsgidav -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP) ## a node, a kernel, real frames at full rate, read back: under two minutes
