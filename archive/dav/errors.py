@@ -26,11 +26,7 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.NoSuchKey, 404, "There is no such object."),
     (errors.NoSuchBucket, 404, "There is no such bucket."),
     (errors.StaleVersion, 503, "The object is being replaced; try again."),
-    (
-        errors.ObjectOffline,
-        503,
-        "The object is in the archive only and was not recalled in time; try again later.",
-    ),
+    (errors.ObjectOffline, 503, "Offline: {error}."),
     (errors.BufferFull, 503, "The buffer has no room to recall this object; try again later."),
     (errors.CatalogUnavailable, 503, "The catalogue does not answer; try again."),
     (TimeoutError, 503, "The catalogue did not answer in time; try again."),
