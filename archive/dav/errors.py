@@ -30,7 +30,7 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.BufferFull, 503, "The buffer has no room to recall this object; try again later."),
     (errors.CatalogUnavailable, 503, "The catalogue does not answer; try again."),
     (TimeoutError, 503, "The catalogue did not answer in time; try again."),
-    (errors.DataLost, 500, "The stored bytes cannot be read back; the operator has been told."),
+    (errors.DataLost, 500, "The stored bytes cannot be read back; the node's log names them."),
 )
 
 
@@ -54,6 +54,8 @@ def render(error: Exception) -> Response:
         return response
     for kind, status, message in _TABLE:
         if isinstance(error, kind):
+            if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                logger.error("WebDAV: stored bytes are lost: %s", error)
             return text_response(status, message.format(error=error))
     logger.error("WebDAV request failed", exc_info=error)
     return text_response(500, "The gateway failed to answer; its log says why.")
