@@ -26,7 +26,7 @@ import msgspec
 from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
+from ingest.errors import CatalogUnavailable, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
 from ingest.paths import NodePaths, socket_address
 from ingest.records import (
     ArchiveCopy,
@@ -195,7 +195,7 @@ class CatalogClient:
         self._pushes: asyncio.Queue[FreedExtents | SettleRequest] = asyncio.Queue()
         self._handlers: list[PushHandler] = []
         self._readers = _Readers(paths, node)
-        self._thread = ThreadPoolExecutor(1, "catalogue-reads")
+        self._thread = ThreadPoolExecutor(2, "catalogue-reads")
 
     async def __aenter__(self) -> CatalogClient:
         await self.connect()
@@ -286,7 +286,8 @@ class CatalogClient:
             for handler in self._handlers:
                 try:
                     await handler(push)
-                except IngestError:
+                except Exception:
+                    # The next push is about other bytes: it must arrive all the same.
                     logger.exception("a push from the catalogue could not be handled")
 
     async def _call(

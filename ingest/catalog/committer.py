@@ -46,6 +46,7 @@ class Limits:
     batch_work_s: float = 0.005
     """Work on one batch before it is written; the rest of the queue goes into the next."""
     batch_bytes: int = 8 * 1024 * 1024
+    """Encoded entries after which no further mutation joins a batch."""
     memory_flush_s: float = 0.05
     """Longest time a ``memory`` commit's journal entry stays unflushed."""
     journal_bytes: int = SIZE_BYTES
@@ -78,6 +79,8 @@ class Batch:
     first_sequence: int
     outcomes: list[Outcome] = dataclasses.field(default_factory=list)
     entries: list[e.Entry] = dataclasses.field(default_factory=list)
+    encoded: list[bytes] = dataclasses.field(default_factory=list)
+    encoded_bytes: int = 0
     freed: list[Extent] = dataclasses.field(default_factory=list)
 
     @property
@@ -243,7 +246,12 @@ class Committer:
     def _gather(self, batch: Batch, work_until: float) -> None:
         now_ns = time.time_ns()
         waiting, outcomes = self._waiting, batch.outcomes
-        while waiting and len(outcomes) < self._limits.batch_mutations and time.perf_counter() < work_until:
+        while (
+            waiting
+            and len(outcomes) < self._limits.batch_mutations
+            and batch.encoded_bytes < self._limits.batch_bytes
+            and time.perf_counter() < work_until
+        ):
             ticket = waiting.popleft()
             try:
                 outcomes.append((ticket, self._evaluate(ticket, batch, now_ns)))
@@ -263,6 +271,7 @@ class Committer:
         decision = self._decider.decide(ticket.mutation, sequence, now_ns)
         if isinstance(decision, Known):
             return wire.encode_value(decision.answer)
+        encoded = e.encode(decision)
         self._db.execute("SAVEPOINT mutation")
         try:
             freed = self._index.apply(sequence, decision)
@@ -274,6 +283,8 @@ class Committer:
         finally:
             self._db.execute("RELEASE mutation")
         batch.entries.append(decision)
+        batch.encoded.append(encoded)
+        batch.encoded_bytes += len(encoded)
         batch.freed += freed
         return answer
 
@@ -291,7 +302,7 @@ class Committer:
     # -- journal
     async def _write_journal(self, batch: Batch) -> None:
         """Raises OSError when the batch must be taken back."""
-        payload = e.encode(batch.entries)
+        payload = e.join(batch.encoded)
         crashpoint("journal-before")
         if not self._journal.fits(len(payload)):
             await self._rotate(batch.first_sequence, len(payload))

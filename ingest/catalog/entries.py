@@ -173,8 +173,13 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[list[Entry]] = msgspec.msgpack.Decoder(list[Entry])
 
 
-def encode(batch: list[Entry]) -> bytes:
-    return _encoder.encode(batch)
+def encode(entry: Entry) -> bytes:
+    return _encoder.encode(entry)
+
+
+def join(encoded: list[bytes]) -> bytes:
+    """The payload of a batch: the msgpack array (array 32 of its specification) of entries encoded one by one."""
+    return b"".join((b"\xdd", len(encoded).to_bytes(4), *encoded))
 
 
 def decode(payload: bytes | memoryview) -> list[Entry]:

@@ -156,6 +156,9 @@ def _rebuilt(paths: NodePaths, made: Path, up_to: int) -> sqlite3.Connection:
         except JournalDamaged as error:
             database.close()
             failure = error
+        except FileNotFoundError:
+            database.close()
+            failure = JournalDamaged("the journal was rotated while it was read: check again")
         else:
             return database
     raise failure or JournalDamaged("there is neither a snapshot nor a journal")

@@ -50,6 +50,7 @@ def recover(paths: NodePaths, node: int) -> Recovered:
         database = _open(paths.catalogue, node)
         rebuilt = True
     clean_mark(paths).unlink(missing_ok=True)
+    snapshot.flush_path(paths.catalogue.parent)
     replayed = replay(database, paths.journal)
     return Recovered(database, applied_sequence(database), replayed, rebuilt)
 

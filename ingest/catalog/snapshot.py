@@ -41,6 +41,8 @@ def flush_path(path: Path) -> None:
 
 def copy_database(source: sqlite3.Connection, target: Path) -> int:
     """One consistent copy, on disk on return; its applied sequence. Raises sqlite3.Error, OSError."""
+    # It holds users' sealed secrets, and a target may lie outside the node's folder.
+    os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     with contextlib.closing(rows.connect(target, read_only=False)) as copy:
         source.backup(copy)
         # The copy is a file of its own: no WAL that would have to travel with it.

@@ -173,10 +173,11 @@ SET_RECALL_FAILED = _sql(_by_sequence.values(state=_p("state"), drain_error=_p("
 
 # -- queues over objects
 _buffered = objects.c.state == literal_column("'buffered'")
+_queued = text("state IN ('buffered', 'draining')")  # word for word the index's condition
 _draining = objects.c.state == literal_column("'draining'")
 DUE = _sql(
     sa.select(objects.c.object_id, objects.c.due_ns)
-    .where(_buffered, objects.c.settled == _one, objects.c.due_ns <= _p("now_ns"))
+    .where(_queued, _buffered, objects.c.settled == _one, objects.c.due_ns <= _p("now_ns"))
     .order_by(objects.c.due_ns)
     .limit(_limit)
     .offset(_none)
@@ -199,7 +200,7 @@ QUEUE_COUNTS = _sql(
         sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0")),
         sa.func.coalesce(sa.func.sum(objects.c.drain_attempts > literal_column("0")), literal_column("0")),
         sa.func.min(objects.c.modified_ns),
-    ).where(text("state IN ('buffered', 'draining')"))
+    ).where(_queued)
 )
 EVICTABLE_BYTES = _sql(
     sa.select(sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0"))).where(

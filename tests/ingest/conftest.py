@@ -28,7 +28,7 @@ START_TIMEOUT_S = 20.0
 
 # Fork from a process that has imported the server once: a start then costs what a start costs, not 0.7 s of imports.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ingest.catalog.server", "ingest.catalog.client"])
+_context.set_forkserver_preload(["ingest.catalog.server", "alembic.command", "sqlalchemy.pool"])
 
 
 def _catalogue_process(
@@ -118,13 +118,15 @@ def serving(paths: NodePaths) -> Serving:
     """``async with serving(ops=…, **limits)``: the same server and socket, inside the test's own loop."""
 
     @contextlib.asynccontextmanager
-    async def serve(ops: FileOps | None = None, **limits: int | float) -> AsyncIterator[None]:
+    async def serve(
+        ops: FileOps | None = None, counters: Counters | None = None, **limits: int | float
+    ) -> AsyncIterator[None]:
         stop, ready = asyncio.Event(), asyncio.Event()
         values = {"part_bytes_min": 100, "journal_bytes": 1 << 20} | limits
         task = asyncio.create_task(
             server.serve(
                 paths,
-                Counters(None, CATALOGUE),
+                counters or Counters(None, CATALOGUE),
                 node=0,
                 ready=ready.set,
                 stop=stop,

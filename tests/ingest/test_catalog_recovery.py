@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import sqlite3
 import time
 from collections.abc import Callable
@@ -13,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awscrt import checksums
 
 from ingest import journal
 from ingest.catalog import backup, fsck, lock, recovery, rows, snapshot
 from ingest.catalog.client import CatalogClient
+from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, NoSuchKey, StorageFailed
 from ingest.journal import FileOps, JournalDamaged
+from ingest.label import Label, write_label
 from ingest.paths import NodePaths
-from ingest.records import CommitObject, DeleteObject, Durability, Extent, FreedExtents, ObjectRecord
+from ingest.records import LABEL_BYTES, CommitObject, DeleteObject, Durability, Extent, FreedExtents, ObjectRecord
+from ingest.segments import SegmentHeader
 
 Serving = Callable[..., AbstractAsyncContextManager[None]]
 CommitOf = Callable[..., CommitObject]
@@ -169,8 +174,8 @@ async def test_an_index_ahead_of_the_journal_goes_back_to_it(
 async def test_a_failed_journal_refuses_the_batch_for_ever(
     paths: NodePaths, serving: Serving, commit_of: CommitOf, kind: str
 ) -> None:
-    ops = FailingOps()
-    async with serving(ops, memory_flush_s=60), CatalogClient(paths, slot=0) as client:
+    ops, counters = FailingOps(), Counters(None, CATALOGUE)
+    async with serving(ops, counters, memory_flush_s=60), CatalogClient(paths, slot=0) as client:
         await client.create_bucket("run", "root")
         old = await client.commit(commit_of("run", b"k"))
         await client.commit(commit_of("run", b"memory", durability=Durability.MEMORY))
@@ -182,6 +187,8 @@ async def test_a_failed_journal_refuses_the_batch_for_ever(
         await client.commit(commit_of("run", b"next"))
         with pytest.raises(NoSuchKey):
             await client.by_id(refused.object_id)
+    assert counters.cell("hiss_storage_errors_total", "journal").value() == 1
+    assert counters.cell("hiss_journal_mutations_total").value() == 4
     recovery.clean_mark(paths).unlink()
     paths.catalogue.unlink()  # so that everything comes from the journals
     async with serving(), CatalogClient(paths, slot=0) as client:
@@ -349,6 +356,39 @@ async def test_fsck_names_overlaps_and_missing_segments(
     assert not report.sound
     assert {problem.kind for problem in report.problems} == {"overlap", "segment"}
     assert (report.objects, report.extents, report.live_bytes) == (2, 2, 16384)
+
+
+async def test_fsck_reads_segments_labels_and_payload(paths: NodePaths, serving: Serving, commit_of: CommitOf) -> None:
+    bodies = {name: secrets.token_bytes(9000) for name in (b"whole", b"payload", b"label", b"moved")}
+    file = paths.segment_file(0, 1)
+    file.parent.mkdir(parents=True)
+    image = bytearray(SegmentHeader(0, 0, 1, 1, 1 << 20).encode())
+    requests = []
+    for name, body in bodies.items():
+        extent = Extent(0, 0, 1, 1, len(image), len(body))
+        request = commit_of("run", name, length=len(body), crc64nvme=checksums.crc64nvme(body), extents=(extent,))
+        requests.append(request)
+        label = Label(request.object_id, "run", name, 0, 0, 1, 1, extent.offset, 0, len(body), 0)
+        block = bytearray(LABEL_BYTES)
+        write_label(label, memoryview(block))
+        image += (block + body).ljust(extent.stored_bytes, b"\0")
+    file.write_bytes(image)
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "root")
+        for request in requests:
+            await client.commit(request)
+        report = await asyncio.to_thread(fsck.fsck, paths.root, payload=True)
+        assert report.problems == []
+        assert (report.objects, report.payload_bytes_checked) == (4, 36000)
+    image[requests[1].extents[0].offset + LABEL_BYTES + 5] ^= 1
+    image[requests[2].extents[0].offset + 30] ^= 1
+    start = requests[3].extents[0].offset
+    image[start : start + LABEL_BYTES] = image[4096 : 4096 + LABEL_BYTES]
+    file.write_bytes(image)
+    found = {(problem.kind, problem.where) for problem in fsck.fsck(paths.root, payload=True).problems}
+    assert found == {("payload", "run/payload"), ("label", "run/label"), ("label", "run/moved")}
+    file.write_bytes(SegmentHeader(0, 0, 1, 2, 1 << 20).encode() + image[4096:])
+    assert {problem.kind for problem in fsck.fsck(paths.root).problems} == {"segment"}
 
 
 # -- the client over restarts

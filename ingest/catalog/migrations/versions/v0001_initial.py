@@ -73,9 +73,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("sequence"),
     )
     op.create_index(
-        "objects_due", "objects", ["due_ns"], unique=False, sqlite_where=sa.text("state = 'buffered' AND settled = 1")
-    )
-    op.create_index(
         "objects_evictable",
         "objects",
         ["stored_ns", "length"],
@@ -89,7 +86,7 @@ def upgrade() -> None:
     op.create_index(
         "objects_queue",
         "objects",
-        ["modified_ns", "length", "drain_attempts"],
+        ["state", "settled", "due_ns", "modified_ns", "length", "drain_attempts"],
         unique=False,
         sqlite_where=sa.text("state IN ('buffered', 'draining')"),
     )
