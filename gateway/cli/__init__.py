@@ -15,14 +15,13 @@ code meaning
 130  interrupted
 ==== ==============================================================================================================
 
-A command group registers itself in ``_register`` with a Typer app or a function of its own module.
+A new command is a function or a Typer app in a module of its own, named in ``build_app``.
 """
 
 from __future__ import annotations
 
 import sys
 
-import httpx
 import typer
 from typer.exceptions import TyperException
 
@@ -34,15 +33,6 @@ from gateway.supervisor.resources import NodeRefused
 from gateway.users import UsersError
 from ingest.errors import CatalogUnavailable, IngestError
 
-app = typer.Typer(
-    name="hiss",
-    help="S3-compatible ingest gateway for beamline instruments.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
     (SettingsError, ExitCode.USAGE),
     (UsersError, ExitCode.USAGE),
@@ -50,31 +40,39 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
     (RoleFailed, ExitCode.NOT_STARTED),
     (CatalogUnavailable, ExitCode.NO_NODE),
     (IngestError, ExitCode.USAGE),
-    (httpx.TransportError, ExitCode.NO_NODE),
 )
 """What an error of the rooms below means for the exit code; the first class that fits counts."""
 
 
-def _register() -> None:
+def build_app() -> typer.Typer:
+    """The command with all its groups. Each module loads what it needs when its command runs, so that all start fast."""
     from gateway.cli import catalog, run, send, serve, settings, status, user
 
+    app = typer.Typer(
+        name="hiss",
+        help="S3-compatible ingest gateway for beamline instruments.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     app.command("serve")(serve.serve)
     app.command("status")(status.status)
     app.command("drain")(status.drain)
     app.command("send")(send.send)
     app.command("settings")(settings.settings)
-    app.command("fsck")(catalog.fsck)
+    app.command("fsck")(catalog.check)
     app.add_typer(run.app, name="run")
-    app.add_typer(catalog.app, name="catalog")
     app.add_typer(user.app, name="user")
+    app.add_typer(catalog.app, name="catalog")
+    return app
 
 
 def main() -> None:
     """Entry point of the ``hiss`` script."""
-    _register()
     try:
         # Not standalone: usage errors, too, are to be one line here.
-        sys.exit(app(standalone_mode=False) or ExitCode.OK)
+        sys.exit(build_app()(standalone_mode=False) or ExitCode.OK)
     except TyperException as error:
         message = error.format_message()
         if not message:  # a group without a command: its help is the answer

@@ -11,23 +11,22 @@ import typer
 
 from gateway.cli import node, options
 from gateway.cli.output import CliError, ExitCode, print_json, print_table
-from ingest.catalog import backup as catalogue_backup
-from ingest.catalog import fsck as catalogue_fsck
-from ingest.catalog.lock import CatalogueBusy
-from ingest.journal import JournalDamaged
 
 app = typer.Typer(help="Back-ups of the catalogue.", no_args_is_help=True)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The back-up: one SQLite file.")]
 
 
-@app.command()
-def backup(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
+@app.command("backup")
+def back_up(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
     """Write a back-up of the catalogue; the node may run. Object bytes are not in it."""
+    from ingest.catalog.backup import backup
+    from ingest.journal import JournalDamaged
+
     if file.exists():
         raise CliError(f"{file} is there already; give a new name")
     try:
-        report = catalogue_backup.backup(node.paths_of(data).root, file)
+        report = backup(node.paths_of(data).root, file)
     except JournalDamaged as error:
         raise CliError(f"the journal of {data} is damaged: {error}; run `hiss fsck --data {data}`") from None
     except (OSError, sqlite3.Error) as error:
@@ -38,11 +37,14 @@ def backup(file: File, data: options.NodeData, as_json: options.Json = False) ->
     print(f"{report.file}: {report.size_bytes} bytes, complete up to journal entry {report.applied_sequence}")
 
 
-@app.command()
-def restore(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
+@app.command("restore")
+def put_back(file: File, data: options.NodeData, as_json: options.Json = False) -> None:
     """Make a back-up the catalogue of a stopped node; what was committed later is no longer known."""
+    from ingest.catalog.backup import restore
+    from ingest.catalog.lock import CatalogueBusy
+
     try:
-        report = catalogue_backup.restore(node.paths_of(data).root, file)
+        report = restore(node.paths_of(data).root, file)
     except CatalogueBusy:
         raise CliError(f"a node runs on {data}; stop it first", ExitCode.HELD) from None
     except (OSError, sqlite3.Error) as error:
@@ -55,15 +57,18 @@ def restore(file: File, data: options.NodeData, as_json: options.Json = False) -
         print(f"set aside: {path}")
 
 
-def fsck(
+def check(
     data: options.NodeData,
     repair: Annotated[bool, typer.Option("--repair", help="Build a damaged index anew (stopped node).")] = False,
     payload: Annotated[bool, typer.Option("--payload", help="Read every buffered byte, too.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Check journal, index and segments against each other. Exit code 0: sound; 1: something does not fit."""
+    from ingest.catalog.fsck import fsck
+    from ingest.catalog.lock import CatalogueBusy
+
     try:
-        report = catalogue_fsck.fsck(node.paths_of(data).root, repair=repair, payload=payload)
+        report = fsck(node.paths_of(data).root, repair=repair, payload=payload)
     except CatalogueBusy:
         raise CliError(f"a node runs on {data}; stop it to repair", ExitCode.HELD) from None
     except OSError as error:

@@ -13,17 +13,17 @@ import os
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from gateway.cli.options import SECRET_VARIABLE
 from gateway.cli.output import CliError, ExitCode
 from gateway.node_key import NodeKey
 from gateway.users import KeyPair, stored_root_keys
-from ingest.catalog.client import CatalogClient
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
+
+if TYPE_CHECKING:
+    import httpx
 
 _CATALOGUE_TIMEOUT_S = 10.0
 
@@ -39,6 +39,8 @@ class Node:
 
     def control(self) -> httpx.Client:
         """A client of the control API; the caller closes it."""
+        import httpx
+
         if not self.control_url:
             raise CliError("which node? give --data DIR of a running node, or --control URL")
         return httpx.Client(
@@ -50,6 +52,8 @@ class Node:
 
     def ask(self, path: str, **params: str | int) -> Any:
         """GET a JSON document of the control API. Raises CliError."""
+        import httpx
+
         with self.control() as client:
             try:
                 answer = client.get(path, params=params)
@@ -128,6 +132,8 @@ def root_keys(data: Path) -> KeyPair:
 async def catalogue(paths: NodePaths) -> AsyncIterator[Catalog]:
     """The catalogue of the node that runs on ``paths.root``, over its socket."""
     running(paths.root)
+    from ingest.catalog.client import CatalogClient
+
     async with CatalogClient(paths, timeout_s=_CATALOGUE_TIMEOUT_S) as catalog:
         yield catalog
 

@@ -21,7 +21,6 @@ from gateway.node_key import NodeKey
 from gateway.settings import Settings, load
 from gateway.supervisor.node import Supervisor
 from gateway.supervisor.table import node_roles
-from ingest.catalog.client import CatalogClient
 from ingest.paths import NodePaths
 
 
@@ -102,6 +101,8 @@ class Node:
 
     async def _write_users(self) -> None:
         """Root and users.toml into the catalogue: when it is first ready, and on SIGHUP."""
+        from ingest.catalog.client import CatalogClient
+
         key = NodeKey.load_or_create(self._paths.node_key)
         self._root, made = users.root_keys(self._paths, key)
         self._root_is_new = self._root_is_new or made

@@ -176,9 +176,13 @@ class Supervisor:
             passed = [boot_fd, *told.descriptors()]
             if role.holds_lock:
                 passed.append(self._lock_fd)
+            environ = dict(self._environ)
+            if restarts:
+                # Who died at a crash point is followed by one that is to recover, not to die there again.
+                environ.pop("HISS_CRASHPOINT", None)
             try:
                 return Child.spawn(
-                    role.command(role.name, boot_fd), pass_fds=passed, ready_fd=ready_fd, environ=self._environ
+                    role.command(role.name, boot_fd), pass_fds=passed, ready_fd=ready_fd, environ=environ
                 )
             except OSError:
                 os.close(ready_fd)

@@ -177,6 +177,8 @@ class RealNode:
     def __init__(self, folder: Path, *flags: str) -> None:
         self.data_dir = folder / "data"
         self._flags = flags
+        self.users_file = folder / "users.toml"
+        self.users_file.touch(mode=0o600)
         self.log = folder / "log"
         self.process = self._start()
 
@@ -185,6 +187,7 @@ class RealNode:
         sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
         command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir), "--host", "127.0.0.1"]
         command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0", "--workers", "1", *sizes, *self._flags]
+        command += ["--users", str(self.users_file)]
         with self.log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environ)
 
