@@ -175,13 +175,13 @@ def get_large(bench: Bench) -> Figure:
 def put_with_kernel(bench: Bench) -> Figure:
     """One stream of 1 Mpixel frames of uint16 with a threshold-and-sum kernel, against the same stream without."""
     rounds = _Rounds()
-    bench.node.bucket("kernel", "memory")
+    bench.node.bucket("kernel", "disk")
     bench.node.call("PUT", "/kernel/_kernels/threshold.py", KERNEL)
     bench.put("kernel", LARGE_BYTES, 2, headers=FRAME_HEADERS)
     time.sleep(2)
     for _ in range(bench.rounds):
         bench.node.settle()
-        rounds.ceilings.append(bench.put("memory", LARGE_BYTES, ROUND_OBJECTS, headers=FRAME_HEADERS).bytes_per_s)
+        rounds.ceilings.append(bench.put("disk", LARGE_BYTES, ROUND_OBJECTS, headers=FRAME_HEADERS).bytes_per_s)
         bench.node.settle()
         rounds.values.append(bench.put("kernel", LARGE_BYTES, ROUND_OBJECTS, headers=FRAME_HEADERS).bytes_per_s)
     judged = bench.node.metric("hiss_kernel_frames_total")
@@ -191,7 +191,9 @@ def put_with_kernel(bench: Bench) -> Figure:
 
 
 def feedback(bench: Bench) -> Figure:
+    before = bench.node.metric("hiss_kernel_catchup_frames_total")
     p50, p99 = feedback_latency_ms(bench.node, frames=500, frames_per_s=100)
+    late = bench.node.metric("hiss_kernel_catchup_frames_total") - before
     return Figure(
         name="feedback after the frame's last byte, p99",
         unit="ms",
@@ -202,7 +204,7 @@ def feedback(bench: Bench) -> Figure:
         wanted=10.0,
         met=p99 <= 10.0,
         rounds=1,
-        note=f"median {p50:.1f} ms; 2 MB frames at 100 frames/s",
+        note=f"median {p50:.1f} ms; 2 MB frames at 100 frames/s, {late:.0f} of 500 reduced from disk",
     )
 
 
