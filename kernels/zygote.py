@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="kernels.zygote", description="fork server of sandboxed kernels")
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--parent", type=int, default=0, help="process id this one must not outlive")
-    parser.add_argument("--ready-fd", type=int, default=-1, help="descriptor that gets one byte once requests are answered")
+    parser.add_argument(
+        "--ready-fd", type=int, default=-1, help="descriptor that gets one byte once requests are answered"
+    )
     parser.add_argument("--max-children", type=int, default=DEFAULT_MAX_CHILDREN)
     parser.add_argument("--uid-base", type=int, default=DEFAULT_UID_BASE, help="first user id of children, as root")
     options = parser.parse_args(arguments)
