@@ -92,6 +92,7 @@ def make_catalogue() -> Iterator[Callable[..., CatalogueProcess]]:
     made: list[CatalogueProcess] = []
 
     def make(paths: NodePaths, **limits: int | float) -> CatalogueProcess:
+        """``limits``: fields of ``committer.Limits``."""
         process = CatalogueProcess(paths, Limits(**limits))  # type: ignore[arg-type]
         made.append(process)
         process.start()
@@ -100,17 +101,6 @@ def make_catalogue() -> Iterator[Callable[..., CatalogueProcess]]:
     yield make
     for process in made:
         process.kill()
-
-
-@pytest.fixture
-def catalogue(paths: NodePaths, make_catalogue: Callable[..., CatalogueProcess]) -> CatalogueProcess:
-    return make_catalogue(paths, part_bytes_min=100, journal_bytes=1 << 20)
-
-
-@pytest.fixture
-async def client(paths: NodePaths, catalogue: CatalogueProcess) -> AsyncIterator[CatalogClient]:
-    async with CatalogClient(paths, slot=0) as client:
-        yield client
 
 
 @pytest.fixture
@@ -144,6 +134,12 @@ def serving(paths: NodePaths) -> Serving:
             await task
 
     return serve
+
+
+@pytest.fixture
+async def client(paths: NodePaths, serving: Serving) -> AsyncIterator[CatalogClient]:
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        yield client
 
 
 @pytest.fixture

@@ -216,4 +216,4 @@ class Catalogue(RuleBasedStateMachine):
 
 
 TestCatalogue = Catalogue.TestCase
-TestCatalogue.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
+TestCatalogue.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
