@@ -210,6 +210,8 @@ def feedback(bench: Bench) -> Figure:
 
 def resident(bench: Bench) -> Figure:
     """32 concurrent PUTs of 1 GiB: private memory of the worker that has most."""
+    for bucket in ("disk", "memory"):
+        bench.node.clear(bucket)  # 32 GiB must find room
     connections = [Connection(bench.node.endpoint) for _ in range(32)]
     prefix = bench.prefix("disk")
     size = 1 << 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -85,6 +86,19 @@ class Node:
         tags = {"hiss.durability": durability, "hiss.drain-after-s": "86400"}
         rows = "".join(f"<Tag><Key>{key}</Key><Value>{value}</Value></Tag>" for key, value in tags.items())
         self.call("PUT", f"/{name}?tagging=", f"<Tagging><TagSet>{rows}</TagSet></Tagging>".encode())
+
+    def clear(self, bucket: str) -> None:
+        """Delete every object of the bucket but its kernels."""
+        while True:
+            connection = Connection(self.endpoint)
+            connection.send(head(self.endpoint, "GET", f"/{bucket}?list-type=2", 0))
+            listing = connection.answer_body().decode()
+            keys = [key for key in re.findall("<Key>([^<]+)</Key>", listing) if not key.startswith("_kernels/")]
+            for key in keys:
+                connection.call(head(self.endpoint, "DELETE", f"/{bucket}/{key}", 0))
+            connection.close()
+            if not keys:
+                return
 
     def settle(self, timeout_s: float = 60.0) -> None:
         """Wait until nothing is held in the arena but packing slabs: earlier rounds must not weigh on the next."""

@@ -64,6 +64,15 @@ class Connection:
 
     def answer(self) -> tuple[int, bytes, int]:
         """(status, head, body bytes read and dropped). Raises AnswerError for a status of 400 or more."""
+        return self._answer(None)
+
+    def answer_body(self) -> bytes:
+        """The body of an answer that is small."""
+        kept = bytearray()
+        self._answer(kept)
+        return bytes(kept)
+
+    def _answer(self, kept: bytearray | None) -> tuple[int, bytes, int]:
         data = b""
         while (end := data.find(b"\r\n\r\n")) < 0:
             received = self.socket.recv(65536)
@@ -75,11 +84,15 @@ class Connection:
         length = next(
             (int(line[15:]) for line in answer_head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
         )
+        if kept is not None:
+            kept += rest
         left = length - len(rest)
         while left > 0:
             count = self.socket.recv_into(self._buffer, min(left, len(self._buffer)))
             if not count:
                 raise AnswerError("the server closed the connection inside a body")
+            if kept is not None:
+                kept += self._buffer[:count]
             if status >= 400:
                 rest += self._buffer[:count]
             left -= count
