@@ -122,7 +122,7 @@ def batch(frames: np.ndarray, slot: int = 0, first_frame: int = 0, offset: int =
     return Batch(0, offset, frames[0].nbytes, first_frame, len(frames), slot)
 
 
-@pytest.mark.parametrize("dtype", ["<u2", "<i4", "|u1", "<u8", "<f4"])
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<u8", "<f4"])
 async def test_results_equal_numpy(start: Start, region: Any, dtype: str) -> None:
     frames = np.random.default_rng(1).integers(0, 64, (5, 6, 9)).astype(dtype)
     frames[2] = 0
@@ -192,7 +192,7 @@ async def test_the_kernel_sees_frames_written_after_it_started(start: Start, reg
         assert (await sandbox.run(batch(frames, offset=4096))).verdicts.tolist() == [verdict]
 
 
-@pytest.mark.parametrize("offset", [0, 1, 2, 6])
+@pytest.mark.parametrize("offset", [1, 6])
 async def test_unaligned_frames(start: Start, region: Any, offset: int) -> None:
     frames = np.arange(3 * 12, dtype="<u4").reshape(3, 3, 4)
     place(region, frames, offset)
@@ -204,7 +204,7 @@ async def test_unaligned_frames(start: Start, region: Any, offset: int) -> None:
     assert sandbox.collect(0)["total"][0] == frames.sum()
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (2, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(5,), (2, 2, 2, 2)])
 async def test_other_dimensions(start: Start, region: Any, shape: tuple[int, ...]) -> None:
     frames = np.ones((2, *shape), "<f4")
     place(region, frames)
@@ -239,26 +239,26 @@ async def test_a_full_batch(start: Start, region: Any) -> None:
     assert (await sandbox.run(batch(frames))).verdicts.tolist() == [int(n % 3 > 0) for n in range(MAX_BATCH)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"count": 0}, "a batch has 1 to"),
-        ({"count": MAX_BATCH + 1}, "a batch has 1 to"),
-        ({"frame_bytes": 64}, "compiled for 128"),
-        ({"region": 1}, "region 1 of 1"),
-        ({"region": -1}, "region -1 of 1"),
-        ({"offset": -128}, "within its region"),
-        ({"offset": (8 << 20) - 127}, "within its region"),
-        ({"slot": 2}, "slot 2 of 2"),
-        ({"first_frame": -1}, "first frame -1"),
-    ],
-)
-async def test_batches_out_of_range_are_not_sent(start: Start, changes: dict[str, int], reason: str) -> None:
+OUT_OF_RANGE: list[tuple[dict[str, int], str]] = [
+    ({"count": 0}, "a batch has 1 to"),
+    ({"count": MAX_BATCH + 1}, "a batch has 1 to"),
+    ({"frame_bytes": 64}, "compiled for 128"),
+    ({"region": 1}, "region 1 of 1"),
+    ({"region": -1}, "region -1 of 1"),
+    ({"offset": -128}, "within its region"),
+    ({"offset": (8 << 20) - 127}, "within its region"),
+    ({"slot": 2}, "slot 2 of 2"),
+    ({"first_frame": -1}, "first frame -1"),
+]
+
+
+async def test_batches_out_of_range_are_not_sent(start: Start) -> None:
     sandbox = await start(HEAD + "    return KEEP\n")
-    fields = {"region": 0, "offset": 0, "frame_bytes": 128, "first_frame": 0, "count": 1, "slot": 0} | changes
-    with pytest.raises(ValueError, match=reason):
-        await sandbox.run(Batch(**fields))
-    assert sandbox.alive
+    fields = {"region": 0, "offset": 0, "frame_bytes": 128, "first_frame": 0, "count": 1, "slot": 0}
+    for changes, reason in OUT_OF_RANGE:
+        with pytest.raises(ValueError, match=reason):
+            await sandbox.run(Batch(**(fields | changes)))
+    assert (await sandbox.run(Batch(**fields))).verdicts.tolist() == [KEEP]
 
 
 WRONG_TYPES = {
