@@ -7,6 +7,7 @@ it is given up, and the first line of the user's source runs after Landlock and 
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import mmap
 import os
@@ -43,7 +44,7 @@ def main(spec: SandboxSpec, fds: Sequence[int], confinement: lockdown.Confinemen
 
 def _keep_only(channel: int) -> None:
     """Descriptors 0 to 2 on /dev/null, the channel on 3, nothing else (mappings outlive theirs)."""
-    aside = os.dup2(channel, 1000 if channel != 1000 else 1001)
+    aside = fcntl.fcntl(channel, fcntl.F_DUPFD, CHANNEL_FD + 1)
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

@@ -161,8 +161,11 @@ class SandboxProcess:
         try:
             return await self.ending()
         finally:
+            # Also when the wait was cancelled: the process ends soon, and its descriptors with it.
             if self.ended:
                 self._release()
+            else:
+                self._ended.add_done_callback(lambda _: self._release())
 
     async def _wait_ended(self) -> None:
         while not self._ended.done():

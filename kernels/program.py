@@ -27,6 +27,7 @@ from kernels.contract import DROP, KEEP, VERDICTS, Kernel
 from kernels.wire import BAD_VERDICT
 
 MAX_REASON_CHARS = 400
+_FOLDER = "<kernel>/"
 
 
 class NotCompiled(Exception):
@@ -141,20 +142,27 @@ def _load(kernel: Kernel) -> dict[str, Any]:
     """Execute the module: definitions and literals, if it passed the gate. Its functions become numba's."""
     _offer_imports()
     source = kernel.source
-    linecache.cache[kernel.file] = (len(source), None, source.splitlines(keepends=True), kernel.file)
+    linecache.cache[_code_name(kernel)] = (len(source), None, source.splitlines(keepends=True), _code_name(kernel))
     namespace: dict[str, Any] = {"__name__": "kernel", "np": np, "math": math, "emit": emit, **VERDICTS}
     try:
-        exec(compile(source, kernel.file, "exec", dont_inherit=True), namespace)
+        exec(compile(source, _code_name(kernel), "exec", dont_inherit=True), namespace)
     except SyntaxError as error:
         raise NotCompiled(error.lineno or 1, f"syntax error: {error.msg}") from None
     except Exception as error:
-        raise NotCompiled(_line_of(error, kernel.file), f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]) from None
+        raise NotCompiled(
+            _line_of(error, _code_name(kernel)), f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+        ) from None
     for name, value in list(namespace.items()):
-        if isinstance(value, types.FunctionType) and value.__code__.co_filename == kernel.file:
+        if isinstance(value, types.FunctionType) and value.__code__.co_filename == _code_name(kernel):
             namespace[name] = _jit(value)
     if not hasattr(namespace.get("frame"), "py_func"):
         raise NotCompiled(1, "there is no function frame()")
     return namespace
+
+
+def _code_name(kernel: Kernel) -> str:
+    """The file name of the compiled code: none of numba's own files may be taken for the user's."""
+    return f"{_FOLDER}{kernel.file}"
 
 
 def _offer_imports() -> None:
@@ -186,16 +194,16 @@ _OPENING = re.compile(r"^Failed in nopython mode pipeline \(step: [^)]*\)\n?")
 
 def _explained(error: errors.NumbaError, kernel: Kernel, first_line: int) -> NotCompiled:
     text = _OPENING.sub("", _ESCAPES.sub("", str(error))).strip()
-    return NotCompiled(_compile_line(error, text, kernel, first_line), _compile_reason(text))
+    return NotCompiled(_compile_line(error, text, kernel, first_line), _compile_reason(text.replace(_FOLDER, "")))
 
 
 def _compile_line(error: errors.NumbaError, text: str, kernel: Kernel, first_line: int) -> int:
     """The innermost place in the user's file: numba names a helper's line before the line of its caller."""
-    named = re.search(rf'File "[^"\n]*{re.escape(kernel.file)}", line (\d+):', text)
+    named = re.search(rf'File "[^"\n]*{re.escape(_code_name(kernel))}", line (\d+):', text)
     if named:
         return int(named[1])
     location = getattr(error, "loc", None)
-    if location is not None and str(location.filename).endswith(kernel.file):
+    if location is not None and str(location.filename).endswith(_code_name(kernel)):
         return int(location.line)
     return first_line
 

@@ -9,10 +9,10 @@ has returned, or ``SandboxFailed`` was raised, the process has ended and maps no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import math
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 
@@ -22,12 +22,12 @@ import numpy.typing as npt
 from ingest.ports import KernelRefused
 from kernels import wire
 from kernels.contract import DTYPES, MAX_FRAME_NDIM, Kernel, resolve_params
+from kernels.output import Output, Reply, validated
 from kernels.process import SandboxFailed, SandboxProcess
 
 __all__ = ["Batch", "Reply", "Sandbox", "SandboxFailed", "SandboxLimits", "check"]
 
 _F_SEAL_FUTURE_WRITE = 0x0010
-_MAX_DROPPED_FEEDBACK = 1 << 40
 
 DEFAULT_LAYOUTS = (("<u2", 2), ("<u4", 2), ("<i4", 2), ("<f4", 2))
 """(dtype, dimensions) of frames that a kernel is tried with when it does not say what it is for."""
@@ -50,6 +50,7 @@ class SandboxLimits:
     """Map regions with MAP_POPULATE: costs about 80 ms per GiB at start, saves a third on the first pass."""
 
 
+_CLOSED = "the sandbox is closed"
 _DEFAULT_LIMITS = SandboxLimits()
 
 
@@ -65,63 +66,13 @@ class Batch:
     slot: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reply:
-    """``verdicts``: DROP or KEEP of each frame. ``feedback``: (frame, code, value), in the order emitted; a value may be
-    NaN or infinite if the kernel emitted one."""
-
-    verdicts: npt.NDArray[np.uint8]
-    feedback: list[tuple[int, int, float]]
-    dropped_feedback: int
-
-
-class _Output:
-    """The output memory, shared read-write with the process: its size is sealed, its content is never trusted."""
-
-    def __init__(self, layout: wire.OutputLayout) -> None:
-        self._layout = layout
-        self.fd = os.memfd_create("hiss-kernel-output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, layout.size_bytes)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self._mapping = mmap.mmap(self.fd, layout.size_bytes)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self._memory = memoryview(self._mapping)
-        self.verdicts = layout.verdicts(self._memory)
-        self.counters = layout.counters(self._memory)
-        self.feedback = layout.feedback(self._memory)
-        # Fresh memory is zero already; touching it would cost a page each for nothing.
-        for slot in range(layout.slots):
-            self.reset(slot, fresh=True)
-
-    def reset(self, slot: int, *, fresh: bool = False) -> None:
-        for spec, array in zip(self._layout.state, self._layout.slot_state(self._memory, slot), strict=True):
-            if spec.identity != 0 or not fresh:
-                array.fill(spec.identity)
-
-    def collect(self, slot: int) -> dict[str, npt.NDArray[np.generic]]:
-        arrays = self._layout.slot_state(self._memory, slot)
-        return {spec.name: array.copy() for spec, array in zip(self._layout.state, arrays, strict=True)}
-
-    def close_fd(self) -> None:
-        os.close(self.fd)
-
-    def close(self) -> None:
-        """Unmap, once nobody uses the arrays any more."""
-        del self.verdicts, self.counters, self.feedback
-        self._memory.release()
-        self._mapping.close()
-
-
 class Sandbox:
     """One sandboxed process. Belongs to one event loop; ``run`` calls queue up."""
 
     def __init__(
         self,
         process: SandboxProcess,
-        output: _Output,
+        output: Output,
         *,
         frame_bytes: int,
         region_count: int,
@@ -130,7 +81,7 @@ class Sandbox:
         limits: SandboxLimits,
     ) -> None:
         self._process = process
-        self._output: _Output | None = output
+        self._output: Output | None = output
         self._frame_bytes = frame_bytes
         self._region_count = region_count
         self._region_bytes = region_bytes
@@ -138,6 +89,7 @@ class Sandbox:
         self._limits = limits
         self._sequence = 0
         self._turn = asyncio.Lock()
+        self._closing = False
 
     @classmethod
     async def start(
@@ -181,7 +133,7 @@ class Sandbox:
 
     @property
     def alive(self) -> bool:
-        return self._output is not None and not self._process.ended
+        return self._output is not None and not self._closing and not self._process.ended
 
     @property
     def pid(self) -> int:
@@ -200,7 +152,8 @@ class Sandbox:
                 return await asyncio.shield(exchange)
             except asyncio.CancelledError:
                 while not exchange.done():
-                    await asyncio.wait((exchange,))
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait((exchange,))
                 if not exchange.cancelled():
                     exchange.exception()
                 raise
@@ -214,7 +167,13 @@ class Sandbox:
         return self._opened().collect(self._check_slot(slot))
 
     async def close(self) -> None:
-        """Kill the process and wait for its end; may be called again."""
+        """Kill the process and wait for its end; may be called again. Runs under way fail as unavailable."""
+        self._closing = True
+        self._process.signal_kill()
+        async with self._turn:
+            await self._end()
+
+    async def _end(self) -> None:
         output, self._output = self._output, None
         await self._process.kill()
         if output is not None:
@@ -239,9 +198,11 @@ class Sandbox:
                 raise SandboxFailed("timeout", self._where(output, batch, timeout_s)) from None
             if reply is None:
                 raise SandboxFailed("crash", await self._process.kill())
-            return _validated(reply, run, output)
+            return validated(reply, run, output)
         except SandboxFailed:
-            await self.close()
+            await self._end()
+            if self._closing:
+                raise SandboxFailed("unavailable", _CLOSED) from None
             raise
         except asyncio.CancelledError:
             # Only the end of the event loop cancels an exchange; nobody will read its reply.
@@ -249,7 +210,7 @@ class Sandbox:
             raise
 
     @staticmethod
-    def _where(output: _Output, batch: Batch, timeout_s: float) -> str:
+    def _where(output: Output, batch: Batch, timeout_s: float) -> str:
         frame = int(output.counters[0])
         last = batch.first_frame + batch.count - 1
         place = f"frame {frame}" if batch.first_frame <= frame <= last else f"frames {batch.first_frame} to {last}"
@@ -257,9 +218,9 @@ class Sandbox:
 
     # -- arguments
 
-    def _opened(self) -> _Output:
-        if self._output is None:
-            raise SandboxFailed("unavailable", "the sandbox is closed")
+    def _opened(self) -> Output:
+        if self._output is None or self._closing:
+            raise SandboxFailed("unavailable", _CLOSED)
         return self._output
 
     def _check_slot(self, slot: int) -> int:
@@ -310,9 +271,9 @@ async def check(
 
 async def _launch(
     zygote_socket: str, spec: wire.SandboxSpec, region_fds: Sequence[int], limits: SandboxLimits
-) -> tuple[SandboxProcess, _Output, list[wire.RawReply]]:
+) -> tuple[SandboxProcess, Output, list[wire.RawReply]]:
     """A process that has compiled, or has refused for every layout; raises SandboxFailed with the process gone."""
-    output = _Output(wire.OutputLayout(spec.kernel.state, spec.slots))
+    output = Output(wire.OutputLayout(spec.kernel.state, spec.slots))
     try:
         try:
             process = await SandboxProcess.fork(zygote_socket, spec, output.fd, region_fds)
@@ -358,33 +319,6 @@ async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> 
         if reply.kind != wire.KIND_REFUSED or len(refusals) == layouts:
             raise SandboxFailed("lie", "an answer that nothing asked for, before the first batch")
         refusals.append(reply)
-
-
-def _validated(reply: wire.RawReply, run: wire.Run, output: _Output) -> Reply:
-    """The reply's values, copied once and checked. Raises SandboxFailed."""
-    if reply.sequence != run.sequence:
-        raise SandboxFailed("lie", f"an answer to batch {reply.sequence} instead of {run.sequence}")
-    if reply.kind == wire.KIND_RAISED and reply.index < run.count:
-        raise SandboxFailed("crash", f"frame {run.first_frame + reply.index}: {reply.text}")
-    if reply.kind != wire.KIND_DONE or reply.index != run.count:
-        raise SandboxFailed("lie", "the answer does not fit the batch")
-    if reply.feedback_count > wire.MAX_FEEDBACK or reply.dropped_feedback > _MAX_DROPPED_FEEDBACK:
-        raise SandboxFailed("lie", "feedback beyond its limits")
-    verdicts = output.verdicts[: run.count].copy()
-    wrong = np.flatnonzero(verdicts > 1)
-    if wrong.size:
-        frame = run.first_frame + int(wrong[0])
-        if verdicts[wrong[0]] == wire.BAD_VERDICT:
-            raise SandboxFailed("lie", f"frame {frame}: frame() returned neither KEEP nor DROP")
-        raise SandboxFailed("lie", f"frame {frame}: no valid verdict")
-    feedback: list[tuple[int, int, float]] = []
-    if reply.feedback_count:
-        entries = output.feedback[: reply.feedback_count].copy()
-        frames = entries["frame"]
-        if frames.min() < run.first_frame or frames.max() >= run.first_frame + run.count:
-            raise SandboxFailed("lie", "feedback about frames that are not in the batch")
-        feedback = entries.tolist()
-    return Reply(verdicts, feedback, reply.dropped_feedback)
 
 
 def _spec(

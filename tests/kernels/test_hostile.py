@@ -8,12 +8,13 @@ works. The gate refuses the same sources, which is tested too.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ async def launch(zygote_socket: str, region: Any, until: Callable[..., Any]) -> 
     before = len(os.listdir("/proc/self/fd"))
     region.maps[0][: FRAME.nbytes * 8] = np.broadcast_to(FRAME, (8, 8, 8)).tobytes()
 
-    async def begin(source: str, limits: SandboxLimits = LIMITS, path: str = zygote_socket) -> Sandbox:
+    async def begin(
+        source: str, limits: SandboxLimits = LIMITS, path: str = zygote_socket, region_fds: Sequence[int] = ()
+    ) -> Sandbox:
         kernel = Kernel(
             name="hostile",
             source=source,
@@ -62,7 +65,7 @@ async def launch(zygote_socket: str, region: Any, until: Callable[..., Any]) -> 
             {},
             dtype="<u2",
             shape=(8, 8),
-            region_fds=region.region_fds,
+            region_fds=region_fds or region.region_fds,
             region_bytes=region.region_bytes,
             slots=2,
             limits=limits,
@@ -217,15 +220,30 @@ libc = ctypes.CDLL(None)
 """
 
 
-async def test_the_input_cannot_be_written(launch: Launch) -> None:
+@pytest.fixture(params=["sealed", "read-only descriptor"])
+def input_fds(request: pytest.FixtureRequest, region: Any) -> Iterator[list[int]]:
+    """Both ways in which memory that others may write is handed to a sandbox."""
+    if request.param == "sealed":
+        yield region.region_fds
+        return
+    fd = os.memfd_create("region", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, region.region_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    yield [read_only]
+    os.close(read_only)
+    os.close(fd)
+
+
+async def test_the_input_cannot_be_written(launch: Launch, input_fds: list[int]) -> None:
     with pytest.raises(SandboxFailed, match="memory that is not its own"):
-        await launch(FIND_INPUT + "ctypes.memset(addresses[0], 0, 4096)\n" + HARMLESS)
+        await launch(FIND_INPUT + "ctypes.memset(addresses[0], 0, 4096)\n" + HARMLESS, region_fds=input_fds)
 
 
-async def test_the_input_cannot_be_made_writable(launch: Launch) -> None:
+async def test_the_input_cannot_be_made_writable(launch: Launch, input_fds: list[int]) -> None:
     attempt = "assert libc.mprotect(ctypes.c_void_p(addresses[0]), 4096, 3) == 0, 'still read-only'\n"
     with pytest.raises(KernelRefused, match="still read-only"):
-        await launch(FIND_INPUT + attempt + HARMLESS)
+        await launch(FIND_INPUT + attempt + HARMLESS, region_fds=input_fds)
 
 
 RUNNING = {

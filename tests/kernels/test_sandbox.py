@@ -362,14 +362,25 @@ async def test_a_cancelled_run_waits_for_its_batch(start: Start, region: Any) ->
     place(region, frames)
     sandbox = await start(source)
     cancelled = asyncio.ensure_future(sandbox.run(batch(frames)))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    cancelled.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+        cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     assert sandbox.alive
     assert sandbox.collect(0)["n"].tolist() == [40_000_000]
     assert (await sandbox.run(batch(frames))).verdicts.tolist() == [KEEP]
+
+
+async def test_closing_ends_what_runs_and_what_waits(start: Start) -> None:
+    sandbox = await start(ENDLESS)
+    frames = np.zeros((1, 8, 8), "<u2")
+    runs = [asyncio.ensure_future(sandbox.run(batch(frames))) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.gather(sandbox.close(), sandbox.close())
+    outcomes = await asyncio.gather(*runs, return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["unavailable: the sandbox is closed"] * 3
+    assert not sandbox.alive
 
 
 async def test_a_timeout_kills_soon(start: Start) -> None:
