@@ -199,6 +199,13 @@ class Packer:
         assert offset is not None
         return slab, offset
 
+    def close_idle(self) -> None:
+        """Give back open slabs that nobody is in: they hold memory, and their segments could not be recycled."""
+        for kind, slab in list(self._open.items()):
+            if not slab.members and slab.run is None:
+                del self._open[kind]
+                slab.close()
+
     def abandon(self, slab: PackSlab) -> None:
         """The slab's segment failed: place nothing there any more."""
         slab.closed = True

@@ -52,6 +52,11 @@ class NodePaths:
         return self.root / "archive"
 
     @property
+    def archive_identity(self) -> Path:
+        """Which archive this node knows: an empty mount point must not be taken for a new one."""
+        return self.root / "archive-id"
+
+    @property
     def run(self) -> Path:
         return self.root / "run"
 

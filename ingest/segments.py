@@ -138,6 +138,8 @@ class SegmentStore:
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
+        self.changes = 0
+        """Grows with every change of the live bytes."""
 
     # -- start-up
 
@@ -226,6 +228,7 @@ class SegmentStore:
 
     def adopt(self, extents: Iterable[Extent]) -> None:
         """These extents are committed: their segments live until the catalogue frees them."""
+        self.changes += 1
         for extent in extents:
             segment = self.segments.get(extent.segment)
             if segment is not None and segment.generation == extent.generation:
@@ -244,6 +247,7 @@ class SegmentStore:
 
     def freed(self, extents: Sequence[Extent]) -> None:
         """The catalogue dropped these extents."""
+        self.changes += 1
         for extent in extents:
             segment = self.segments.get(extent.segment)
             if segment is None or segment.generation != extent.generation:
@@ -252,6 +256,20 @@ class SegmentStore:
         self._publish()
         if any(self._dead(segment) for segment in self.segments.values()):
             self._recycle_soon()
+
+    def reconcile(self, use: Iterable[SegmentUse]) -> None:
+        """Take over the catalogue's count of live bytes. ``changes`` must not have moved since it was read.
+
+        Segments with extents in flight are left alone: their commits may not be counted here yet.
+        """
+        live = {(item.segment, item.generation): item.live_bytes for item in use}
+        for segment in self.segments.values():
+            if not segment.open_extents and segment not in self._free:
+                counted = live.get((segment.number, segment.generation), 0)
+                if counted != segment.live_bytes:
+                    logger.info("segment %s: %d live bytes, not %d", segment.path, counted, segment.live_bytes)
+                    segment.live_bytes = counted
+        self._publish()
 
     def retire(self, segment: Segment) -> None:
         """Never write this file again: a write or flush of it failed."""

@@ -71,7 +71,7 @@ async def _serve(boot: Boot) -> None:
             try:
                 await process.serve(
                     catalog=catalog,
-                    target=PosixTarget(settings.archive_dir, threads),
+                    target=PosixTarget(settings.archive_dir, threads, identity_file=boot.paths.archive_identity),
                     open_reader=functools.partial(open_version, boot.paths, catalog, executor),
                     landing=SegmentLanding(segments),
                     usage=usage,

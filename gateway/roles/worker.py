@@ -9,11 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 import logging
 import signal
 import socket
-import ssl
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,8 @@ import uvloop
 from archive.dav.errors import render as render_dav
 from archive.dav.service import DavService
 from gateway.boot import Boot
+from gateway.control.auth import authenticator
+from gateway.control.process import tls_context
 from gateway.drain_storage import files_elsewhere
 from gateway.node_key import NodeKey
 from gateway.roles.catalogue import NODE
@@ -33,14 +33,13 @@ from ingest.catalog.client import CatalogClient
 from ingest.compaction import housekeep
 from ingest.counters import Counters
 from ingest.paths import socket_address
-from ingest.records import UserRecord
 from ingest.recovery import recover
 from ingest.segments import SegmentStore
 from ingest.span_table import SpanTable
 from kernels.feedback import SocketFeedback
 from kernels.host import HostLimits, KernelHost
 from kernels.sandbox import SandboxLimits
-from s3api.auth.users import CatalogUsers, UserStore
+from s3api.auth.users import CatalogUsers
 from s3api.call import Limits, ServiceSettings
 from s3api.http.limits import HttpLimits
 from s3api.http.listener import Server
@@ -50,6 +49,9 @@ log = logging.getLogger(__name__)
 
 IO_THREADS = 4
 """Writes, flushes and hashes in flight: enough to keep a disk busy with 4 MiB requests."""
+BODIES_SHARE = 2
+"""With so many bodies arriving, a worker lets the others accept first, for ACCEPT_YIELD_S."""
+ACCEPT_YIELD_S = 0.005
 
 
 def main(boot: Boot) -> None:
@@ -152,14 +154,18 @@ async def _servers(
         ),
         host,
     )
-    dav = DavService(buffer, functools.partial(_authenticate, users))
+    dav = DavService(buffer, authenticator(users))
     limits = HttpLimits(
         head_timeout_s=settings.head_timeout_s,
         idle_timeout_s=settings.keepalive_timeout_s,
         body_timeout_s=settings.body_idle_timeout_s,
         connections=settings.max_connections,
+        accept_share=BODIES_SHARE if settings.workers > 1 else 0,
+        accept_yield_s=ACCEPT_YIELD_S,
     )
-    tls = _tls(settings)
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = tls_context(settings.tls_cert, settings.tls_key)
     servers = []
     for fd, handler, render in (
         (boot.listeners.s3, service, service.render_error),
@@ -175,20 +181,3 @@ async def _servers(
     finally:
         await asyncio.gather(*(server.close(settings.shutdown_grace_s / 2) for server in servers))
         dav.close()
-
-
-async def _authenticate(users: UserStore, access_key: str, secret_key: str) -> UserRecord | None:
-    found = await users.find(access_key)
-    if found is None or not found.user.enabled:
-        return None
-    same = hmac.compare_digest(found.secret_key.encode(), secret_key.encode())
-    return found.user if same else None
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert is None or settings.tls_key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    return context

@@ -18,6 +18,7 @@ from ingest import bucket_settings
 from ingest.arena import SLAB_BYTES, Arena, create_regions
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
+from ingest.compaction import housekeep
 from ingest.counters import Counters
 from ingest.errors import BufferFull, StorageFailed
 from ingest.label import read_label
@@ -343,3 +344,27 @@ async def test_products_are_stored_through_the_landing_pad(buffer: Buffer) -> No
     assert record.crc64nvme == checksums.crc64nvme(body)
     assert await get(buffer, record) == body
     assert LifetimeClass.PRODUCT in buffer.segments._current
+
+
+async def test_nearly_empty_segments_are_compacted(buffer: Buffer) -> None:
+    """A survivor in a segment of dead extents moves elsewhere, and its old segment is free again."""
+    body = os.urandom(200_000)
+    survivor = await put(buffer, b"survivor", body, lifetime=LifetimeClass.STREAM)
+    for number in range(4):
+        await put(buffer, b"filler%d" % number, os.urandom(14 * MIB))
+    await buffer.catalog.delete([DeleteObject("b", b"filler%d" % number) for number in range(4)])
+    old = survivor.extents[0]
+    stop = asyncio.Event()
+    keeper = asyncio.create_task(housekeep(buffer, Counters(None, 0), stop))
+    deadline = asyncio.get_running_loop().time() + 15
+    moved = await buffer.catalog.by_id(survivor.object_id)
+    while moved.extents[0] == old and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.02)
+        moved = await buffer.catalog.by_id(survivor.object_id)
+    assert moved.extents[0] != old
+    assert await get(buffer, moved) == body
+    assert await get(buffer, survivor) == body, "a reader with the old record finds the new place"
+    assert await eventually(lambda: buffer.segments.segments[old.segment].generation > old.generation)
+    assert buffer.segments.live_bytes == moved.extents[0].stored_bytes
+    stop.set()
+    await keeper
