@@ -46,7 +46,7 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
 
 def build_app() -> typer.Typer:
     """The command with all its groups. Each module loads what it needs when its command runs, so that all start fast."""
-    from gateway.cli import catalog, run, send, serve, settings, status, user
+    from gateway.cli import catalog, demo, run, send, serve, settings, status, user
 
     app = typer.Typer(
         name="hiss",
@@ -57,6 +57,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.command("serve")(serve.serve)
+    app.command("demo")(demo.demo)
     app.command("status")(status.status)
     app.command("drain")(status.drain)
     app.command("send")(send.send)
