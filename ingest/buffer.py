@@ -276,35 +276,38 @@ class Buffer:
 
     def settled(self, body: Body, record: ObjectRecord, committed: Sequence[Extent], extents: Sequence[Extent]) -> None:
         """A ``memory`` object is on disk, perhaps not where its commit said (a segment failed meanwhile)."""
-        self._keep(self._settle(record.object_id, tuple(committed), tuple(extents)))
+        moved = _moved(committed, extents)
+        for _, new in moved:
+            self.segments.adopt(new)
+        self._keep(self._settle(record.object_id, moved))
 
-    async def _settle(self, object_id: bytes, committed: Sequence[Extent], extents: Sequence[Extent]) -> None:
-        try:
-            for old, new in _moved(committed, extents):
-                self.segments.adopt(new)
-                await self.catalog.relocate(object_id, old, new)
-            await self.catalog.settled([object_id])
-        except StaleVersion:
-            pass  # deleted or replaced meanwhile: nobody waits for it
-        except CatalogError as error:
-            logger.warning("object %s is on disk but the catalogue does not know yet: %s", object_id.hex(), error)
-            await asyncio.sleep(RESOLVE_RETRY_S)
-            self._keep(self._settle(object_id, committed, extents))
-            return
+    async def _settle(self, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
+        while True:
+            try:
+                for old, new in moved:
+                    await self.catalog.relocate(object_id, old, new)
+                await self.catalog.settled([object_id])
+                break
+            except StaleVersion:
+                break  # deleted or replaced meanwhile: nobody waits for it, and recycling counts anew
+            except CatalogError as error:
+                logger.warning("object %s is on disk but the catalogue does not know yet: %s", object_id.hex(), error)
+                await asyncio.sleep(RESOLVE_RETRY_S)
         self._unsettled.pop(object_id, None)
 
     def resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
-        """The outcome of a commit is unknown: commit again (it is idempotent) until the catalogue says."""
+        """The outcome of a commit is unknown: ask until the catalogue says. Never commit again: the client may have been
+        told that it failed, and have put something else since."""
         self._keep(self._resolve(body, request))
 
     async def _resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
         while True:
             try:
                 if isinstance(request, CommitPart):
-                    await self.catalog.commit_part(request)
+                    await self.catalog.commit_part(request, only_if_known=True)
                     body.adopt(None, request.part.extents)
                 else:
-                    body.adopt(await self.catalog.commit(request), request.extents)
+                    body.adopt(await self.catalog.commit(request, only_if_known=True), request.extents)
                 return
             except CatalogUnavailable:
                 await asyncio.sleep(RESOLVE_RETRY_S)

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import time
 
-from ingest.blockio import AlignedBuffer, write_fully
+from ingest.blockio import AlignedBuffer
 from ingest.buffer import Buffer
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogError, IngestError, StaleVersion
+from ingest.errors import BufferFull, CatalogError, CatalogUnavailable, IngestError, StaleVersion
 from ingest.label import Label, write_label
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
@@ -94,22 +94,22 @@ async def _move(buffer: Buffer, record: ObjectRecord, extent: Extent) -> int:
             created_ns=time.time_ns(),
         )
         write_label(label, block.view)
-        fd = reservation.segment.fd
-        await loop.run_in_executor(store.executor, write_fully, fd, [block.view[:LABEL_BYTES]], reservation.offset)
+        write = reservation.segment.write
+        await loop.run_in_executor(store.executor, write, [block.view[:LABEL_BYTES]], reservation.offset)
         offset = reservation.offset + LABEL_BYTES
         async with await SegmentReader.open(store.paths, store.executor, [extent], 0, extent.length) as reader:
             async for chunk in reader.chunks(COPY_BYTES):
                 padded = -(-len(chunk) // BLOCK_BYTES) * BLOCK_BYTES
                 block.view[: len(chunk)] = chunk
                 block.view[len(chunk) : padded] = bytes(padded - len(chunk))
-                await loop.run_in_executor(store.executor, write_fully, fd, [block.view[:padded]], offset)
+                await loop.run_in_executor(store.executor, write, [block.view[:padded]], offset)
                 offset += padded
         await reservation.segment.flusher.flush()
         crashpoint("relocate-written")
         new = reservation.extent(store.node, store.slot, extent.length)
         used = None  # until the catalogue answers, the copy may be in force
         try:
-            await buffer.catalog.relocate(record.object_id, extent, [new])
+            await _relocate(buffer, record, extent, new)
         except StaleVersion:
             used = 0
             return 0
@@ -123,3 +123,14 @@ async def _move(buffer: Buffer, record: ObjectRecord, extent: Extent) -> int:
     finally:
         if used is not None:
             store.finish(reservation, used)
+
+
+async def _relocate(buffer: Buffer, record: ObjectRecord, old: Extent, new: Extent) -> None:
+    """Until the catalogue has decided: the copy's place is neither free nor in use before. Raises StaleVersion."""
+    while True:
+        try:
+            await buffer.catalog.relocate(record.object_id, old, [new])
+        except CatalogUnavailable:
+            await asyncio.sleep(INTERVAL_S)
+        else:
+            return

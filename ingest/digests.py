@@ -1,7 +1,8 @@
 """Checksums over memory, computed where the bytes lie.
 
-CRCs of separate pieces combine, so pieces are hashed in parallel and joined at the end. MD5 and SHA need the bytes in order: one
-lane a stream. Everything releases the GIL for large views.
+CRC64NVME is computed of every body, right behind each read while the bytes are still in the cache: there it runs at 80 GB/s,
+from memory at 20. CRCs a client asks for beside it combine, so pieces are hashed in parallel and joined at the end. MD5 and SHA
+need the bytes in order: one lane a stream. Everything releases the GIL for large views.
 """
 
 from __future__ import annotations
@@ -27,9 +28,18 @@ class Hash(Protocol):
     def digest(self) -> bytes: ...
 
 
-def crcs_of(view: memoryview, algorithms: frozenset[str]) -> dict[str, int]:
-    """CRCs of one piece; CRC64NVME always."""
-    return {name: CRC_FUNCTIONS[name](view) for name in (algorithms & CRC_FUNCTIONS.keys()) | {"crc64nvme"}}
+crc64nvme = CRC_FUNCTIONS["crc64nvme"]
+"""``crc64nvme(view, previous) -> int``."""
+
+
+def asked_crcs(algorithms: frozenset[str]) -> tuple[str, ...]:
+    """The CRCs of ``algorithms`` beside CRC64NVME, which every body gets."""
+    return tuple(sorted((algorithms & CRC_FUNCTIONS.keys()) - {"crc64nvme"}))
+
+
+def crcs_of(view: memoryview, names: tuple[str, ...]) -> dict[str, int]:
+    """The named CRCs of one piece."""
+    return {name: CRC_FUNCTIONS[name](view) for name in names}
 
 
 class CrcChain:

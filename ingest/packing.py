@@ -8,21 +8,22 @@ Always holds: a slab's memory is freed only when every object placed in it is du
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ingest.arena import SLAB_BYTES, Span
-from ingest.blockio import write_fully
 from ingest.body import Body
 from ingest.crashpoints import crashpoint
-from ingest.digests import crcs_of, digests, new_hashes
+from ingest.digests import asked_crcs, crc64nvme, crcs_of, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass
 from ingest.segments import Reservation, Segment
 from ingest.span_table import OwedSpan
 from ingest.stream_types import StreamDigest, StreamSpec
-from ingest.writer import REHOMES_MAX
+from ingest.writer import MOVE_RETRY_S, REHOMES_MAX
 
 if TYPE_CHECKING:
     from ingest.buffer import Buffer
@@ -50,10 +51,14 @@ class PackSlab:
         self.size_bytes = LABEL_BYTES + reservation.capacity
         self.members: set[PackedStream] = set()
         """Placed here and neither durable nor refused."""
+        self.uncommitted: set[PackedStream] = set()
+        """Placed here and neither committed nor refused: the catalogue does not know yet that their bytes live."""
+        self.writes = 0
         self.pending: list[PackedStream] = []
         """Received whole, not yet in a write."""
         self.run: PackRun | None = None
         self.closed = False
+        self.finished = False
 
     def place(self, stream: PackedStream, length: int) -> int | None:
         """Offset of the object's label in the slab; None when the slab is full."""
@@ -62,10 +67,14 @@ class PackSlab:
         offset = self.tail
         self.tail += _stored(length)
         self.members.add(stream)
+        self.uncommitted.add(stream)
         return offset
 
     def ready(self, stream: PackedStream) -> None:
         """The object's bytes are complete: write them with whatever else is."""
+        if self.reservation.segment.retired:
+            stream.move(self, OSError(errno.EIO, "the segment was retired"))
+            return
         self.pending.append(stream)
         if self.memory:
             self.owe()
@@ -93,8 +102,13 @@ class PackSlab:
 
     def leave(self, stream: PackedStream) -> None:
         self.members.discard(stream)
+        self.uncommitted.discard(stream)
         if stream in self.pending:
             self.pending.remove(stream)
+        self.check_done()
+
+    def committed(self, stream: PackedStream) -> None:
+        self.uncommitted.discard(stream)
         self.check_done()
 
     def close(self) -> None:
@@ -102,8 +116,12 @@ class PackSlab:
         self.check_done()
 
     def check_done(self) -> None:
-        if self.closed and not self.members and self.run is None and not self.span.freed:
+        if not self.closed or self.members or self.run is not None or self.writes:
+            return
+        if not self.span.freed:
             self.packer.plane.give_span(self.span)
+        if not self.uncommitted and not self.finished:
+            self.finished = True
             self.packer.plane.segments.finish(self.reservation, self.tail)
 
 
@@ -126,10 +144,22 @@ class PackRun:
     def awaited(self) -> bool:
         return not self.slab.memory or any(member.hastened for member in self.members)
 
-    def begin(self) -> None:
-        self.members, self.slab.pending = self.slab.pending, []
+    def begin(self) -> Callable[[], None]:
+        slab = self.slab
+        self.members, slab.pending = slab.pending, []
+        slab.writes += 1
+        # Memory and place as they are now: members may be moved while the write still waits for a thread.
+        images = [(slab.span.view[start:end], slab.reservation.offset + start) for start, end in self._ranges()]
+        segment = self.segment
 
-    def work(self, segment: Segment) -> None:
+        def work() -> None:
+            for image, offset in images:
+                segment.write([image], offset)
+
+        return work
+
+    def _ranges(self) -> list[list[int]]:
+        """Slab ranges of the members, neighbours joined."""
         ranges: list[list[int]] = []
         for member in sorted(self.members, key=lambda member: member.offset):
             end = member.offset + _stored(member.length)
@@ -137,10 +167,13 @@ class PackRun:
                 ranges[-1][1] = end
             else:
                 ranges.append([member.offset, end])
-        for start, end in ranges:
-            write_fully(segment.fd, [self.slab.span.view[start:end]], self.slab.reservation.offset + start)
+        return ranges
 
     def on_written(self, segment: Segment) -> bool:
+        self.slab.writes -= 1
+        if self.slab.run is not self:
+            self.slab.check_done()
+            return False
         crashpoint("settle-written" if self.slab.memory else "data-written")
         return True
 
@@ -157,8 +190,11 @@ class PackRun:
 
     def on_storage_failed(self, segment: Segment, error: OSError) -> None:
         slab = self.slab
+        if slab.run is not self:
+            return
         slab.run = None
         slab.packer.abandon(slab)
+        slab.packer.plane.writer.cancel(self)
         members = [*self.members, *slab.pending]
         slab.pending = []
         for member in members:
@@ -179,6 +215,10 @@ class Packer:
         assert length is not None
         kind = (stream.spec.lifetime, stream.memory)
         slab = self._open.get(kind)
+        if slab is not None and slab.reservation.segment.retired:
+            del self._open[kind]
+            slab.close()
+            slab = None
         if slab is not None:
             offset = slab.place(stream, length)
             if offset is not None:
@@ -219,10 +259,13 @@ class PackedStream(Body):
         super().__init__(plane, spec, object_id)
         self.offset = 0
         self.hastened = False
+        self._crc64 = 0
         self._slab: PackSlab | None = None
         self._reservation: Reservation | None = None
         self._durable: asyncio.Future[None] | None = None
         self._is_durable = False
+        self._promised = False
+        """A ``memory`` body that was, or is about to be, acknowledged: it must reach the disk, however long it takes."""
         self._moves = 0
 
     # -- receiving (BodySink)
@@ -230,13 +273,17 @@ class PackedStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
-        if self._slab is None and not self._place():
+        if self._slab is None and not self._place_first():
             return None
         assert self._slab is not None
         start = self.offset + LABEL_BYTES
         return self._slab.span.view[start + self.length : start + (self.spec.length or 0)]
 
     def received(self, count: int) -> None:
+        if self._slab is None:
+            raise StreamAborted("the stream was aborted")
+        start = self.offset + LABEL_BYTES + self.length
+        self._crc64 = crc64nvme(self._slab.span.view[start : start + count], self._crc64)
         self.length += count
         self.plane.received_bytes.add(count)
         if self.length > (self.spec.length or 0):
@@ -246,16 +293,19 @@ class PackedStream(Body):
         while True:
             if self.failure is not None:
                 raise self.failure
-            if self._slab is not None or self._place():
+            if self._slab is not None or self._place_first():
                 return
             await self.wait_for_memory()
 
-    def _place(self) -> bool:
+    def _place_first(self) -> bool:
         try:
-            place = self.plane.packer.place(self)
+            return self._place()
         except IngestError as error:
             self.fail(error)
             raise
+
+    def _place(self) -> bool:
+        place = self.plane.packer.place(self)
         if place is None:
             return False
         self._slab, self.offset = place
@@ -282,7 +332,7 @@ class PackedStream(Body):
             payload = self._slab.span.view[start : start + self.length]
             end = self.offset + _stored(self.length)
             self._slab.span.view[start + self.length : end] = bytes(end - start - self.length)
-        crcs = crcs_of(payload, self.spec.algorithms)
+        crcs = crcs_of(payload, asked_crcs(self.spec.algorithms)) | {"crc64nvme": self._crc64}
         hashes = new_hashes(self.spec.algorithms)
         for state in hashes.values():
             await asyncio.get_running_loop().run_in_executor(self.plane.executor, state.update, payload)
@@ -293,12 +343,13 @@ class PackedStream(Body):
                 await asyncio.shield(self._durable)
         if self.failure is not None:
             raise self.failure
+        self._promised = True
         crashpoint("data-flushed")
         return StreamDigest(
             object_id=self.object_id,
             length=self.length,
             extents=self.extents(),
-            crc64nvme=crcs["crc64nvme"],
+            crc64nvme=self._crc64,
             digests=digests(crcs, hashes),
             settled=self.is_settled,
         )
@@ -331,7 +382,8 @@ class PackedStream(Body):
             self.plane.writer.hasten(self._slab.run)
 
     def let_go(self) -> None:
-        """Nothing: the slab counts its members itself."""
+        if self._slab is not None:
+            self._slab.committed(self)
 
     def cancel(self) -> None:
         if self._slab is not None and not self._is_durable:
@@ -339,8 +391,8 @@ class PackedStream(Body):
 
     def move(self, failed: PackSlab, error: OSError) -> None:
         """The slab's segment failed: copy the object to another slab; its bytes are still here."""
-        if self.is_refused:
-            failed.members.discard(self)
+        if self.is_refused or self._slab is not failed:
+            failed.leave(self)
             return
         start = self.offset
         self._moves += 1
@@ -350,12 +402,21 @@ class PackedStream(Body):
             if not self._place():
                 raise StorageFailed("no memory to move the object to another segment")
         except IngestError as failure:
-            failed.members.discard(self)
+            if self._promised:
+                # It stays in the failed slab's memory meanwhile.
+                logger.critical("object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure)
+                asyncio.get_running_loop().call_later(MOVE_RETRY_S, self._move_again, failed, error)
+                return
+            failed.leave(self)
             self.fail(StorageFailed(str(failure)))
             return
         assert self._slab is not None
         size = _stored(self.length)
         source = failed.span.view[start + LABEL_BYTES : start + size]
         self._slab.span.view[self.offset + LABEL_BYTES : self.offset + size] = source
-        failed.members.discard(self)
+        failed.leave(self)
         self._slab.ready(self)
+
+    def _move_again(self, failed: PackSlab, error: OSError) -> None:
+        self._moves = 0
+        self.move(failed, error)

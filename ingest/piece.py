@@ -6,10 +6,12 @@ holds of a piece; until it is dispatched to a sandbox the arena may revoke it, s
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ingest.arena import Span
-from ingest.blockio import AlignedBuffer, write_fully
+from ingest.blockio import AlignedBuffer
 from ingest.digests import crcs_of
 from ingest.records import LABEL_BYTES
 from ingest.segments import Reservation, Segment
@@ -63,20 +65,21 @@ class Piece:
     def payload(self) -> memoryview:
         return self.span.view[self.start : self.fill]
 
-    def begin(self) -> None:
+    def begin(self) -> Callable[[], None]:
         self.in_work += 1
-        self.stream.work_begun()
+        # The place as it is now: the piece may be moved while its write still waits for a thread.
+        return functools.partial(self._work, self.segment, self.file_offset, self.label)
 
-    def work(self, segment: Segment) -> None:
-        if not self.crcs:
-            self.crcs = crcs_of(self.payload, self.stream.spec.algorithms)
+    def _work(self, segment: Segment, file_offset: int, label: AlignedBuffer | None) -> None:
+        if self.stream.asked and not self.crcs:
+            self.crcs = crcs_of(self.payload, self.stream.asked)
         if self.memory_only:
             return
         image = self.span.view[: self.write_bytes]
-        if self.label is not None:
-            write_fully(segment.fd, [self.label.view, image], self.file_offset - LABEL_BYTES)
+        if label is not None:
+            segment.write([label.view, image], file_offset - LABEL_BYTES)
         else:
-            write_fully(segment.fd, [image], self.file_offset)
+            segment.write([image], file_offset)
 
     def on_written(self, segment: Segment) -> bool:
         self.in_work -= 1

@@ -55,8 +55,12 @@ class Catalog(Protocol):
     async def users(self) -> Sequence[UserRecord]: ...
 
     # -- objects
-    async def commit(self, request: CommitObject) -> ObjectRecord:
-        """Idempotent in ``object_id``. ``memory`` + unsettled objects live until settled in shared memory of a slot."""
+    async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:
+        """Idempotent in ``object_id``. ``memory`` + unsettled objects live until settled in shared memory of a slot.
+
+        ``only_if_known``: learn the outcome of an earlier call and change nothing; StaleVersion: it never happened, and
+        never will.
+        """
         ...
 
     async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]: ...
@@ -82,7 +86,7 @@ class Catalog(Protocol):
     async def uploads(
         self, bucket: str, *, prefix: bytes = b"", after: tuple[bytes, str] = (b"", ""), limit: int = 1000
     ) -> tuple[Sequence[UploadRecord], bool]: ...
-    async def commit_part(self, request: CommitPart) -> PartRecord: ...
+    async def commit_part(self, request: CommitPart, *, only_if_known: bool = False) -> PartRecord: ...
     async def parts(
         self, bucket: str, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
     ) -> tuple[Sequence[PartRecord], bool]: ...

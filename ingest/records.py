@@ -267,6 +267,8 @@ class DeleteObject(msgspec.Struct, frozen=True):
     key: bytes
     version_id: str | None = None
     if_match: str = ""
+    object_id: bytes = b""
+    """Delete this version only: one that replaced it meanwhile stays, even with the same bytes."""
 
 
 class Deleted(msgspec.Struct, frozen=True):

@@ -54,7 +54,9 @@ async def recover(
         gone = [record for record in unsettled if record.object_id not in set(whole)]
         _name_lost(paths, gone)
         for record in gone:
-            await catalog.delete([DeleteObject(record.bucket, record.key, record.version_id, record.etag)])
+            await catalog.delete(
+                [DeleteObject(record.bucket, record.key, record.version_id, object_id=record.object_id)]
+            )
     spans.clear()
     counters.cell("hiss_lost_objects").set(len(lost))
     await segments.recycle_idle()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from awscrt import checksums
 from ingest.blockio import AlignedBuffer, Flusher, open_direct, write_fully
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull
+from ingest.errors import BufferFull, CatalogError
 from ingest.paths import NodePaths
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, SegmentUse
 
@@ -83,6 +84,13 @@ class Segment:
         self.sealed = False
         self.retired = False
 
+    def write(self, views: Sequence[memoryview], offset: int) -> None:
+        """In a thread: write block-aligned memory. Raises OSError; always for a retired file, also when a thread comes
+        to it only after another one failed there."""
+        if self.retired:
+            raise OSError(errno.EIO, "the segment was retired")
+        write_fully(self.fd, views, offset)
+
     def close(self) -> None:
         os.close(self.fd)
 
@@ -107,6 +115,8 @@ class SegmentStore:
     """All segments of one slot. One event loop owns it; blocking work goes to ``executor``.
 
     ``files_elsewhere()``: segment files of the node's other slots, for the node-wide limit ``files_max``.
+    ``use()``: the catalogue's durable count of live bytes. What is kept here follows it by pushes, which may be lost
+    or late; so nothing is overwritten before the catalogue itself has said that nothing in it lives.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class SegmentStore:
         segment_bytes: int,
         files_max: int,
         files_elsewhere: Callable[[], int],
+        use: Callable[[], Awaitable[Iterable[SegmentUse]]],
         executor: Executor,
         counters: Counters,
     ) -> None:
@@ -128,6 +139,9 @@ class SegmentStore:
         self.segments: dict[int, Segment] = {}
         self._files_max = files_max
         self._files_elsewhere = files_elsewhere
+        self._use = use
+        self._recycling = False
+        self._recycle_again = False
         self.executor = executor
         self._counters = counters
         self._current: dict[LifetimeClass, Segment] = {}
@@ -173,11 +187,34 @@ class SegmentStore:
         self._publish()
 
     async def recycle_idle(self) -> None:
-        """Try to make every dead segment free again; called at start, when extents die and when room is short."""
-        for segment in list(self.segments.values()):
-            if self._dead(segment):
-                await self._recycle(segment)
-        self._publish()
+        """Try to make every dead segment free again; called at start, when extents die and when room is short.
+
+        Raises CatalogError when the catalogue cannot say what lives.
+        """
+        if self._recycling:
+            self._recycle_again = True
+            return
+        self._recycling = True
+        try:
+            await self._count_anew()
+            for segment in list(self.segments.values()):
+                if self._dead(segment):
+                    await self._recycle(segment)
+        finally:
+            self._recycling = False
+            self._publish()
+        if self._recycle_again:
+            self._recycle_again = False
+            self._recycle_soon()
+
+    async def _count_anew(self) -> None:
+        """Take the catalogue's count for every segment in which nothing is on its way: what is there is committed, or
+        never will be."""
+        settled = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
+        live = {(item.segment, item.generation): item.live_bytes for item in await self._use()}
+        for segment, generation in settled:
+            if segment.generation == generation and self._closed(segment):
+                segment.live_bytes = live.get((segment.number, generation), 0)
 
     # -- room
 
@@ -303,10 +340,12 @@ class SegmentStore:
 
     # -- files
 
+    def _closed(self, segment: Segment) -> bool:
+        """Nothing is being written there, and nothing will be in this generation."""
+        return segment.sealed and not segment.open_extents and segment not in self._free
+
     def _dead(self, segment: Segment) -> bool:
-        return (
-            segment.sealed and not segment.retired and segment.live_bytes <= 0 and not segment.open_extents
-        ) and segment not in self._free
+        return self._closed(segment) and not segment.retired and segment.live_bytes <= 0
 
     def _seal(self, segment: Segment) -> None:
         segment.sealed = True
@@ -353,7 +392,13 @@ class SegmentStore:
 
     def _recycle_soon(self) -> None:
         with contextlib.suppress(RuntimeError):  # no loop: start-up and tools call recycle_idle themselves
-            asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self.recycle_idle())))
+            asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self._recycle_quietly())))
+
+    async def _recycle_quietly(self) -> None:
+        try:
+            await self.recycle_idle()
+        except CatalogError as error:
+            logger.warning("slot %d: nothing is recycled for now: %s", self.slot, error)
 
     _tasks: frozenset[asyncio.Task[None]] = frozenset()
 
@@ -377,7 +422,9 @@ class SegmentStore:
             self._recycled.add()
             segment.tail = BLOCK_BYTES
             segment.live_bytes = 0
-            if len(self._free) >= 2 and len(self.segments) + self._files_elsewhere() >= 0.9 * self._files_max:
+            crowded = len(self.segments) + self._files_elsewhere() >= 0.9 * self._files_max
+            # The last file stays: its number would be given out again after a restart, with its generations.
+            if crowded and len(self._free) >= 2 and segment.number + 1 < self._next_number:
                 self._discard(segment)
             else:
                 self._free.append(segment)

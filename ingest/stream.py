@@ -20,7 +20,7 @@ from ingest.arena import SLAB_BYTES, ArenaDomain, Span
 from ingest.blockio import AlignedBuffer
 from ingest.body import Body
 from ingest.crashpoints import crashpoint
-from ingest.digests import CrcChain, Hash, crcs_of, digests, new_hashes
+from ingest.digests import CrcChain, Hash, asked_crcs, crc64nvme, crcs_of, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.piece import Piece, SpanBatch
@@ -29,7 +29,7 @@ from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
 from ingest.segments import Reservation, Segment
 from ingest.span_table import OwedSpan
 from ingest.stream_types import StreamDigest, StreamSpec
-from ingest.writer import REHOMES_MAX
+from ingest.writer import MOVE_RETRY_S, REHOMES_MAX
 
 if TYPE_CHECKING:
     from ingest.buffer import Buffer
@@ -70,13 +70,15 @@ class SpanStream(Body):
         self._reserved_used = 0
         self._carry = memoryview(bytearray(BLOCK_BYTES))
         self._carry_bytes = 0
+        self.asked = asked_crcs(spec.algorithms)
+        self._crc64 = 0
         self._chain = CrcChain()
         self._unfolded: collections.deque[Piece] = collections.deque()
         self._hashes: dict[str, Hash] = new_hashes(spec.algorithms)
         self._hashing = False
-        self._busy = 0
         self._idle: asyncio.Future[None] | None = None
         self._rehomes = 0
+        self._move_timer: asyncio.TimerHandle | None = None
         if reduction is not None:
             self._sniff(memoryview(b""), complete=False)
 
@@ -95,6 +97,7 @@ class SpanStream(Body):
         piece = self._open
         if piece is None:
             raise StreamAborted("the stream was aborted")
+        self._crc64 = crc64nvme(piece.span.view[piece.fill : piece.fill + count], self._crc64)
         piece.fill += count
         self.length += count
         self.plane.received_bytes.add(count)
@@ -176,20 +179,23 @@ class SpanStream(Body):
             piece.write_bytes = piece.fill - piece.fill % BLOCK_BYTES
             self._carry_bytes = piece.fill - piece.write_bytes
             self._carry[: self._carry_bytes] = piece.span.view[piece.write_bytes : piece.fill]
-        piece.memory_only = self.memory
         piece.hashed = not self._hashes
-        self._unfolded.append(piece)
-        self.plane.writer.submit(piece)
+        if self.asked:
+            self._unfolded.append(piece)
+        if self.memory and not self.asked:
+            self._owe(piece)
+            self.plane.writer.defer(piece)
+        else:
+            piece.memory_only = self.memory
+            self.plane.writer.submit(piece)
         if self._hashes and not self._hashing:
             self._hash_next()
 
-    def work_begun(self) -> None:
-        self._busy += 1
-
     def piece_written(self, piece: Piece, segment: Segment) -> bool:
         """A thread is done with the piece. True: its bytes are in ``segment`` now and need a flush."""
-        self._busy -= 1
-        while self._unfolded and self._unfolded[0].crcs:
+        piece.written = True
+        # Not by ``crcs``, which a thread sets: a piece counts once its turn here has come and its span is owed.
+        while self._unfolded and self._unfolded[0].written:
             folded = self._unfolded.popleft()
             self._chain.append(folded.crcs, folded.fill - folded.start)
         counts = False
@@ -354,13 +360,13 @@ class SpanStream(Body):
         if self.failure is not None:
             raise self.failure
         crashpoint("data-flushed")
-        crcs = self._chain.values or crcs_of(memoryview(b""), self.spec.algorithms)
+        crcs = self._chain.values or crcs_of(memoryview(b""), self.asked)
         return StreamDigest(
             object_id=self.object_id,
             length=self.length,
             extents=self.extents(),
-            crc64nvme=crcs["crc64nvme"],
-            digests=digests(crcs, self._hashes),
+            crc64nvme=self._crc64,
+            digests=digests(crcs | {"crc64nvme": self._crc64}, self._hashes),
             settled=self.is_settled,
         )
 
@@ -433,9 +439,22 @@ class SpanStream(Body):
                         raise StorageFailed(f"{REHOMES_MAX} segments failed in a row: {error.strerror}")
                     self._move(reservation, moving)
         except IngestError as failure:
-            if self.record is not None:
+            if not self._promised:
+                self.fail(StorageFailed(str(failure)))
+            elif self._move_timer is None:
                 logger.critical("object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure)
-            self.fail(StorageFailed(str(failure)))
+                loop = asyncio.get_running_loop()
+                self._move_timer = loop.call_later(MOVE_RETRY_S, self._move_again, segment, error)
+
+    @property
+    def _promised(self) -> bool:
+        """A ``memory`` body that was, or is about to be, acknowledged: it must reach the disk, however long it takes."""
+        return self._idle is not None and self._idle.done()
+
+    def _move_again(self, segment: Segment, error: OSError) -> None:
+        self._move_timer = None
+        self._rehomes = 0
+        self.storage_failed(segment, error)
 
     def _move(self, old: Reservation, pieces: list[Piece]) -> None:
         head, last = pieces[0], pieces[-1]

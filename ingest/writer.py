@@ -29,6 +29,8 @@ LAZY_ARENA_SHARE = 0.5
 LAZY_IN_FLIGHT_MAX = 4
 REHOMES_MAX = 3
 """Times one body is moved away from failing segments before it is given up."""
+MOVE_RETRY_S = 1.0
+"""A body that cannot be given up, because it was acknowledged, is moved again this much later."""
 
 
 class WriteItem(Protocol):
@@ -44,12 +46,9 @@ class WriteItem(Protocol):
         """Somebody waits: flush as soon as it is written."""
         ...
 
-    def begin(self) -> None:
-        """Submitted: a thread will read the memory until ``on_written``."""
-        ...
-
-    def work(self, segment: Segment) -> None:
-        """In a thread: compute and write; raises OSError."""
+    def begin(self) -> Callable[[], None]:
+        """Submitted: what a thread is to do (compute and write; raises OSError), with its place as it is now. The memory
+        stays as it is until ``on_written``."""
         ...
 
     def on_written(self, segment: Segment) -> bool:
@@ -84,9 +83,8 @@ class Writer:
     def submit(self, item: WriteItem) -> None:
         """Write the item from a thread, then flush it by the rule."""
         segment = item.segment
-        item.begin()
         self._writing[segment].add(item)
-        future = self._loop.run_in_executor(self._executor, item.work, segment)
+        future = self._loop.run_in_executor(self._executor, item.begin())
         future.add_done_callback(lambda done: self._written(item, segment, done))
 
     def _written(self, item: WriteItem, segment: Segment, done: asyncio.Future[None]) -> None:
@@ -95,11 +93,13 @@ class Writer:
         if error is not None and not isinstance(error, OSError):
             logger.error("write of segment %s broke", segment.path, exc_info=error)
             error = OSError(5, str(error))
-        if not item.on_written(segment):
-            return
+        counts = item.on_written(segment)
         if error is not None:
-            self._write_errors.add()
-            self._fail(segment, error, [item])
+            if not segment.retired:
+                self._write_errors.add()
+            self._fail(segment, error, [item] if counts else [])
+            return
+        if not counts:
             return
         items = self._unflushed.setdefault(segment, [])
         items.append(item)
@@ -134,7 +134,8 @@ class Writer:
 
     def _fail(self, segment: Segment, error: OSError, items: list[WriteItem]) -> None:
         """Retire the segment and have every owner with unflushed bytes in it move them."""
-        logger.error("segment %s: %s", segment.path, error)
+        if not segment.retired:
+            logger.error("segment %s: %s", segment.path, error)
         self._store.retire(segment)
         if timer := self._timers.pop(segment, None):
             timer.cancel()

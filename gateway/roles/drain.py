@@ -53,6 +53,7 @@ async def _serve(boot: Boot) -> None:
                 segment_bytes=settings.segment_bytes,
                 files_max=settings.buffer_bytes // settings.segment_bytes,
                 files_elsewhere=functools.partial(files_elsewhere, counters, DRAIN),
+                use=functools.partial(catalog.segment_use, DRAIN_SLOT),
                 executor=executor,
                 counters=counters,
             )

@@ -78,6 +78,7 @@ async def _serve(boot: Boot) -> None:
             segment_bytes=settings.segment_bytes,
             files_max=settings.buffer_bytes // settings.segment_bytes,
             files_elsewhere=functools.partial(files_elsewhere, counters, boot.slot),
+            use=functools.partial(catalog.segment_use, boot.slot),
             executor=executor,
             counters=counters,
         )

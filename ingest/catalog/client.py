@@ -354,8 +354,8 @@ class CatalogClient:
         return await self._scan(Reader.users)
 
     # -- objects
-    async def commit(self, request: CommitObject) -> ObjectRecord:
-        return await self._call(wire.Commit(request), _record)
+    async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:
+        return await self._call(wire.Commit(request, only_if_known), _record)
 
     async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]:
         calls = (self._call(wire.Delete(request), _deleted) for request in requests)
@@ -386,8 +386,8 @@ class CatalogClient:
     ) -> tuple[Sequence[UploadRecord], bool]:
         return await self._scan(lambda reader: reader.uploads(bucket, prefix, after, limit))
 
-    async def commit_part(self, request: CommitPart) -> PartRecord:
-        return await self._call(wire.PutPart(request), _part)
+    async def commit_part(self, request: CommitPart, *, only_if_known: bool = False) -> PartRecord:
+        return await self._call(wire.PutPart(request, only_if_known), _part)
 
     async def parts(
         self, bucket: str, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000

@@ -142,6 +142,7 @@ class Committer:
         self._waiting: deque[Ticket] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
+        self._deciding = asyncio.Lock()
         self._flushing = asyncio.Lock()
         self._journal_failed = False
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -177,12 +178,15 @@ class Committer:
             if self._journal_failed:
                 await self._leave_journal(self._next)
             if self._waiting:
-                await self._commit_batch()
+                async with self._deciding:
+                    await self._commit_batch()
                 self._write_back()
         await self._close()
 
     async def barrier(self) -> None:
-        """Return once everything that is visible now is on disk. Raises StorageFailed."""
+        """Return once everything that was decided is visible and on disk. Raises StorageFailed."""
+        async with self._deciding:
+            pass  # the batch at hand may hold decisions that nobody can see yet
         try:
             await self._flush()
         except OSError as error:

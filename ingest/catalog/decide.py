@@ -165,6 +165,8 @@ class Decider:
         known = self._known(request.object_id)
         if known is not None:
             return Known(known)
+        if mutation.only_if_known:
+            raise StaleVersion("this commit never happened")
         bucket = self._reader.bucket(request.bucket)
         replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
         if request.reduces is not None and self._state(request.reduces[0]) is None:
@@ -237,9 +239,15 @@ class Decider:
             if request.if_match:
                 raise PreconditionFailed("If-Match")
             return Known(Deleted(existed=False))
+        if request.object_id and self._current_id(row[0]) != request.object_id:
+            return Known(Deleted(existed=False))
         if request.if_match and request.if_match not in ("*", row[1]):
             raise PreconditionFailed("If-Match")
         return e.ObjectDeleted(row[0], request.key)
+
+    def _current_id(self, sequence: int) -> bytes:
+        row = self._db.execute(statements.BY_SEQUENCE, {"sequence": sequence}).fetchone()
+        return rows.object_record(row).object_id
 
     # -- multipart
     def _create_upload(self, mutation: wire.CreateUpload) -> e.Entry | Known:
@@ -258,6 +266,8 @@ class Decider:
             row = self._db.execute(statements.OUTCOME, of).fetchone()
         if row is not None:
             return Known(rows.decode_part(row[0]))
+        if mutation.only_if_known:
+            raise StaleVersion("this part was never committed")
         self._reader.upload(request.bucket, request.key, request.upload_id)
         part = msgspec.structs.replace(request.part, modified_ns=self._now_ns)
         return e.PartCommitted(request.upload_id, request.object_id, part)

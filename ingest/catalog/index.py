@@ -195,15 +195,18 @@ class Index:
                     self._pass_on(extent, part_id, record.object_id)
                 else:
                     self._release(extent, part_id)
+            self._outcome(sequence, part_id, "part", part)
             if part.number in used and not settled:
                 self._db.execute(statements.INSERT_UNSETTLED_PART, {"part_id": part_id, "object_id": record.object_id})
         self._drop_upload(record.bucket, record.key, entry.upload_id)
 
-    def _upload_aborted(self, _: int, entry: e.UploadAborted) -> None:
+    def _upload_aborted(self, sequence: int, entry: e.UploadAborted) -> None:
         found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
         for blob, part_id, _settled in found:
-            for extent in rows.decode_part(blob).extents:
+            part = rows.decode_part(blob)
+            for extent in part.extents:
                 self._release(extent, part_id)
+            self._outcome(sequence, part_id, "part", part)
         self._drop_upload(entry.bucket, entry.key, entry.upload_id)
 
     def _drop_upload(self, bucket: str, key: bytes, upload_id: str) -> None:

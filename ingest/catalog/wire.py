@@ -40,6 +40,8 @@ class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
 
 class Commit(msgspec.Struct, frozen=True, array_like=True, tag="commit"):
     request: CommitObject
+    only_if_known: bool = False
+    """Ask what became of an earlier call and change nothing: refused with StaleVersion when it was never decided."""
 
 
 class Delete(msgspec.Struct, frozen=True, array_like=True, tag="delete"):
@@ -70,6 +72,7 @@ class CreateUpload(msgspec.Struct, frozen=True, array_like=True, tag="create-upl
 
 class PutPart(msgspec.Struct, frozen=True, array_like=True, tag="put-part"):
     request: CommitPart
+    only_if_known: bool = False
 
 
 class Complete(msgspec.Struct, frozen=True, array_like=True, tag="complete"):

@@ -17,7 +17,7 @@ from ingest.errors import BufferFull, StorageFailed
 from ingest.label import read_label
 from ingest.paths import NodePaths
 from ingest.reader import SegmentReader
-from ingest.records import ObjectRecord, ObjectState
+from ingest.records import ObjectRecord, ObjectState, SegmentUse
 from ingest.segments import SegmentStore
 
 SEGMENT_BYTES = 16 << 20
@@ -39,8 +39,11 @@ def paths(tmp_path: Path) -> NodePaths:
 
 @pytest.fixture
 def segments(paths: NodePaths, executor: ThreadPoolExecutor) -> Iterator[SegmentStore]:
+    async def use() -> list[SegmentUse]:
+        return [SegmentUse(SLOT, one.number, one.generation, one.live_bytes) for one in store.segments.values()]
+
     store = SegmentStore(
-        paths, node=0, slot=SLOT, segment_bytes=SEGMENT_BYTES, files_max=4, files_elsewhere=lambda: 0,
+        paths, node=0, slot=SLOT, segment_bytes=SEGMENT_BYTES, files_max=4, files_elsewhere=lambda: 0, use=use,
         executor=executor, counters=Counters(None, 0),
     )  # fmt: skip
     store.open([])

@@ -65,6 +65,7 @@ async def worker(
         segment_bytes=SEGMENT_BYTES,
         files_max=files_max,
         files_elsewhere=lambda: 0,
+        use=lambda: client.segment_use(0),
         executor=executor,
         counters=counters,
     )

@@ -145,6 +145,7 @@ class NodeThread:
                 segment_bytes=64 << 20,
                 files_max=8,
                 files_elsewhere=lambda: 0,
+                use=lambda: self.catalog.segment_use(0),
                 executor=executor,
                 counters=self.counters,
             )
