@@ -24,23 +24,18 @@ logger = logging.getLogger(__name__)
 SPARSE_SHARE = 0.10
 """A sealed segment with less than this share live is compacted."""
 INTERVAL_S = 1.0
-RECONCILE_PASSES = 10
-"""Idle passes between two comparisons of the live bytes with the catalogue's count."""
 COPY_BYTES = 4 << 20
 
 
 async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> None:
     """Runs for the life of the worker; every step yields to ingest."""
     moved_bytes = counters.cell("hiss_segment_compacted_bytes_total")
-    passes = 0
     while not stop.is_set():
         await asyncio.sleep(INTERVAL_S)
         try:
             if buffer.busy():
                 continue
             buffer.packer.close_idle()
-            if (passes := passes + 1) % RECONCILE_PASSES == 0:
-                await _reconcile(buffer)
             await buffer.segments.recycle_idle()
             await buffer.segments.prepare_spare(buffer.busy)
             segment = buffer.segments.sparse(SPARSE_SHARE)
@@ -54,14 +49,6 @@ async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> 
                 moved_bytes.add(await _move(buffer, record, extent))
         except (IngestError, StaleExtent, OSError) as error:
             logger.warning("housekeeping of slot %d: %s", buffer.segments.slot, error)
-
-
-async def _reconcile(buffer: Buffer) -> None:
-    """News of freed extents is lost when the catalogue process dies before it could push it; its count is the truth."""
-    changes = buffer.segments.changes
-    use = await buffer.catalog.segment_use(buffer.segments.slot)
-    if buffer.segments.changes == changes:
-        buffer.segments.reconcile(use)
 
 
 async def _move(buffer: Buffer, record: ObjectRecord, extent: Extent) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ingest.arena import SLAB_BYTES, Span
 from ingest.body import Body
 from ingest.crashpoints import crashpoint
-from ingest.digests import asked_crcs, crc64nvme, crcs_of, digests, new_hashes
+from ingest.digests import RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass
@@ -259,7 +259,7 @@ class PackedStream(Body):
         super().__init__(plane, spec, object_id)
         self.offset = 0
         self.hastened = False
-        self._crc64 = 0
+        self._crcs = RunningCrcs(spec.algorithms)
         self._slab: PackSlab | None = None
         self._reservation: Reservation | None = None
         self._durable: asyncio.Future[None] | None = None
@@ -283,7 +283,7 @@ class PackedStream(Body):
         if self._slab is None:
             raise StreamAborted("the stream was aborted")
         start = self.offset + LABEL_BYTES + self.length
-        self._crc64 = crc64nvme(self._slab.span.view[start : start + count], self._crc64)
+        self._crcs.update(self._slab.span.view[start : start + count])
         self.length += count
         self.plane.received_bytes.add(count)
         if self.length > (self.spec.length or 0):
@@ -332,7 +332,6 @@ class PackedStream(Body):
             payload = self._slab.span.view[start : start + self.length]
             end = self.offset + _stored(self.length)
             self._slab.span.view[start + self.length : end] = bytes(end - start - self.length)
-        crcs = crcs_of(payload, asked_crcs(self.spec.algorithms)) | {"crc64nvme": self._crc64}
         hashes = new_hashes(self.spec.algorithms)
         for state in hashes.values():
             await asyncio.get_running_loop().run_in_executor(self.plane.executor, state.update, payload)
@@ -349,8 +348,8 @@ class PackedStream(Body):
             object_id=self.object_id,
             length=self.length,
             extents=self.extents(),
-            crc64nvme=self._crc64,
-            digests=digests(crcs, hashes),
+            crc64nvme=self._crcs.values["crc64nvme"],
+            digests=digests(self._crcs.values, hashes),
             settled=self.is_settled,
         )
 

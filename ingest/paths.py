@@ -91,11 +91,25 @@ class NodePaths:
         return self.segments / f"{slot:02d}" / f"{segment:06d}.seg"
 
     def create(self) -> None:
+        """Make what is missing. A new folder is on disk on return: what is flushed inside it must not vanish with it."""
         for folder in (self.root, self.journal, self.catalogue.parent, self.snapshots, self.segments, self.run):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(folder)
 
 
 @functools.cache
+def make_folder(folder: Path) -> None:
+    """Make the folder and those above it that are missing, mode 0700, durably."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    above = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(above)
+    finally:
+        os.close(above)
+
+
 def socket_address(path: Path) -> str:
     """An address for a unix socket however long ``path`` is: sun_path holds 107 bytes, so go through an open folder,
     which stays open for the life of the process."""

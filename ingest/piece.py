@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from ingest.arena import Span
 from ingest.blockio import AlignedBuffer
-from ingest.digests import crcs_of
 from ingest.records import LABEL_BYTES
 from ingest.segments import Reservation, Segment
 
@@ -24,7 +23,7 @@ class Piece:
     """One span of a stream: where its bytes lie in memory, in the body and in the segment. A ``WriteItem``."""
 
     __slots__ = (
-        "batches", "crcs", "durable", "file_offset", "fill", "hashed", "in_work", "label", "limit", "memory_only",
+        "batches", "durable", "file_offset", "fill", "hashed", "in_work", "label", "limit",
         "position", "reservation", "span", "start", "stream", "write_bytes", "written",
     )  # fmt: skip
 
@@ -41,11 +40,9 @@ class Piece:
         self.limit = span.size_bytes
         self.write_bytes = 0
         self.label: AlignedBuffer | None = None
-        self.crcs: dict[str, int] = {}
         self.hashed = False
         self.written = False
         self.durable = False
-        self.memory_only = False
         self.in_work = 0
         self.batches: set[SpanBatch] = set()
 
@@ -71,10 +68,6 @@ class Piece:
         return functools.partial(self._work, self.segment, self.file_offset, self.label)
 
     def _work(self, segment: Segment, file_offset: int, label: AlignedBuffer | None) -> None:
-        if self.stream.asked and not self.crcs:
-            self.crcs = crcs_of(self.payload, self.stream.asked)
-        if self.memory_only:
-            return
         image = self.span.view[: self.write_bytes]
         if label is not None:
             segment.write([label.view, image], file_offset - LABEL_BYTES)

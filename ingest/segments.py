@@ -26,7 +26,7 @@ from ingest.blockio import AlignedBuffer, Flusher, open_direct, write_fully
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import BufferFull, CatalogError
-from ingest.paths import NodePaths
+from ingest.paths import NodePaths, make_folder
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, SegmentUse
 
 logger = logging.getLogger(__name__)
@@ -152,8 +152,6 @@ class SegmentStore:
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
-        self.changes = 0
-        """Grows with every change of the live bytes."""
 
     # -- start-up
 
@@ -164,7 +162,7 @@ class SegmentStore:
         """
         live = {(item.segment, item.generation): item.live_bytes for item in use}
         folder = self.paths.segment_file(self.slot, 0).parent
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         for path in sorted(folder.iterdir()):
             if path.suffix != ".seg":
                 path.unlink()
@@ -265,7 +263,6 @@ class SegmentStore:
 
     def adopt(self, extents: Iterable[Extent]) -> None:
         """These extents are committed: their segments live until the catalogue frees them."""
-        self.changes += 1
         for extent in extents:
             segment = self.segments.get(extent.segment)
             if segment is not None and segment.generation == extent.generation:
@@ -284,7 +281,6 @@ class SegmentStore:
 
     def freed(self, extents: Sequence[Extent]) -> None:
         """The catalogue dropped these extents."""
-        self.changes += 1
         for extent in extents:
             segment = self.segments.get(extent.segment)
             if segment is None or segment.generation != extent.generation:
@@ -293,20 +289,6 @@ class SegmentStore:
         self._publish()
         if any(self._dead(segment) for segment in self.segments.values()):
             self._recycle_soon()
-
-    def reconcile(self, use: Iterable[SegmentUse]) -> None:
-        """Take over the catalogue's count of live bytes. ``changes`` must not have moved since it was read.
-
-        Segments with extents in flight are left alone: their commits may not be counted here yet.
-        """
-        live = {(item.segment, item.generation): item.live_bytes for item in use}
-        for segment in self.segments.values():
-            if not segment.open_extents and segment not in self._free:
-                counted = live.get((segment.number, segment.generation), 0)
-                if counted != segment.live_bytes:
-                    logger.info("segment %s: %d live bytes, not %d", segment.path, counted, segment.live_bytes)
-                    segment.live_bytes = counted
-        self._publish()
 
     def retire(self, segment: Segment) -> None:
         """Never write this file again: a write or flush of it failed."""

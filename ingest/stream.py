@@ -12,7 +12,6 @@ of an extent starts with the label, a later one with the last partial block of i
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from ingest.arena import SLAB_BYTES, ArenaDomain, Span
 from ingest.blockio import AlignedBuffer
 from ingest.body import Body
 from ingest.crashpoints import crashpoint
-from ingest.digests import CrcChain, Hash, asked_crcs, crc64nvme, crcs_of, digests, new_hashes
+from ingest.digests import Hash, RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.piece import Piece, SpanBatch
@@ -70,10 +69,7 @@ class SpanStream(Body):
         self._reserved_used = 0
         self._carry = memoryview(bytearray(BLOCK_BYTES))
         self._carry_bytes = 0
-        self.asked = asked_crcs(spec.algorithms)
-        self._crc64 = 0
-        self._chain = CrcChain()
-        self._unfolded: collections.deque[Piece] = collections.deque()
+        self._crcs = RunningCrcs(spec.algorithms)
         self._hashes: dict[str, Hash] = new_hashes(spec.algorithms)
         self._hashing = False
         self._idle: asyncio.Future[None] | None = None
@@ -97,7 +93,7 @@ class SpanStream(Body):
         piece = self._open
         if piece is None:
             raise StreamAborted("the stream was aborted")
-        self._crc64 = crc64nvme(piece.span.view[piece.fill : piece.fill + count], self._crc64)
+        self._crcs.update(piece.span.view[piece.fill : piece.fill + count])
         piece.fill += count
         self.length += count
         self.plane.received_bytes.add(count)
@@ -180,32 +176,19 @@ class SpanStream(Body):
             self._carry_bytes = piece.fill - piece.write_bytes
             self._carry[: self._carry_bytes] = piece.span.view[piece.write_bytes : piece.fill]
         piece.hashed = not self._hashes
-        if self.asked:
-            self._unfolded.append(piece)
-        if self.memory and not self.asked:
+        if self.memory:
             self._owe(piece)
             self.plane.writer.defer(piece)
         else:
-            piece.memory_only = self.memory
             self.plane.writer.submit(piece)
         if self._hashes and not self._hashing:
             self._hash_next()
 
     def piece_written(self, piece: Piece, segment: Segment) -> bool:
         """A thread is done with the piece. True: its bytes are in ``segment`` now and need a flush."""
-        piece.written = True
-        # Not by ``crcs``, which a thread sets: a piece counts once its turn here has come and its span is owed.
-        while self._unfolded and self._unfolded[0].written:
-            folded = self._unfolded.popleft()
-            self._chain.append(folded.crcs, folded.fill - folded.start)
-        counts = False
-        if not self.is_refused and piece.memory_only:
-            piece.memory_only = False
-            self._owe(piece)
-            self.plane.writer.defer(piece)
-        elif not self.is_refused and piece.segment is segment:
+        counts = not self.is_refused and piece.segment is segment
+        if counts:
             crashpoint("settle-written" if self.memory else "data-written")
-            counts = True
         self._check_idle()
         self.release_pieces()
         return counts
@@ -360,20 +343,19 @@ class SpanStream(Body):
         if self.failure is not None:
             raise self.failure
         crashpoint("data-flushed")
-        crcs = self._chain.values or crcs_of(memoryview(b""), self.asked)
         return StreamDigest(
             object_id=self.object_id,
             length=self.length,
             extents=self.extents(),
-            crc64nvme=self._crc64,
-            digests=digests(crcs | {"crc64nvme": self._crc64}, self._hashes),
+            crc64nvme=self._crcs.values["crc64nvme"],
+            digests=digests(self._crcs.values, self._hashes),
             settled=self.is_settled,
         )
 
     def _check_idle(self) -> None:
         if self._idle is None or self._idle.done():
             return
-        stored = not self._hashing and not self._unfolded and (self.memory or self.is_settled)
+        stored = not self._hashing and (self.memory or self.is_settled)
         if stored or self.failure is not None:
             self._idle.set_result(None)
 
@@ -478,7 +460,7 @@ class SpanStream(Body):
             piece.file_offset += new.offset + LABEL_BYTES - cut
             piece.reservation = new
             piece.durable = False
-            if piece is self._open or piece.memory_only:
+            if piece is self._open:
                 continue
             if self.plane.writer.waiting(piece):
                 self._owe(piece)

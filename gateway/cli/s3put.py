@@ -176,16 +176,23 @@ class _AnswerReader:
 
 
 def sign(
-    method: str, path: str, headers: dict[str, str], keys: KeyPair, region: str, *, now: datetime.datetime | None = None
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    keys: KeyPair,
+    region: str,
+    *,
+    query: str = "",
+    now: datetime.datetime | None = None,
 ) -> dict[str, str]:
-    """The headers with ``x-amz-date`` and ``authorization``. ``path`` is encoded; all headers are signed; the payload
-    is not (its checksum header is, which is what protects the body)."""
+    """The headers with ``x-amz-date`` and ``authorization``. ``path`` and ``query`` are encoded, the query sorted by name
+    (``tagging=``); all headers are signed; the payload is not (its checksum header is, which is what protects the body)."""
     when = (now or datetime.datetime.now(datetime.UTC)).strftime("%Y%m%dT%H%M%SZ")
     payload = "UNSIGNED-PAYLOAD"
     signed = {**headers, "x-amz-date": when, "x-amz-content-sha256": payload}
     names = sorted(signed)
     lines = "".join(f"{name}:{signed[name].strip()}\n" for name in names)
-    canonical = "\n".join((method, path, "", lines, ";".join(names), payload))
+    canonical = "\n".join((method, path, query, lines, ";".join(names), payload))
     scope = f"{when[:8]}/{region}/s3/aws4_request"
     to_sign = "\n".join(("AWS4-HMAC-SHA256", when, scope, hashlib.sha256(canonical.encode()).hexdigest()))
     key = b"AWS4" + keys.secret_key.encode()

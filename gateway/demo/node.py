@@ -61,7 +61,7 @@ class DemoNode:
     def s3(
         self, method: str, bucket: str, key: str = "", body: bytes | memoryview = b"", **metadata: str
     ) -> httpx.Response:
-        """One signed request; ``metadata`` becomes x-amz-meta- headers (``_`` is ``-``). Any status is returned."""
+        """One signed request; ``metadata`` becomes x-amz-meta- headers, ``_`` in a name is ``-``. Any status is returned."""
         path = f"/{bucket}/{quote(key, safe='/-_.~')}" if key else f"/{bucket}"
         fields = {"host": urlsplit(self.s3_url).netloc}
         fields |= {f"x-amz-meta-{name.replace('_', '-')}": value for name, value in metadata.items()}
@@ -77,6 +77,19 @@ class DemoNode:
         if answer.status_code != 200:
             raise DemoFailed(f"PUT {bucket}/{key}: answered {answer.status_code}: {answer.text[:600]}")
         return answer
+
+    def tag(self, bucket: str, **settings: str) -> None:
+        """Bucket settings as tags: ``drain_after_s="8"`` is ``hiss.drain-after-s``. Raises DemoFailed."""
+        rows = (f"<Tag><Key>hiss.{n.replace('_', '-')}</Key><Value>{v}</Value></Tag>" for n, v in settings.items())
+        fields = {"host": urlsplit(self.s3_url).netloc}
+        answer = httpx.put(
+            f"{self.s3_url}/{bucket}?tagging=",
+            headers=sign("PUT", f"/{bucket}", fields, self.keys, REGION, query="tagging="),
+            content=f"<Tagging><TagSet>{''.join(rows)}</TagSet></Tagging>",
+            timeout=ANSWER_TIMEOUT_S,
+        )
+        if answer.status_code >= 300:
+            raise DemoFailed(f"tags of {bucket}: answered {answer.status_code}: {answer.text[:600]}")
 
     def product(self, bucket: str, key: str, timeout_s: float) -> bytes:
         """The object, as soon as it is there. Raises DemoFailed."""

@@ -39,6 +39,8 @@ OBJECT_STEP_FRAMES = 37
 """How far in the pool an object begins after the one before it, so that no two are equal."""
 CEILING_OBJECTS = 8
 SHOWN_EVENTS = 6
+DRAIN_AFTER_S = 10
+"""The bucket's objects stay in the buffer for so long first: the stream has the disk for itself, the drain comes after."""
 PRODUCT_TIMEOUT_S, DRAIN_TIMEOUT_S = 60.0, 120.0
 SPACE_FACTOR = 3
 """Disk space: the buffer's copy, the archive's, and one more as reserve."""
@@ -172,9 +174,11 @@ class Story:
     def _attach(self, node: DemoNode) -> None:
         self._say("kernel", f"{KERNEL.name}: intensity over distance from the beam, summed image, dips of the beam")
         node.put(BUCKET)
+        node.tag(BUCKET, drain_after_s=str(DRAIN_AFTER_S))
         began = time.monotonic()
         node.put(BUCKET, f"_kernels/{KERNEL_NAME}.py", KERNEL.read_bytes())
         self._done(f"PUT s3://{BUCKET}/_kernels/{KERNEL_NAME}.py: checked, compiled in its sandbox, attached", began)
+        self._done(f"bucket tag hiss.drain-after-s={DRAIN_AFTER_S}: the stream has the disk for itself, the archive comes after")
 
     def _measured(self, node: DemoNode, measured: frames.Measured, events: Events) -> None:
         """The ten as they are: a .npy stack, raw frames with their geometry in the metadata, and both products checked."""
@@ -257,7 +261,7 @@ class Story:
         )
 
     def _drain(self, node: DemoNode) -> None:
-        self._say("drain", "to the archive, verified there by reading back past the page cache")
+        self._say("drain", f"{DRAIN_AFTER_S} s after an object came: to the archive, verified there by reading back past the page cache")
         began = time.monotonic()
         sizes = {"bucket": BUCKET, "prefix": "stream/", "expect_objects": str(self._objects)}
         with self._progress("archived", self._outcome.bytes_sent) as advance:

@@ -195,9 +195,10 @@ tombstones = Table(
 outcomes = Table(
     "outcomes",
     metadata,
-    Column("sequence", Integer, primary_key=True, autoincrement=False),
-    Column("object_id", LargeBinary, nullable=False, unique=True),
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("sequence", Integer, nullable=False),
     Column("kind", Text, nullable=False),
     Column("record", LargeBinary, nullable=False),
+    Index("outcomes_sequence", "sequence"),
 )
 """Commits whose version or part has gone since, so that a commit sent again is answered and not done again."""

@@ -186,7 +186,8 @@ async def test_bodies_of_every_length_read_back(buffer: Buffer, durability: str,
 
 
 async def test_concurrent_bodies_keep_to_themselves(buffer: Buffer) -> None:
-    bodies = {f"k{n}".encode(): os.urandom(random.choice([5_000, MIB, 3 * MIB, 12 * MIB])) for n in range(24)}
+    lengths = [5_000, 3 * MIB, MIB, 12 * MIB] * 6  # as many large ones as are admitted at a time
+    bodies = {f"k{n}".encode(): os.urandom(length) for n, length in enumerate(lengths)}
     records = await asyncio.gather(*(put(buffer, key, body) for key, body in bodies.items()))
     for record, (_key, body) in zip(records, bodies.items(), strict=True):
         assert await get(buffer, record) == body

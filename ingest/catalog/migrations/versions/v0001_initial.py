@@ -98,13 +98,13 @@ def upgrade() -> None:
     op.create_index("objects_visible", "objects", ["bucket", "key"], unique=True, sqlite_where=sa.text("visible = 1"))
     op.create_table(
         "outcomes",
-        sa.Column("sequence", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("object_id", sa.LargeBinary(), nullable=False),
+        sa.Column("sequence", sa.Integer(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("record", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("sequence"),
-        sa.UniqueConstraint("object_id"),
+        sa.PrimaryKeyConstraint("object_id"),
     )
+    op.create_index("outcomes_sequence", "outcomes", ["sequence"], unique=False)
     op.create_table(
         "parts",
         sa.Column("upload_id", sa.Text(), nullable=False),
