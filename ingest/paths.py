@@ -96,7 +96,6 @@ class NodePaths:
             make_folder(folder)
 
 
-@functools.cache
 def make_folder(folder: Path) -> None:
     """Make the folder and those above it that are missing, mode 0700, durably."""
     if folder.is_dir():
@@ -110,6 +109,7 @@ def make_folder(folder: Path) -> None:
         os.close(above)
 
 
+@functools.cache
 def socket_address(path: Path) -> str:
     """An address for a unix socket however long ``path`` is: sun_path holds 107 bytes, so go through an open folder,
     which stays open for the life of the process."""
