@@ -49,7 +49,7 @@ def load(folder: Path) -> Measured:
     if not file.is_file():
         return Measured(_synthetic(), f"synthetic scattering frames (no {FILE} in {folder})", True)
     with h5py.File(file) as opened:
-        frames = np.ascontiguousarray(opened["entry/data/frames"][:], DTYPE)
+        frames = np.ascontiguousarray(opened["entry/data/frames"][:], np.int32)
     if frames.shape != (10, *SHAPE):
         return Measured(_synthetic(), f"synthetic scattering frames ({file} holds others than expected)", True)
     return Measured(frames, f"real frames of a nickel alloy at 775 °C, APS 9-ID-C ({file})", False)
@@ -59,10 +59,11 @@ def _synthetic() -> Frames:
     """Ten frames that look like small-angle scattering with one peak; the beam dips at the fifth."""
     rows, columns = np.mgrid[0 : SHAPE[0], 0 : SHAPE[1]]
     distance = np.hypot(rows - CENTRE_ROW, columns - CENTRE_COLUMN)
-    mean = 2500 + 9000 * np.exp(-(((distance - 400) / 90) ** 2))
+    mean = 2500.0 + 9000 * np.exp(-(((distance - 400) / 90) ** 2))
     flux = np.array([1, 1, 0.98, 1.01, 0.93, 0.98, 0.97, 1, 0.99, 1.01])
     mean *= 487e6 / mean.sum()
-    return np.random.default_rng(9).poisson(mean * flux[:, None, None]).astype(DTYPE)
+    drawn: Frames = np.random.default_rng(9).poisson(mean * flux[:, None, None]).astype(np.int32)
+    return drawn
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Pool:
 
     @property
     def frames(self) -> Frames:
-        return np.frombuffer(self.view, DTYPE).reshape(self.count, *SHAPE)
+        return np.frombuffer(self.view, np.int32).reshape(self.count, *SHAPE)
 
     def close(self) -> None:
         os.close(self.fd)

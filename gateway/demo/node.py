@@ -133,7 +133,9 @@ class DemoNode:
                     wanted = piece[start : start + len(block)]
                     got = block[: len(wanted)]
                     # memoryviews compare byte for byte in Python's own loop; numpy does it at the speed of memory.
-                    if not _filled(answer, got) or not np.array_equal(np.frombuffer(got, "u1"), np.frombuffer(wanted, "u1")):
+                    if not _filled(answer, got) or not np.array_equal(
+                        np.frombuffer(got, "u1"), np.frombuffer(wanted, "u1")
+                    ):
                         return offset
                     offset += len(wanted)
                     progress(len(wanted))

@@ -1,29 +1,34 @@
-"""The sender of the demonstration, and the bare receiver that it is compared with; each in a process of its own.
+"""The sender of the demonstration, and what it is compared with: a bare receiver, and the disk by itself.
 
 ``python -m gateway.demo.stream send`` takes a ``Plan`` as JSON on stdin and the pool's descriptor by number; it PUTs every
 object over some connections with ``sendfile`` and writes what was sent, and at the end the time it took, as JSON lines
 to stdout. ``… sink`` takes the same requests, reads the bodies into one buffer and forgets them: no server that keeps
-bytes can be faster on this machine. Both end when their stdin does, so neither outlives the demonstration.
+bytes can be faster on this machine. Both are processes of their own, and end
+when their stdin does, so that neither outlives the demonstration.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gateway.demo.frames import pieces
 
 SINK_BUFFER_BYTES = 4 << 20
 SEND_BYTES = 16 << 20
+DISK_BLOCK_BYTES = 4 << 20
 TIMEOUT_S = 60
 REPORT_PERIOD_S = 0.1
 
@@ -75,6 +80,27 @@ def send(plan: Plan, progress: Callable[[int], None]) -> float:
     finally:
         process.kill()
         process.communicate()
+
+
+def disk_bytes_per_s(folder: Path, size_bytes: int) -> float:
+    """What the disk takes: O_DIRECT writes over a file that is there already, flushed at the end. Raises OSError."""
+    block = mmap.mmap(-1, DISK_BLOCK_BYTES)
+    block.write(os.urandom(DISK_BLOCK_BYTES))
+
+    def write() -> float:
+        started = time.perf_counter()
+        for offset in range(0, size_bytes, DISK_BLOCK_BYTES):
+            os.pwrite(fd, block, offset)
+        os.fdatasync(fd)
+        return time.perf_counter() - started
+
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        fd = os.open(file.name, os.O_RDWR | os.O_DIRECT)
+        try:
+            write()
+            return size_bytes / write()
+        finally:
+            os.close(fd)
 
 
 class Sink:
