@@ -61,6 +61,7 @@ GUARANTEED_SHARE = 0.75
 SETTLE_TIMEOUT_S = 30.0
 OPEN_TRIES = 5
 RESOLVE_RETRY_S = 0.5
+SETTLE_BATCH_S = 0.02
 
 
 class Loaded:
@@ -107,6 +108,7 @@ class Buffer:
         """Streams that have not ended, and ended ones whose frames a kernel still reads."""
         self._active: set[Body] = set()
         self._unsettled: dict[bytes, Body] = {}
+        self._settling: list[bytes] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._starving = False
         self.received_bytes = counters.cell("hiss_ingest_received_bytes_total")
@@ -277,23 +279,43 @@ class Buffer:
     def settled(self, body: Body, record: ObjectRecord, committed: Sequence[Extent], extents: Sequence[Extent]) -> None:
         """A ``memory`` object is on disk, perhaps not where its commit said (a segment failed meanwhile)."""
         moved = _moved(committed, extents)
-        for _, new in moved:
-            self.segments.adopt(new)
-        self._keep(self._settle(record.object_id, moved))
+        if moved:
+            for _, new in moved:
+                self.segments.adopt(new)
+            self._keep(self._relocate(record.object_id, moved))
+            return
+        self._tell_settled(record.object_id)
 
-    async def _settle(self, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
+    def _tell_settled(self, object_id: bytes) -> None:
+        """One mutation for all that settle within SETTLE_BATCH_S: it costs the catalogue as much as a commit."""
+        if not self._settling:
+            asyncio.get_running_loop().call_later(SETTLE_BATCH_S, lambda: self._keep(self._settle()))
+        self._settling.append(object_id)
+
+    async def _settle(self) -> None:
+        object_ids, self._settling = self._settling, []
         while True:
             try:
-                for old, new in moved:
-                    await self.catalog.relocate(object_id, old, new)
-                await self.catalog.settled([object_id])
+                await self.catalog.settled(object_ids)
                 break
-            except StaleVersion:
-                break  # deleted or replaced meanwhile: nobody waits for it, and recycling counts anew
             except CatalogError as error:
-                logger.warning("object %s is on disk but the catalogue does not know yet: %s", object_id.hex(), error)
+                logger.warning("%d objects are on disk but the catalogue does not know yet: %s", len(object_ids), error)
                 await asyncio.sleep(RESOLVE_RETRY_S)
-        self._unsettled.pop(object_id, None)
+        for object_id in object_ids:
+            self._unsettled.pop(object_id, None)
+
+    async def _relocate(self, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
+        for old, new in moved:
+            while True:
+                try:
+                    await self.catalog.relocate(object_id, old, new)
+                    break
+                except StaleVersion:
+                    break  # deleted or replaced meanwhile: nobody waits for it, and recycling counts anew
+                except CatalogError as error:
+                    logger.warning("object %s moved but the catalogue does not know yet: %s", object_id.hex(), error)
+                    await asyncio.sleep(RESOLVE_RETRY_S)
+        self._tell_settled(object_id)
 
     def resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
         """The outcome of a commit is unknown: ask until the catalogue says. Never commit again: the client may have been
@@ -437,8 +459,8 @@ class Buffer:
         """Settle what is only in memory and stop."""
         await self.writer.close(timeout_s)
         deadline = time.monotonic() + timeout_s
-        while self._tasks and time.monotonic() < deadline:
-            await asyncio.wait(self._tasks, timeout=0.1)
+        while (self._tasks or self._settling) and time.monotonic() < deadline:
+            await asyncio.sleep(SETTLE_BATCH_S)
         for task in list(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -273,11 +273,14 @@ class SegmentStore:
         """Whether a body of this length would find room now (its admission; not a promise)."""
         if payload_bytes == 0:
             return True
-        room = sum(segment.size_bytes for segment in self._free)
-        room += max(0, self._files_max - len(self.segments) - self._files_elsewhere()) * self.segment_bytes
-        room += sum(segment.size_bytes - segment.tail for segment in self._current.values())
         per_file = self.segment_bytes - BLOCK_BYTES
-        return room > payload_bytes + LABEL_BYTES * (2 + payload_bytes // per_file)
+        wanted = payload_bytes + LABEL_BYTES * (2 + payload_bytes // per_file)
+        room = sum(segment.size_bytes - segment.tail for segment in self._current.values())
+        room += sum(segment.size_bytes for segment in self._free)
+        if room > wanted:
+            return True
+        room += max(0, self._files_max - len(self.segments) - self._files_elsewhere()) * self.segment_bytes
+        return room > wanted
 
     def freed(self, extents: Sequence[Extent]) -> None:
         """The catalogue dropped these extents."""
