@@ -40,8 +40,8 @@ OBJECT_STEP_FRAMES = 37
 CEILING_OBJECTS = 8
 DISK_SAMPLE_BYTES = 1 << 30
 SHOWN_EVENTS = 6
-DRAIN_AFTER_S = 10
-"""The bucket's objects stay in the buffer for so long first: the stream has the disk for itself, the drain comes after."""
+DRAIN_AFTER_S, DRAIN_AFTER_S_PER_GB = 2, 2
+"""Objects stay in the buffer for so long first: the stream has the disk for itself, the drain comes after."""
 PRODUCT_TIMEOUT_S, DRAIN_TIMEOUT_S = 60.0, 120.0
 SPACE_FACTOR = 3
 """Disk space: the buffer's copy, the archive's, and one more as reserve."""
@@ -110,6 +110,7 @@ class Story:
         self._folder = folder
         self._console = console
         self._objects = max(1, round(gigabytes * 1e9 / (OBJECT_FRAMES * frames.FRAME_BYTES)))
+        self._drain_after_s = round(DRAIN_AFTER_S + DRAIN_AFTER_S_PER_GB * gigabytes)
         self._outcome = Outcome(folder=str(folder))
         self._pool: frames.Pool | None = None
 
@@ -183,12 +184,12 @@ class Story:
     def _attach(self, node: DemoNode) -> None:
         self._say("kernel", f"{KERNEL.name}: intensity over distance from the beam, summed image, dips of the beam")
         node.put(BUCKET)
-        node.tag(BUCKET, drain_after_s=str(DRAIN_AFTER_S))
+        node.tag(BUCKET, drain_after_s=str(self._drain_after_s))
         began = time.monotonic()
         node.put(BUCKET, f"_kernels/{KERNEL_NAME}.py", KERNEL.read_bytes())
         self._done(f"PUT s3://{BUCKET}/_kernels/{KERNEL_NAME}.py: checked, compiled in its sandbox, attached", began)
         self._done(
-            f"bucket tag hiss.drain-after-s={DRAIN_AFTER_S}: the stream has the disk for itself, the archive comes after"
+            f"bucket tag hiss.drain-after-s={self._drain_after_s}: the stream has the disk for itself, the archive comes after"
         )
 
     def _measured(self, node: DemoNode, measured: frames.Measured, events: Events) -> None:
@@ -274,7 +275,7 @@ class Story:
     def _drain(self, node: DemoNode) -> None:
         self._say(
             "drain",
-            f"{DRAIN_AFTER_S} s after an object came: to the archive, verified there by reading back past the page cache",
+            f"{self._drain_after_s} s after an object came: to the archive, verified there by reading back past the page cache",
         )
         began = time.monotonic()
         sizes = {"bucket": BUCKET, "prefix": "stream/", "expect_objects": str(self._objects)}
