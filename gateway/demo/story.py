@@ -278,11 +278,12 @@ class Story:
             f"{self._drain_after_s} s after an object came: to the archive, verified there by reading back past the page cache",
         )
         began = time.monotonic()
-        sizes = {"bucket": BUCKET, "prefix": "stream/", "expect_objects": str(self._objects)}
-        with self._progress("archived", self._outcome.bytes_sent) as advance:
+        # All of the bucket: frames, their products, and the kernel.
+        expected = {"bucket": BUCKET, "expect_objects": str(2 * self._objects + 5)}
+        with self._progress("archived", node.ask("/v1/runs/status", **expected)["size_bytes"]) as advance:
             done = 0
             while True:
-                status = node.ask("/v1/runs/status", **sizes)
+                status = node.ask("/v1/runs/status", **expected)
                 advance(status["archived_bytes"] - done)
                 done = status["archived_bytes"]
                 if status["safe_to_clear"]:
@@ -291,7 +292,10 @@ class Story:
                     raise DemoFailed(f"not archived after {DRAIN_TIMEOUT_S:.0f} s: {'; '.join(status['reasons'])}")
                 time.sleep(0.1)
         self._outcome.drained_after_s = time.monotonic() - began
-        self._done("safe to clear the detector: every object is archived and verified", began)
+        self._done(
+            f"safe to clear the detector: all {status['objects']} objects, frames, products and the kernel, are archived and verified",
+            began,
+        )
 
     def _read_back(self, node: DemoNode, pool: frames.Pool, measured: frames.Measured, keys: list[str]) -> None:
         self._say("read back", "every object over WebDAV, each byte compared with what was sent")
