@@ -293,7 +293,8 @@ class Story:
                 time.sleep(0.1)
         self._outcome.drained_after_s = time.monotonic() - began
         self._done(
-            f"safe to clear the detector: all {status['objects']} objects, frames, products and the kernel, are archived and verified",
+            f"safe to clear the detector: all {status['objects']} objects (frames, products, the kernel) are archived "
+            "and verified",
             began,
         )
 
