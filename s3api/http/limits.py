@@ -57,6 +57,9 @@ class HttpLimits:
     accept_yield_s: float = 0.02
     """How long it lets them. Afterwards it accepts all the same, so no state of a peer can starve a client."""
 
+    accept_turn_s: float = 0.001
+    """After each connection accepted, the other workers' turn: a client's connections spread over them."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.name != "accept_share" and getattr(self, field.name) <= 0:

@@ -161,14 +161,14 @@ class Server:
         return 0 < self.limits.accept_share <= self.active_bodies
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept what waits. Above our share of bodies, first give the node's other workers the time to take it."""
-        at_once = _ACCEPT_AT_ONCE
+        """Accept what waits. Where there are other workers, one at a time, and then it is their turn for a moment; above our
+        share of bodies they come first."""
+        at_once = _ACCEPT_AT_ONCE if self.limits.accept_share == 0 else 1
         if self._over_share():
             if listener not in self._yielded:
                 self._yielded.add(listener)
                 self._rest(listener, self.limits.accept_yield_s)
                 return
-            at_once = 1
         self._yielded.discard(listener)
         for _ in range(at_once):
             if len(self._connections) + len(self._arriving) >= self.limits.connections:
@@ -190,6 +190,8 @@ class Server:
             task = asyncio.get_running_loop().create_task(self._welcome(sock, _peer_name(address)))
             self._arriving.add(task)
             task.add_done_callback(self._arrived)
+        if self.limits.accept_share:
+            self._rest(listener, self.limits.accept_turn_s)
 
     def _rest(self, listener: socket.socket, seconds: float) -> None:
         self._stop_listening(listener)
