@@ -45,7 +45,7 @@ class DrainLimits:
             "chunk_bytes a multiple of 1 MiB up to 64 MiB": 0 < self.chunk_bytes <= 64 << 20
             and self.chunk_bytes % (1 << 20) == 0,
             "rate_bytes_per_s above 0": self.rate_bytes_per_s is None or self.rate_bytes_per_s > 0,
-            "0 < evict_low < evict_high <= 1": 0 < self.evict_low < self.evict_high <= 1,
+            "0 <= evict_low < evict_high <= 1": 0 <= self.evict_low < self.evict_high <= 1,
             "0 < retry_first_s <= retry_cap_s": 0 < self.retry_first_s <= self.retry_cap_s,
             "snapshots_kept from 1": self.snapshots_kept >= 1,
             "times above 0": min(self.lease_s, self.poll_s, self.sweep_objects_per_s) > 0,

@@ -1,7 +1,10 @@
 """Named places where a test may kill the process: the steps of a commit, a drain, an eviction, a recycling.
 
 ``HISS_CRASHPOINT=name`` (or ``name:n`` for the n-th passage) sends SIGKILL to the process that reaches it, just as a power
-switch would between two lines. Unset, a crash point costs one comparison.
+switch would between two lines. Unset, a crash point costs two comparisons.
+
+``HISS_CRASHPOINT_ONCE=path`` is for a whole node whose processes are started again: the file at ``path`` holds the name, may be
+written at any time, and is removed by the one process that dies.
 """
 
 from __future__ import annotations
@@ -18,13 +21,27 @@ POINTS = (
 
 _name, _, _count = os.environ.get("HISS_CRASHPOINT", "").partition(":")
 _left = int(_count or 1)
+_once = os.environ.get("HISS_CRASHPOINT_ONCE", "")
 
 
 def crashpoint(name: str) -> None:
     """Die here if the environment asks for it. ``name`` is one of POINTS."""
     global _left
+    if _once and _is_next(name):
+        os.kill(os.getpid(), signal.SIGKILL)
     if name != _name:
         return
     _left -= 1
     if _left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_next(name: str) -> bool:
+    try:
+        with open(_once, encoding="ascii") as file:
+            if file.read() != name:
+                return False
+        os.unlink(_once)
+    except FileNotFoundError:
+        return False  # nothing is armed, or another process was quicker
+    return True

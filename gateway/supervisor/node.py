@@ -73,6 +73,7 @@ class Supervisor:
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_ROOT_")}
         self._arenas: list[resources.Arena] = []
         self._listeners: dict[str, socket.socket] = {}
+        self._ports: dict[str, int] = {}
         self._lock_fd = -1
         self._counters_fd = -1
         self._epoch = 0
@@ -82,6 +83,8 @@ class Supervisor:
         self._lock_fd = resources.lock_folder(self._paths)
         try:
             self._listeners = resources.bind(self._settings)
+            # Kept: while the node stops its listeners are closed, and what dies then is still started again.
+            self._ports = {name: listener.getsockname()[1] for name, listener in self._listeners.items()}
             self._epoch = resources.next_epoch(self._paths)
             self._counters_fd = Counters.create()
             self._counters = Counters(self._counters_fd, SUPERVISOR)
@@ -94,7 +97,7 @@ class Supervisor:
 
     @property
     def ports(self) -> dict[str, int]:
-        return {name: listener.getsockname()[1] for name, listener in self._listeners.items()}
+        return dict(self._ports)
 
     async def _serve(self) -> None:
         beat = asyncio.create_task(watchdog())

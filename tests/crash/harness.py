@@ -538,7 +538,8 @@ class Judge:
             assert checksums.crc64nvme(content) == record.crc64nvme, path
 
     def _archive_files(self) -> set[Path]:
-        found = self._node.paths.archive.rglob("*") if self._node.paths.archive.exists() else []
+        # os.walk: folders may be removed while it looks.
+        found = (Path(folder) / name for folder, _, names in os.walk(self._node.paths.archive) for name in names)
         kept = (".hiss", ".hiss-tmp")
         return {
             path for path in found if path.is_file() and path.relative_to(self._node.paths.archive).parts[0] not in kept
