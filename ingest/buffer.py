@@ -294,7 +294,7 @@ class Buffer:
 
     async def _settle(self) -> None:
         object_ids, self._settling = self._settling, []
-        while True:
+        while object_ids:
             try:
                 await self.catalog.settled(object_ids)
                 break
@@ -458,9 +458,10 @@ class Buffer:
     async def close(self, timeout_s: float) -> None:
         """Settle what is only in memory and stop."""
         await self.writer.close(timeout_s)
-        deadline = time.monotonic() + timeout_s
-        while (self._tasks or self._settling) and time.monotonic() < deadline:
-            await asyncio.sleep(SETTLE_BATCH_S)
+        if self._settling:
+            self._keep(self._settle())
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
         for task in list(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -13,7 +13,6 @@ from gateway import boot
 from gateway import logging as gateway_logging
 from ingest.counters import ROLES
 
-
 _GC_YOUNG_OBJECTS = 50_000
 """Young objects between two collections: requests make few cycles, and each pass costs every process milliseconds."""
 

@@ -23,8 +23,8 @@ from ingest.counters import Counters
 from ingest.errors import BufferFull, StorageFailed
 from ingest.label import read_label
 from ingest.paths import NodePaths
-from ingest.recovery import recover
 from ingest.records import CommitObject, DeleteObject, LifetimeClass, ObjectRecord
+from ingest.recovery import recover
 from ingest.segments import SegmentStore
 from ingest.span_table import SpanTable
 from ingest.stream_types import StreamSpec
@@ -198,8 +198,9 @@ async def test_every_extent_starts_with_its_label(buffer: Buffer, paths: NodePat
         record = await put(buffer, key, os.urandom(length))
         position = 0
         for extent in record.extents:
-            with open(paths.segment_file(extent.slot, extent.segment), "rb") as file:
-                label = read_label(file.fileno(), extent.offset)
+            fd = os.open(paths.segment_file(extent.slot, extent.segment), os.O_RDONLY)
+            label = read_label(fd, extent.offset)
+            os.close(fd)
             assert label is not None
             assert (label.object_id, label.key, label.position) == (record.object_id, key, position)
             position += extent.length
