@@ -1,4 +1,4 @@
-# make venv | demo | serve | test | check | bench: see README.md and CONTRIBUTING.md.
+# make venv | demo | serve | test | soak | check | bench: see README.md and CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -37,7 +37,10 @@ apt: ## install the programs that tests use as peers, or say what is missing
 	@.ci/peers
 
 test: $(STAMP) apt ## all tests; ARGS="-k name" for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+soak: $(STAMP) apt ## the tests that take long: random kills, every legal state after a power cut
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 check: $(STAMP) ## format, lint, types, imports between rooms
 	$(BIN)/ruff format --check .
@@ -55,4 +58,4 @@ format: $(STAMP) ## put the format right, and what the linter can
 clean: ## remove what make made here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help venv demo serve apt test check bench format clean
+.PHONY: help venv demo serve apt test soak check bench format clean
