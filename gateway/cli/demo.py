@@ -79,8 +79,11 @@ def _temporary(parent: Path | None, keep: bool) -> Iterator[Path]:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # Also SIGINT: a process that a shell put into the background was born ignoring it.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup(1)
+        signal.signal(signal.SIGHUP, interrupt)
     try:
         yield place
     finally:
