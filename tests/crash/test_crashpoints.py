@@ -157,7 +157,9 @@ FULL: dict[str, Callable[[Scene], None]] = {
 def scene_of(folder: Path, **settings: str) -> Iterator[Scene]:
     flag = folder / "crashpoint"
     with running(folder, {"HISS_CRASHPOINT_ONCE": str(flag)}, **settings) as node:
-        yield Scene(node, flag)
+        scene = Scene(node, flag)
+        yield scene
+        scene._client.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
    HISS_TEST_SHIM_ROOT   folder whose files are watched (no trailing slash)
    HISS_TEST_SHIM_LOG    every write, flush and change of names under it is appended here, in one order for all processes
-   HISS_TEST_SHIM_FAULTS folder of tokens "<operation>@<errno>@<part of path>@<anything>": a matching operation removes the
-                         token and fails; errno 0 is a short write. A token whose name starts with "+" stays.
+   HISS_TEST_SHIM_FAULTS folder of tokens "<operation>@<errno>@<part of path>@<anything>" (with | for /): a matching
+                         operation removes the token and fails; errno 0 is a short write. A token that starts with "+" stays.
 
    A write and a flush are two records, before and after the call: a flush covers what was done before it began.
    Records: see struct record; tests/crash/powercut.py reads them. */
@@ -131,6 +131,7 @@ static int fault(const char *operation, const char *path) {
         snprintf(name, sizeof name, "%s", entry->d_name);
         int stays = name[0] == '+';
         char *rest = name + stays, *wanted = strsep(&rest, "@"), *code = strsep(&rest, "@"), *part = strsep(&rest, "@");
+        for (char *slash = part; slash && (slash = strchr(slash, '|'));) *slash = '/';
         if (!wanted || !code || !part || strcmp(wanted, operation) || !strstr(path, part)) continue;
         if (stays || unlinkat(dirfd(folder), entry->d_name, 0) == 0) {
             errno = atoi(code);
