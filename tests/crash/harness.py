@@ -116,8 +116,8 @@ class Node:
 
         until(serves, lambda: f"every process is ready: {self.status()}\n{self.tail()}", timeout_s)
 
-    def port(self) -> int:
-        return int(json.loads(self.paths.ports.read_text())["s3"])
+    def port(self, name: str = "s3") -> int:
+        return int(json.loads(self.paths.ports.read_text())[name])
 
     def kill(self, role: str, slot: int = 0) -> None:
         """SIGKILL the process of a role; nothing happens when it is between two lives."""
@@ -208,14 +208,15 @@ class S3:
             self._connection = None
 
     def request(
-        self, method: str, path: str, query: str = "", body: bytes | memoryview = b"", **headers: str
+        self, method: str, path: str, query: str = "", body: bytes | memoryview = b"", pause_s: float = 0.0
     ) -> Answer:
-        """``path`` is encoded already; ``query`` is canonical (sorted, encoded, every name with its =)."""
+        """``path`` is encoded already; ``query`` is canonical (sorted, encoded, every name with its =). ``pause_s`` between
+        two reads of the answer makes a slow reader."""
         try:
             if self._connection is None:
                 self._connection = http.client.HTTPConnection("127.0.0.1", self._node.port(), timeout=self._timeout_s)
             url = f"{path}?{query}" if query else path
-            signed = _sign(method, path, query, {"host": f"127.0.0.1:{self._connection.port}", **headers})
+            signed = _sign(method, path, query, {"host": f"127.0.0.1:{self._connection.port}"})
             self._connection.putrequest(method, url, skip_host=True, skip_accept_encoding=True)
             for name, value in {**signed, "content-length": str(len(body))}.items():
                 self._connection.putheader(name, value)
@@ -223,7 +224,7 @@ class S3:
             if len(body):
                 self._connection.sock.sendall(body)
             answer = self._connection.getresponse()
-            content = answer.read()
+            content = answer.read() if not pause_s else b"".join(_slowly(answer, pause_s))
             found = Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, content)
             if found.headers.get("connection") == "close":
                 self.close()
@@ -235,8 +236,8 @@ class S3:
     def put(self, bucket: str, key: str, body: bytes | memoryview) -> Answer:
         return self.request("PUT", f"/{bucket}/{quote(key)}", body=body)
 
-    def get(self, bucket: str, key: str) -> Answer:
-        return self.request("GET", f"/{bucket}/{quote(key)}")
+    def get(self, bucket: str, key: str, *, pause_s: float = 0.0) -> Answer:
+        return self.request("GET", f"/{bucket}/{quote(key)}", pause_s=pause_s)
 
     def delete(self, bucket: str, key: str) -> Answer:
         return self.request("DELETE", f"/{bucket}/{quote(key)}")
@@ -262,6 +263,14 @@ class S3:
                 f"<Tagging><TagSet><Tag><Key>hiss.durability</Key><Value>{durability}</Value></Tag></TagSet></Tagging>"
             )
             assert self.request("PUT", f"/{bucket}", "tagging=", tags.encode()).ok
+
+
+def _slowly(answer: http.client.HTTPResponse, pause_s: float) -> Iterator[bytes]:
+    while piece := answer.read(256 << 10):
+        yield piece
+        time.sleep(pause_s)
+    if answer.length:
+        raise OSError(f"{answer.length} bytes are missing at the end")
 
 
 def _sign(method: str, path: str, query: str, headers: dict[str, str]) -> dict[str, str]:
