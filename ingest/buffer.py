@@ -29,8 +29,10 @@ from ingest.errors import (
     CatalogError,
     CatalogUnavailable,
     DataLost,
+    IngestError,
     ObjectOffline,
     StaleVersion,
+    StorageFailed,
 )
 from ingest.label import Label
 from ingest.packing import PACKED_BYTES_MAX, PackedStream, Packer
@@ -298,7 +300,7 @@ class Buffer:
             try:
                 await self.catalog.settled(object_ids)
                 break
-            except CatalogError as error:
+            except IngestError as error:
                 logger.warning("%d objects are on disk but the catalogue does not know yet: %s", len(object_ids), error)
                 await asyncio.sleep(RESOLVE_RETRY_S)
         for object_id in object_ids:
@@ -312,7 +314,7 @@ class Buffer:
                     break
                 except StaleVersion:
                     break  # deleted or replaced meanwhile: nobody waits for it, and recycling counts anew
-                except CatalogError as error:
+                except IngestError as error:
                     logger.warning("object %s moved but the catalogue does not know yet: %s", object_id.hex(), error)
                     await asyncio.sleep(RESOLVE_RETRY_S)
         self._tell_settled(object_id)
@@ -331,7 +333,7 @@ class Buffer:
                 else:
                     body.adopt(await self.catalog.commit(request, only_if_known=True), request.extents)
                 return
-            except CatalogUnavailable:
+            except (CatalogUnavailable, StorageFailed):
                 await asyncio.sleep(RESOLVE_RETRY_S)
             except CatalogError:
                 body.refuse()

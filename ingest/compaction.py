@@ -14,7 +14,7 @@ from ingest.blockio import AlignedBuffer
 from ingest.buffer import Buffer
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogError, CatalogUnavailable, IngestError, StaleVersion
+from ingest.errors import BufferFull, CatalogError, CatalogUnavailable, IngestError, StaleVersion, StorageFailed
 from ingest.label import Label, write_label
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
@@ -117,7 +117,7 @@ async def _relocate(buffer: Buffer, record: ObjectRecord, old: Extent, new: Exte
     while True:
         try:
             await buffer.catalog.relocate(record.object_id, old, [new])
-        except CatalogUnavailable:
+        except (CatalogUnavailable, StorageFailed):
             await asyncio.sleep(INTERVAL_S)
         else:
             return
