@@ -50,8 +50,8 @@ class Limits:
     memory_flush_s: float = 0.05
     """Longest time a ``memory`` commit's journal entry stays unflushed."""
     journal_bytes: int = SIZE_BYTES
-    wal_bytes: int = 16 * 1024 * 1024
-    """Size of SQLite's WAL from which it is written back."""
+    wal_mutations: int = 1024
+    """Mutations after which SQLite's WAL, about 40 KiB for each, is written back."""
     part_bytes_min: int = PART_BYTES_MIN
 
 
@@ -137,6 +137,8 @@ class Committer:
         self._freed_unflushed: list[tuple[int, list[Extent]]] = []
         self._next = applied + 1
         self._journal = Journal(paths.journal, self._next, size_bytes=limits.journal_bytes, ops=ops)
+        # SQLite would write its WAL back inside a COMMIT, for which everybody would wait; _write_back does it beside them.
+        database.execute("PRAGMA wal_autocheckpoint=0")
         self._decider = Decider(database, part_bytes_min=limits.part_bytes_min)
         self._index = Index(database)
         self._waiting: deque[Ticket] = deque()
@@ -151,7 +153,7 @@ class Committer:
         self._flush_thread = ThreadPoolExecutor(1, "journal")
         self._chore_thread = ThreadPoolExecutor(1, "chores")
         self._snapshot_lock = asyncio.Lock()
-        self._wal = Path(f"{paths.catalogue}-wal")
+        self._mutations_in_wal = 0
         self._checkpointing = False
         self._commit_seconds = counters.histogram("hiss_journal_commit_seconds")
         self._mutations = counters.cell("hiss_journal_mutations_total")
@@ -233,6 +235,7 @@ class Committer:
         self._db.execute("COMMIT")
         crashpoint("index-committed")
         self._next += len(batch.entries)
+        self._mutations_in_wal += len(batch.entries)
         if batch.entries:
             self._commit_seconds.observe(time.perf_counter() - started)
             self._mutations.add(len(batch.entries))
@@ -382,12 +385,10 @@ class Committer:
 
     def _write_back(self) -> None:
         """Keep SQLite's WAL short: a thread writes back most of it, so that the rest is short work between batches."""
-        if self._checkpointing:
-            return
-        with contextlib.suppress(OSError):
-            if self._wal.stat().st_size > self._limits.wal_bytes:
-                self._checkpointing = True
-                self._chore(self._checkpoint())
+        if self._mutations_in_wal >= self._limits.wal_mutations and not self._checkpointing:
+            self._mutations_in_wal = 0
+            self._checkpointing = True
+            self._chore(self._checkpoint())
 
     async def _checkpoint(self) -> None:
         try:
