@@ -88,24 +88,44 @@ async def test_writes_that_waited_do_not_touch_a_file_that_failed(
     kept = os.urandom(6 * MIB)
     record = await put(buffer, b"kept", kept)
     failed: list[str] = []
+    failing, waiting = gates
 
     def rule(path: str, _: int) -> None:
-        gates[0].wait(10)
         if not failed:
             failed.append(path)
+            failing.wait(10)
             raise OSError(5, "Input/output error")
 
     disk.writes.clear()
     disk.rule = rule
-    body = os.urandom(23 * MIB)  # more pieces than threads
-    putting = asyncio.create_task(put(buffer, b"moved", body))
-    assert await eventually(lambda: len(disk.writes) == 4)
-    gates[0].set()
-    moved = await putting
-    position = next(number for number, (path, _) in enumerate(disk.writes) if path != failed[0])
-    assert all(path != failed[0] for path, _ in disk.writes[position:]), "the failed file was written again"
+    body = os.urandom(23 * MIB)
+    stream = buffer.open_stream(await _plane.spec_for(buffer, b"moved", len(body)))
+    await _plane.receive(stream, body[: 5 * MIB])
+    assert await eventually(lambda: failed)
+    busy = [buffer.executor.submit(waiting.wait, 10) for _ in range(4)]  # every thread, the failing one's next
+    await _plane.receive(stream, body[5 * MIB :])
+    failing.set()
+    assert await eventually(lambda: any(one.retired for one in buffer.segments.segments.values()))
+    waiting.set()
+    digest = await stream.finish()
+    assert [path for path, _ in disk.writes].count(failed[0]) == 1, "the failed file was written again"
+    assert all(one.result() for one in busy)
+    moved = await stream.commit(_commit(b"moved", digest))
     assert await get(buffer, moved) == body
     assert await get(buffer, record) == kept
+
+
+def _commit(key: bytes, digest: Any) -> CommitObject:
+    return CommitObject(
+        bucket="b",
+        key=key,
+        object_id=digest.object_id,
+        length=digest.length,
+        etag="e",
+        crc64nvme=digest.crc64nvme,
+        owner="root",
+        extents=digest.extents,
+    )
 
 
 async def test_a_small_object_that_moves_is_durable_only_in_its_new_place(
@@ -224,6 +244,7 @@ async def test_a_commit_without_an_answer_never_overwrites_what_came_later(
     monkeypatch.setattr(buffer.catalog, "commit", nobody)
     with pytest.raises(CatalogUnavailable):
         await put(buffer, b"k", b"old" * 1000)
+    await asyncio.sleep(0.05)  # the outcome is asked for now, and again later
     monkeypatch.setattr(buffer.catalog, "commit", commit)
     record = await put(buffer, b"k", b"new" * 1000)
     assert await eventually(lambda: not buffer._tasks), "the outcome was never asked for"
