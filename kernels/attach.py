@@ -166,17 +166,23 @@ class Registry:
 
     async def _entry(self, bucket: str, generation: int, records: Sequence[ObjectRecord]) -> _Entry:
         attachments, unread = [], []
-        for record in records:
-            try:
-                attachment = await self._attachment(record)
-            except IngestError as error:
-                log.warning("kernel %r of bucket %s could not be read: %s", record.key, bucket, error)
-                name = kernel_name(record.key)
-                assert name is not None
-                unread.append(Unread(name, _pattern(record.metadata)))
-            else:
-                if attachment is not None:
-                    attachments.append(attachment)
+        with contextlib.ExitStack() as stack:
+            # Held over all of them: regions given back after each source are scrubbed before anybody gets them again, so
+            # that a few kernels would use up the worker's regions.
+            if any(record.object_id not in self._made for record in records) and (domain := self._pad.domain(bucket)):
+                domain.hold()
+                stack.callback(domain.drop)
+            for record in records:
+                try:
+                    attachment = await self._attachment(record)
+                except IngestError as error:
+                    log.warning("kernel %r of bucket %s could not be read: %s", record.key, bucket, error)
+                    name = kernel_name(record.key)
+                    assert name is not None
+                    unread.append(Unread(name, _pattern(record.metadata)))
+                else:
+                    if attachment is not None:
+                        attachments.append(attachment)
         return _Entry(generation, tuple(attachments), tuple(unread))
 
     async def _attachment(self, record: ObjectRecord) -> Attachment | None:
