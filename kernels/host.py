@@ -228,8 +228,8 @@ class KernelHost:
         key = LaneKey.of(bucket, attachment, geometry, domain)
         return self._pool.get(key, lambda: Lane(key, attachment, geometry, domain, self))
 
-    async def admit(self, lane: Lane) -> None:
-        await self._pool.admit(lane)
+    async def admit(self, lane: Lane) -> int:
+        return await self._pool.admit(lane)
 
     def idle(self, lane: Lane) -> None:
         self._pool.became_idle()

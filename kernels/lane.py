@@ -76,8 +76,8 @@ class LaneOwner(Protocol):
     counters: Counters
     sandbox_limits: SandboxLimits
 
-    async def admit(self, lane: Lane) -> None:
-        """Returns once this lane may have a process."""
+    async def admit(self, lane: Lane) -> int:
+        """Returns once this lane may have a process: how many lanes of the worker have one then."""
         ...
 
     def refused(self, lane: Lane) -> None:
@@ -133,6 +133,7 @@ class Lane:
         self._wake = asyncio.Event()
         self._failure: tuple[str, str] | None = None
         self._admitted = asyncio.Event()
+        self._limits = owner.sandbox_limits
         self._state_bytes = max(1, sum(spec.size_bytes for spec in attachment.kernel.state))
         self._slots = max(1, min(SLOTS_MAX, SLOT_STATE_BYTES_MAX // self._state_bytes))
         self._schedule = Schedule(self._slots, batch_bytes_max=BATCH_BYTES_MAX, batch_frames_max=MAX_BATCH)
@@ -207,7 +208,7 @@ class Lane:
 
     async def _work(self) -> None:
         try:
-            await self._owner.admit(self)
+            self._limits = self._owner.sandbox_limits.among(await self._owner.admit(self))
             self._admitted.set()
             while self._failure is None:
                 await self._serve()
@@ -262,7 +263,7 @@ class Lane:
                     region_fds=self._domain.region_fds,
                     region_bytes=self._domain.region_bytes,
                     slots=self._slots,
-                    limits=self._owner.sandbox_limits,
+                    limits=self._limits,
                 )
             except SandboxFailed as failure:
                 if failure.kind != "unavailable":

@@ -47,14 +47,15 @@ class LanePool:
             lane = self._lanes[key] = make()
         return lane
 
-    async def admit(self, lane: Lane) -> None:
-        """Returns once ``lane`` may have a process."""
+    async def admit(self, lane: Lane) -> int:
+        """Returns once ``lane`` may have a process: how many lanes have one then."""
         async with self._turn:
             while len(self._admitted) >= self._processes_max:
                 self.close_idle(lambda other: other in self._admitted, at_most=1)
                 await self._turn.wait()
             self._admitted.add(lane)
             self._gauge.set(len(self._admitted))
+            return len(self._admitted)
 
     def dismissed(self, lane: Lane) -> None:
         """The lane is closed and its process gone."""

@@ -455,6 +455,46 @@ async def test_without_free_regions_a_stream_is_reduced_later(node: Node, frames
     check_count(node, b"a.raw", frames)
 
 
+async def test_reading_many_kernels_takes_one_set_of_regions(
+    node: Node, frames: np.ndarray, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Regions that were given back are scrubbed before they serve again: none of these comes back during the test.
+    names = [f"count{number}" for number in range(6)]
+    for name in names:
+        node.attach(name, COUNT)
+    given = node.store.domain
+    seen: list[object] = []
+
+    def domain(bucket: str) -> object:
+        if seen and seen[-1].holds == 0:
+            return None
+        seen.append(given(bucket))
+        return seen[-1]
+
+    monkeypatch.setattr(node.store, "domain", domain)
+    await node.host.prepare(BUCKET)
+    monkeypatch.undo()
+    assert node.store.loads == len(names)
+    assert node.host.kernels_for(BUCKET, b"run/1") == tuple(names)
+    stream = await node.open(b"run/1", frames)
+    stream.sniff()
+    stream.offer(0, 40)
+    stream.commit()
+    await until(lambda: all(node.has_product(name, b"run/1") for name in names))
+
+
+async def test_each_further_sandbox_yields_more(node: Node, frames: np.ndarray, until: Until) -> None:
+    for name in ("a", "b", "c"):
+        node.attach(name, COUNT)
+    stream = await node.open(b"run/1", frames)
+    stream.sniff()
+    stream.offer(0, 40)
+    stream.commit()
+    await until(lambda: all(node.has_product(name, b"run/1") for name in "abc"))
+    first = limits().sandbox.nice
+    assert sorted(os.getpriority(os.PRIO_PROCESS, pid) for pid in node.pids()) == [first, first + 3, first + 6]
+
+
 async def test_one_process_for_two_kernels_in_turn(
     make_node: Callable[..., contextlib.AbstractAsyncContextManager[Node]], frames: np.ndarray, until: Until
 ) -> None:
