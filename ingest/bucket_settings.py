@@ -48,7 +48,8 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 def _whole(low: int, high: int, base: int = 10) -> Callable[[str], int]:
     def parse(value: str) -> int:
         try:
-            number = int(value, base)
+            # int() alone takes signs, spaces, underscores and the digits of every script.
+            number = int(value, base) if value.isascii() and value.isdigit() else low - 1
         except ValueError:
             number = low - 1
         if not low <= number <= high:
