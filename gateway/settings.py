@@ -27,7 +27,14 @@ from gateway import machine
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ENV_PREFIX = "HISS_"
 ENV_OTHERS = frozenset(
-    {"HISS_CONFIG", "HISS_DATA", "HISS_ROOT_ACCESS_KEY", "HISS_ROOT_SECRET_KEY", "HISS_CRASHPOINT", "HISS_CRASHPOINT_ONCE"}
+    {
+        "HISS_CONFIG",
+        "HISS_DATA",
+        "HISS_ROOT_ACCESS_KEY",
+        "HISS_ROOT_SECRET_KEY",
+        "HISS_CRASHPOINT",
+        "HISS_CRASHPOINT_ONCE",
+    }
     | {"HISS_ENDPOINT", "HISS_ACCESS_KEY", "HISS_SECRET_KEY", "HISS_CONTROL"}
 )
 """Environment variables of that prefix that are not settings; so are all that start with HISS_TEST_ or HISS_BENCH_."""
