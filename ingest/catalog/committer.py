@@ -279,21 +279,32 @@ class Committer:
         if isinstance(decision, Known):
             return wire.encode_value(decision.answer)
         encoded = e.encode(decision)
-        self._db.execute("SAVEPOINT mutation")
         try:
             freed = self._index.apply(sequence, decision)
             answer = wire.encode_value(self._decider.answer(decision))
         except (sqlite3.Error, IngestError) as error:
-            self._db.execute("ROLLBACK TO mutation")
             logger.exception("an entry could not be applied to the index")
+            self._take_back(batch)
             raise StorageFailed(f"index: {error}") from error
-        finally:
-            self._db.execute("RELEASE mutation")
         batch.entries.append(decision)
         batch.encoded.append(encoded)
         batch.encoded_bytes += len(encoded)
         batch.freed += freed
         return answer
+
+    def _take_back(self, batch: Batch) -> None:
+        """Rid the transaction of an entry that failed halfway. Raises sqlite3.Error.
+
+        The batch's other entries are applied anew: a savepoint for each would cost every commit what one failure costs.
+        """
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        self._db.execute("BEGIN IMMEDIATE")
+        for sequence, entry in enumerate(batch.entries, batch.first_sequence):
+            try:
+                self._index.apply(sequence, entry)
+            except IngestError as error:  # not this one mutation's fault: the process must start anew
+                raise sqlite3.DatabaseError(f"entry {sequence} could not be applied twice") from error
 
     def _release_freed(self) -> None:
         durable, held_back = [], []

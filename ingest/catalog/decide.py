@@ -201,6 +201,8 @@ class Decider:
 
     def _known(self, object_id: bytes) -> ObjectRecord | None:
         """The record of a commit that was done before, though its version may have gone since."""
+        if self._db.execute(statements.SEEN, {"object_id": object_id}).fetchone() is None:
+            return None  # nearly always
         row = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
         if row is not None:
             return rows.object_record(row)

@@ -381,4 +381,11 @@ PUT_OUTCOME = _sql(
 OUTCOME = _sql(
     sa.select(outcomes.c.record).where(outcomes.c.object_id == _p("object_id"), outcomes.c.kind == _p("kind"))
 )
+SEEN = _sql(
+    sa.union_all(
+        sa.select(_one).select_from(objects).where(objects.c.object_id == _p("object_id")),
+        sa.select(_one).select_from(outcomes).where(outcomes.c.object_id == _p("object_id")),
+    )
+)
+"""A row for an id that is, or lately was, a version's or a part's."""
 TRIM_OUTCOMES = _sql(sa.delete(outcomes).where(outcomes.c.sequence <= _p("sequence")))

@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from awscrt import checksums
 
@@ -423,3 +424,25 @@ async def test_readers_follow_a_database_that_was_replaced(
         record = await client.commit(commit_of("run", b"k"))
         assert await client.head("run", b"k") == record
         assert await names(client) == [b"k"]
+
+
+async def test_an_entry_the_index_refuses_takes_nothing_of_its_batch_with_it(
+    paths: NodePaths, serving: Serving, commit_of: CommitOf
+) -> None:
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "root")
+        good = [commit_of("run", b"before"), commit_of("run", b"after")]
+        bad = commit_of("run", b"bad")
+        bad = msgspec.structs.replace(bad, extents=good[0].extents * 2)  # the second reference breaks a primary key
+        before, refused, after = await asyncio.gather(
+            *(client.commit(request) for request in (good[0], bad, good[1])), return_exceptions=True
+        )
+        assert isinstance(refused, StorageFailed)
+        assert [await client.head("run", b"before"), await client.head("run", b"after")] == [before, after]
+        assert await names(client) == [b"after", b"before"]
+        with pytest.raises(NoSuchKey):
+            await client.by_id(bad.object_id)
+    paths.catalogue.unlink()
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        assert [await client.head("run", b"before"), await client.head("run", b"after")] == [before, after]
+    assert problems(paths) == []
