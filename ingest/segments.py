@@ -149,6 +149,7 @@ class SegmentStore:
         self._next_number = 1
         self._recycled = counters.cell("hiss_segment_recycled_total")
         self._retired = counters.cell("hiss_segment_retired_total")
+        self._short = counters.cell("hiss_segment_short_total")
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
@@ -194,10 +195,8 @@ class SegmentStore:
             return
         self._recycling = True
         try:
-            await self._count_anew()
-            for segment in list(self.segments.values()):
-                if self._dead(segment):
-                    await self._recycle(segment)
+            for segment in await self._empty():
+                await self._recycle(segment)
         finally:
             self._recycling = False
             self._publish()
@@ -205,14 +204,21 @@ class SegmentStore:
             self._recycle_again = False
             self._recycle_soon()
 
-    async def _count_anew(self) -> None:
-        """Take the catalogue's count for every segment in which nothing is on its way: what is there is committed, or
-        never will be."""
-        settled = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
+    async def _empty(self) -> list[Segment]:
+        """Segments in which nothing is on its way and nothing lives, as the catalogue counts; others get its count.
+
+        That is final: what is there is committed or never will be, and what nobody refers to nobody can refer to again.
+        Our own count is no reason to overwrite anything: news of freed extents may come twice, or after this count.
+        """
+        closed = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
         live = {(item.segment, item.generation): item.live_bytes for item in await self._use()}
-        for segment, generation in settled:
+        empty = []
+        for segment, generation in closed:
             if segment.generation == generation and self._closed(segment):
                 segment.live_bytes = live.get((segment.number, generation), 0)
+                if not segment.live_bytes and not segment.retired:
+                    empty.append(segment)
+        return empty
 
     # -- room
 
@@ -280,6 +286,8 @@ class SegmentStore:
         if room > wanted:
             return True
         room += max(0, self._files_max - len(self.segments) - self._files_elsewhere()) * self.segment_bytes
+        if room <= wanted <= self._files_max * self.segment_bytes:
+            self._short.add()  # what could never fit says nothing about the room there is
         return room > wanted
 
     def freed(self, extents: Sequence[Extent]) -> None:
@@ -330,6 +338,7 @@ class SegmentStore:
         return segment.sealed and not segment.open_extents and segment not in self._free
 
     def _dead(self, segment: Segment) -> bool:
+        """It may be empty, as far as we know: a reason to ask the catalogue."""
         return self._closed(segment) and not segment.retired and segment.live_bytes <= 0
 
     def _seal(self, segment: Segment) -> None:
@@ -346,8 +355,13 @@ class SegmentStore:
             return segment
         if len(self.segments) + self._files_elsewhere() >= self._files_max:
             self._recycle_soon()
+            self._short.add()
             raise BufferFull("every segment of the buffer holds live data")
-        return self._create()
+        try:
+            return self._create()
+        except BufferFull:
+            self._short.add()
+            raise
 
     def _create(self) -> Segment:
         number = self._next_number

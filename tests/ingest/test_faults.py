@@ -31,6 +31,7 @@ from ingest.records import (
     PartRecord,
     UploadRecord,
 )
+from ingest.segments import Segment
 
 MIB = 1 << 20
 
@@ -229,6 +230,28 @@ async def test_wrong_news_never_recycles_a_segment_that_lives(buffer: Buffer) ->
     buffer.segments.seal_all()
     buffer.segments.freed([*record.extents, *record.extents])
     await buffer.segments.recycle_idle()
+    assert await get(buffer, record) == body
+
+
+async def test_news_that_comes_while_segments_are_recycled_recycles_no_other(
+    buffer: Buffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The count was taken before, and has no part in what the news says."""
+    dead = await put(buffer, b"dead", os.urandom(30 * MIB))
+    body = os.urandom(20 * MIB)
+    record = await put(buffer, b"k", body)
+    assert dead.extents[0].segment < record.extents[0].segment
+    await buffer.catalog.delete([DeleteObject("b", b"dead")])
+    buffer.segments.seal_all()
+    recycle = buffer.segments._recycle
+
+    async def and_then_news(segment: Segment) -> None:
+        await recycle(segment)
+        buffer.segments.freed([*record.extents, *record.extents])
+
+    monkeypatch.setattr(buffer.segments, "_recycle", and_then_news)
+    await buffer.segments.recycle_idle()
+    assert buffer.segments.segments[dead.extents[0].segment].generation == 2
     assert await get(buffer, record) == body
 
 
