@@ -251,7 +251,8 @@ async def test_news_that_comes_while_segments_are_recycled_recycles_no_other(
 
     monkeypatch.setattr(buffer.segments, "_recycle", and_then_news)
     await buffer.segments.recycle_idle()
-    assert buffer.segments.segments[dead.extents[0].segment].generation == 2
+    recycled = buffer.segments.segments[dead.extents[0].segment]
+    assert await eventually(lambda: recycled.generation == 2)
     assert await get(buffer, record) == body
 
 
