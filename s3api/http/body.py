@@ -142,7 +142,13 @@ class RequestBody:
         inbox = self._wire.inbox
         left = self._framing.payload_left
         if left >= self._in_place_bytes and not len(inbox) and self._sink is not None:
-            view = self._sink.get_buffer()
+            try:
+                view = self._sink.get_buffer()
+            except Exception as error:
+                # Raised through the transport it would break the connection, and nobody would be told why. One read
+                # still comes, into the empty inbox: ``updated`` pauses then (uvloop crashes when paused from here).
+                self.fail(error)
+                view = None
             if view is not None:
                 most = min(left, self._limits.receive_bytes)
                 self._direct = view if len(view) <= most else view[:most]
@@ -167,7 +173,7 @@ class RequestBody:
             if self._framing.done:
                 self._finish()
         except Exception as error:
-            self.fail(error)
+            self._give_up(error)
 
     # -- receiving
 
@@ -201,13 +207,16 @@ class RequestBody:
 
     def _advance(self) -> None:
         """Use what is in the inbox, as far as memory and this turn's share of time go."""
-        if self._error is not None or self._sink is None:
+        if self._error is not None:
+            self._wire.pause_reading()
+            return
+        if self._sink is None:
             return
         try:
             if self._pump(self._sink):
                 self._finish()
         except Exception as error:
-            self.fail(error)
+            self._give_up(error)
 
     def _pump(self, sink: BodySink) -> bool:
         """Move framing to the decoder and payload to the sink; True once the body is complete."""
@@ -259,6 +268,11 @@ class RequestBody:
         self._sink = None
         self._wire.end_body()
         self._signal()
+
+    def _give_up(self, error: Exception) -> None:
+        """``fail``, and leave in the socket what comes before the handler's turn: the inbox might not hold it."""
+        self.fail(error)
+        self._wire.pause_reading()
 
     def _signal(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -19,7 +19,7 @@ import uvloop
 from ingest.counters import Counters
 from s3api.http.limits import HttpLimits
 from s3api.http.listener import Server
-from s3api.http.message import FileBody, Request, Response
+from s3api.http.message import FileBody, HttpError, Request, Response
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
@@ -38,8 +38,11 @@ class MemorySink:
         self.dry.set()
         self.starved = 0
         self.dry_every = 0
+        self.full_at: int | None = None
 
     def get_buffer(self) -> memoryview | None:
+        if self.full_at is not None and self.count >= self.full_at:
+            raise HttpError(503, "SlowDown", "no room")
         if self.dry_every and self.count // self.dry_every > self.starved:
             self.starved += 1
             self.dry.clear()
@@ -98,6 +101,7 @@ class Echo:
     async def do_sink(self, request: Request) -> Response:
         sink = MemorySink(int(request.arg("size") or 1 << 20), int(request.arg("span") or 1 << 30))
         sink.dry_every = int(request.arg("dry") or 0)
+        sink.full_at = int(request.arg("full") or 0) or None
         self.sinks.append(sink)
         try:
             count = await request.body.into(sink)

@@ -83,6 +83,20 @@ async def test_receives_a_large_body_in_place(start):
     writer.close()
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_sink_that_fills_up_in_the_middle_refuses_with_an_answer(start, chunked):
+    # The sink's error comes up inside the transport's own callback: it must reach the client, not break the connection.
+    running = await start()
+    reader, writer = await running.connect()
+    body = bytes(3_000_000)
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 3000000"
+    head = b"PUT /sink?size=4000000&span=65536&full=500000 HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n"
+    writer.write(head + (b"2dc6c0\r\n" + body + b"\r\n0\r\n\r\n" if chunked else body))
+    assert (await read_answer(reader))[0] == 503
+    assert running.handler.sinks[0].count >= 500_000
+    writer.close()
+
+
 async def test_pipelined_requests_are_answered_in_order(start):
     running = await start()
     raw = b"".join(put(b"body %d" % i, b"/sink", b"X-N: %d" % i) + GET for i in range(50)) + LAST
