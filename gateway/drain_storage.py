@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 
 from ingest.blockio import AlignedBuffer, write_fully
@@ -195,25 +195,45 @@ class BufferUsage:
 
     A segment is only reused when nothing in it lives. So when live data is scattered, the segments in use count, not
     the live bytes: else the buffer could be full of half-empty segments and nothing would be evicted.
+    Neither number sees a slot whose room is all in other slots' files, or open segments that hold next to nothing. So
+    a buffer that has refused a body since the last look (``shortages`` grew) is full, whatever the numbers say: else it
+    could refuse for ever what an eviction would make room for.
     """
 
-    def __init__(self, catalog: Catalog, slots: Sequence[int], segment_bytes: int, capacity_bytes: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        slots: Sequence[int],
+        segment_bytes: int,
+        capacity_bytes: int,
+        shortages: Callable[[], int],
+    ) -> None:
         self._catalog = catalog
         self._slots = tuple(slots)
         self._segment_bytes = segment_bytes
         self._capacity_bytes = capacity_bytes
+        self._shortages = shortages
+        self._shortages_seen = shortages()
         self._used_bytes = 0
 
     async def refresh(self) -> None:
+        shortages = self._shortages()
         live_bytes = segment_bytes = 0
         for slot in self._slots:
             use = [item.live_bytes for item in await self._catalog.segment_use(slot) if item.live_bytes > 0]
             live_bytes += sum(use)
             segment_bytes += max(0, len(use) - OPEN_SEGMENTS_PER_SLOT) * self._segment_bytes
-        self._used_bytes = max(live_bytes, segment_bytes)
+        short_bytes = self._capacity_bytes if shortages > self._shortages_seen else 0
+        self._shortages_seen = shortages
+        self._used_bytes = max(live_bytes, segment_bytes, short_bytes)
 
     def __call__(self) -> tuple[int, int]:
         return self._used_bytes, self._capacity_bytes
+
+
+def shortages(counters: Counters) -> int:
+    """How often a body found no room, over all slots."""
+    return sum(int(counters.read(slot, "hiss_segment_short_total", (), 1)[0]) for slot in range(SLOTS))
 
 
 def files_elsewhere(counters: Counters, own_slot: int) -> int:

@@ -18,7 +18,7 @@ from archive.pace import DrainLimits
 from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from gateway.boot import Boot
-from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version
+from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, shortages
 from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
 from gateway.supervisor.table import DRAIN_SLOT
@@ -66,7 +66,13 @@ async def _serve(boot: Boot) -> None:
 
             catalog.subscribe(freed)
             slots = (*range(settings.workers), DRAIN_SLOT)
-            usage = BufferUsage(catalog, slots, settings.segment_bytes, settings.buffer_bytes)
+            usage = BufferUsage(
+                catalog,
+                slots,
+                settings.segment_bytes,
+                settings.buffer_bytes,
+                shortages=functools.partial(shortages, counters),
+            )
             watching = asyncio.create_task(_watch(usage))
             boot.ready()
             try:

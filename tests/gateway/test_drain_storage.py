@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from awscrt.checksums import crc64nvme
 
-from gateway.drain_storage import SegmentLanding
+from gateway.drain_storage import BufferUsage, SegmentLanding, shortages
 from ingest.counters import Counters
 from ingest.errors import BufferFull, StorageFailed
 from ingest.label import read_label
@@ -38,13 +38,18 @@ def paths(tmp_path: Path) -> NodePaths:
 
 
 @pytest.fixture
-def segments(paths: NodePaths, executor: ThreadPoolExecutor) -> Iterator[SegmentStore]:
+def counters() -> Counters:
+    return Counters(None, SLOT)
+
+
+@pytest.fixture
+def segments(paths: NodePaths, executor: ThreadPoolExecutor, counters: Counters) -> Iterator[SegmentStore]:
     async def use() -> list[SegmentUse]:
         return [SegmentUse(SLOT, one.number, one.generation, one.live_bytes) for one in store.segments.values()]
 
     store = SegmentStore(
         paths, node=0, slot=SLOT, segment_bytes=SEGMENT_BYTES, files_max=4, files_elsewhere=lambda: 0, use=use,
-        executor=executor, counters=Counters(None, 0),
+        executor=executor, counters=counters,
     )  # fmt: skip
     store.open([])
     yield store
@@ -135,6 +140,28 @@ async def test_a_full_buffer_refuses_and_holds_nothing(segments: SegmentStore) -
         await SegmentLanding(segments).land(record(body), pieces(body, 4 << 20))
     assert segments.live_bytes == 0
     assert all(segment.open_extents == 0 for segment in segments.segments.values())
+
+
+async def test_a_buffer_that_refuses_counts_as_full(segments: SegmentStore, counters: Counters) -> None:
+    """Else nothing would be evicted while every segment holds a little, and it would refuse for ever."""
+
+    class NearlyEmpty:
+        async def segment_use(self, slot: int) -> list[SegmentUse]:
+            return [SegmentUse(slot, number, 1, 4096) for number in range(1, 4)]
+
+    usage = BufferUsage(NearlyEmpty(), (SLOT,), SEGMENT_BYTES, 4 * SEGMENT_BYTES, lambda: shortages(counters))  # type: ignore[arg-type]
+    await usage.refresh()
+    assert usage() == (3 * 4096, 4 * SEGMENT_BYTES)
+    body = bytes(5 * SEGMENT_BYTES)
+    with pytest.raises(BufferFull):
+        await SegmentLanding(segments).land(record(body), pieces(body, 4 << 20))
+    await usage.refresh()
+    assert usage() == (4 * SEGMENT_BYTES, 4 * SEGMENT_BYTES)
+    await usage.refresh()
+    assert usage()[0] == 3 * 4096
+    assert not segments.can_hold(1 << 50)  # what could never fit is no sign of a shortage
+    await usage.refresh()
+    assert usage()[0] == 3 * 4096
 
 
 async def test_a_segment_that_fails_a_write_is_retired(segments: SegmentStore) -> None:
