@@ -20,13 +20,14 @@ from archive.reconcile import key_text
 from archive.targets.base import Target, TargetError, TargetLost
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion, StorageFailed
 from ingest.ports import Catalog
 from ingest.records import ArchiveCopy, Extent, ObjectRecord
 
 log = logging.getLogger(__name__)
 
 _POLL_RECORDS = 64
+_RECORD_RETRY_S = 1.0
 
 
 class RecallMismatch(TargetError):
@@ -39,6 +40,10 @@ class Landing(Protocol):
     async def land(self, record: ObjectRecord, chunks: AsyncIterator[memoryview]) -> tuple[Extent, ...]:
         """Write all of ``chunks`` (each view valid until the next is asked for); durable on return. An exception of
         ``chunks`` passes through, and what was written is then free again."""
+        ...
+
+    async def keep(self, extents: Sequence[Extent]) -> None:
+        """These landed extents are recorded: they live until the catalogue says otherwise."""
         ...
 
     async def abandon(self, extents: Sequence[Extent]) -> None:
@@ -122,15 +127,26 @@ class Recaller:
             where = "nowhere" if copy is None else f"at {copy.target}"
             raise RecallMismatch(f"the catalogue knows an archive copy {where}, not at {self._target.name}")
         extents = await self._landing.land(record, self._verified(record, copy))
+        crashpoint("recall-written")
         try:
-            crashpoint("recall-written")
-            await self._catalog.recalled(record.object_id, extents)
-        except CatalogUnavailable:
-            # It may have been recorded: then the extents are the object's, and must not be given away.
-            raise
+            await self._record(record, extents)
+        except asyncio.CancelledError:
+            raise  # recorded or not: what holds them ends with the process
         except BaseException:
             await self._landing.abandon(extents)
             raise
+        await self._landing.keep(extents)
+
+    async def _record(self, record: ObjectRecord, extents: Sequence[Extent]) -> None:
+        """However long the catalogue takes to come back: until it has decided the extents are neither free nor in use."""
+        while True:
+            try:
+                await self._catalog.recalled(record.object_id, extents)
+            except (CatalogUnavailable, StorageFailed) as error:
+                log.warning("cannot record the recall of %s yet: %s", key_text(record), error)
+                await asyncio.sleep(_RECORD_RETRY_S)
+            else:
+                return
 
     async def _verified(self, record: ObjectRecord, copy: ArchiveCopy) -> AsyncIterator[memoryview]:
         """The archived bytes; raises after the last of them, so that nothing can be recorded, if they do not match."""

@@ -48,10 +48,12 @@ async def open_version(paths: NodePaths, catalog: Catalog, executor: Executor, r
 
 
 class SegmentLanding:
-    """Recalled bytes into the drain slot's segments (implements ``archive.recall.Landing``)."""
+    """Recalled bytes into the drain slot's segments (implements ``archive.recall.Landing``). What has landed holds its
+    place until it is kept or abandoned: the catalogue, which says what may be recycled, does not know of it before."""
 
     def __init__(self, segments: SegmentStore) -> None:
         self._segments = segments
+        self._landed: dict[tuple[Extent, ...], list[tuple[Reservation, int]]] = {}
 
     async def land(self, record: ObjectRecord, chunks: AsyncIterator[memoryview]) -> tuple[Extent, ...]:
         """Raises BufferFull, StorageFailed, and whatever ``chunks`` raises; then nothing is held any more."""
@@ -59,15 +61,23 @@ class SegmentLanding:
         try:
             async for chunk in chunks:
                 await landing.add(chunk)
-            return await landing.complete()
+            extents = await landing.complete()
+            self._landed[extents] = landing.done
+            return extents
         except BaseException:
             landing.forget()
             raise
         finally:
             landing.close()
 
+    async def keep(self, extents: Sequence[Extent]) -> None:
+        self._segments.adopt(extents)
+        for reservation, used in self._landed.pop(tuple(extents), ()):
+            self._segments.finish(reservation, LABEL_BYTES + used)
+
     async def abandon(self, extents: Sequence[Extent]) -> None:
-        self._segments.freed(extents)
+        for reservation, _ in self._landed.pop(tuple(extents), ()):
+            self._segments.finish(reservation, 0)
 
 
 class _Landed:
@@ -82,7 +92,8 @@ class _Landed:
         self._position = 0
         self._open: Reservation | None = None
         self._written = 0
-        self._done: list[tuple[Reservation, int]] = []
+        self.done: list[tuple[Reservation, int]] = []
+        """Reservations in body order with the payload bytes used of each."""
 
     async def add(self, chunk: memoryview) -> None:
         while len(chunk):
@@ -103,25 +114,21 @@ class _Landed:
             await self._write_staged()
         if self._open is not None:
             self._end()
-        for segment in {reservation.segment for reservation, _ in self._done}:
+        for segment in {reservation.segment for reservation, _ in self.done}:
             try:
                 await segment.flusher.flush()
             except OSError as error:
                 self._segments.retire(segment)
                 raise StorageFailed(f"flush of recalled bytes: {error.strerror}") from error
         store = self._segments
-        extents = tuple(reservation.extent(store.node, store.slot, used) for reservation, used in self._done)
-        store.adopt(extents)
-        for reservation, used in self._done:
-            store.finish(reservation, LABEL_BYTES + used)
-        return extents
+        return tuple(reservation.extent(store.node, store.slot, used) for reservation, used in self.done)
 
     def forget(self) -> None:
         """Give back what was reserved; bytes already there are nobody's."""
         if self._open is not None:
-            self._done.append((self._open, 0))
+            self.done.append((self._open, 0))
             self._open = None
-        for reservation, _ in self._done:
+        for reservation, _ in self.done:
             self._segments.finish(reservation, 0)
 
     def close(self) -> None:
@@ -136,7 +143,7 @@ class _Landed:
 
     def _end(self) -> None:
         assert self._open is not None
-        self._done.append((self._open, self._written))
+        self.done.append((self._open, self._written))
         self._open = None
 
     async def _write_staged(self) -> None:

@@ -76,6 +76,9 @@ class FileBuffer:
         part.rename(self.path(record.object_id))
         return (Extent(0, DRAIN_SLOT, next(self._segment), 1, 0, record.length),)
 
+    async def keep(self, extents: Sequence[Extent]) -> None:
+        return None
+
     async def abandon(self, extents: Sequence[Extent]) -> None:
         return None
 

@@ -93,7 +93,11 @@ async def test_what_lands_reads_back(
     paths: NodePaths, executor: ThreadPoolExecutor, segments: SegmentStore, length: int, step: int
 ) -> None:
     body = os.urandom(length)
-    extents = await SegmentLanding(segments).land(record(body), pieces(body, step))
+    landing = SegmentLanding(segments)
+    extents = await landing.land(record(body), pieces(body, step))
+    assert sum(segment.open_extents for segment in segments.segments.values()) == len(extents), "their place is held"
+    await landing.keep(extents)
+    assert all(segment.open_extents == 0 for segment in segments.segments.values())
     assert await read_back(paths, executor, extents, length) == body
     assert segments.live_bytes == sum(extent.stored_bytes for extent in extents)
     for extent in extents:
@@ -132,6 +136,7 @@ async def test_abandoned_extents_are_free_again(segments: SegmentStore) -> None:
     extents = await landing.land(record(body), pieces(body, 1 << 20))
     await landing.abandon(extents)
     assert segments.live_bytes == 0
+    assert all(segment.open_extents == 0 for segment in segments.segments.values())
 
 
 async def test_a_full_buffer_refuses_and_holds_nothing(segments: SegmentStore) -> None:
