@@ -118,51 +118,43 @@ def object_record(row: Row) -> ObjectRecord:
     )
 
 
-def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) -> dict[str, object]:
-    """Parameters of ``statements.INSERT_OBJECT`` for a version that was just committed."""
-    return {
-        "sequence": record.sequence,
-        "bucket": record.bucket,
-        "key": record.key,
-        "version_id": record.version_id,
-        "object_id": record.object_id,
-        "visible": 0 if record.delete_marker else 1,
-        "delete_marker": 1 if record.delete_marker else 0,
-        "state": record.state.value,
-        "settled": 1 if record.settled else 0,
-        "durability": record.durability.value,
-        "owner": record.owner,
-        "codec": record.codec,
-        "length": record.length,
-        "stored_length": record.stored_length,
-        "etag": record.etag,
-        "modified_ns": record.modified_ns,
-        "stored_ns": record.modified_ns,
-        "due_ns": due_ns,
-        "lease_until_ns": 0,
-        "lease_epoch": 0,
-        "drain_attempts": 0,
-        "drain_error": "",
-        "recall_ns": 0,
-        "archive_target": None,
-        "archive_path": None,
-        "archive_crc64nvme": None,
-        "archive_verified_ns": None,
-        "published_path": published_path,
-        "detail": encode(
-            Detail(
-                record.crc64nvme,
-                record.checksums,
-                record.checksum_type,
-                record.headers,
-                record.metadata,
-                record.geometry,
-            )
-        ),
-        "ledger": None if record.ledger is None else encode(record.ledger),
-        "extents": encode(record.extents),
-        "parts": encode(record.parts) if record.parts else None,
-    }
+def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) -> Row:
+    """Parameters of ``statements.INSERT_OBJECT``, in the columns' order, for a version that was just committed."""
+    detail = Detail(
+        record.crc64nvme,
+        record.checksums,
+        record.checksum_type,
+        record.headers,
+        record.metadata,
+        record.geometry,
+    )
+    return (
+        record.sequence,
+        record.bucket,
+        record.key,
+        record.version_id,
+        record.object_id,
+        0 if record.delete_marker else 1,  # visible
+        1 if record.delete_marker else 0,
+        record.state.value,
+        1 if record.settled else 0,
+        record.durability.value,
+        record.owner,
+        record.codec,
+        record.length,
+        record.stored_length,
+        record.etag,
+        record.modified_ns,
+        record.modified_ns,  # stored_ns
+        due_ns,
+        *(0, 0, 0, "", 0),  # no lease, no drain attempt, no recall
+        *(None, None, None, None),  # no archive copy
+        published_path,
+        encode(detail),
+        None if record.ledger is None else encode(record.ledger),
+        encode(record.extents),
+        encode(record.parts) if record.parts else None,
+    )
 
 
 def all_records(rows: Iterable[Row]) -> list[ObjectRecord]:

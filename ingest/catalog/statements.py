@@ -5,7 +5,7 @@ commit is a handful of statements. So Core describes schema and queries, and raw
 which is also the key of sqlite3's cache of prepared statements.
 
 Conditions that a partial index needs are literals: SQLite cannot match a bound parameter to an index's WHERE.
-Parameters are named.
+Parameters are named, except those of the longest statement.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ LIST_FROM_OPEN = _sql(
 )
 
 # -- objects: writes
-INSERT_OBJECT = _sql(sa.insert(objects))
+INSERT_OBJECT = str(sa.insert(objects).compile(dialect=sqlite.dialect(paramstyle="qmark")))
+"""Its 32 parameters go by position: sqlite3 looks up each name again at every execute."""
 DELETE_OBJECT = _sql(sa.delete(objects).where(objects.c.sequence == _p("sequence")))
 _by_sequence = sa.update(objects).where(objects.c.sequence == _p("of"))
 SET_SETTLED = _sql(_by_sequence.values(settled=_one))

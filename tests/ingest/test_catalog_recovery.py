@@ -87,7 +87,7 @@ CRASHES = (
 async def test_a_killed_catalogue_forgets_nothing_and_repeats_nothing(
     paths: NodePaths, make_catalogue: Callable[..., Any], commit_of: CommitOf, point: str
 ) -> None:
-    catalogue = make_catalogue(paths, journal_bytes=24 * 1024)
+    catalogue = make_catalogue(paths, journal_bytes=24 * 1024, batch_mutations=40)  # several batches
     async with CatalogClient(paths, slot=0) as client:
         before = await fill(client, commit_of, 10)
         assert catalogue.stop() == 0
