@@ -31,6 +31,8 @@ class DrainLimits:
     """Fractions of the buffer: eviction starts above ``high`` and stops at ``low``."""
     evict_batch_objects: int = 256
     recall_parallel_objects: int = 2
+    recall_room_s: float = 8.0
+    """How long a recall waits for room in a full buffer, for evictions are on their way then, before it fails."""
     sweep_interval_s: float = 3600.0
     sweep_objects_per_s: float = 500.0
     tombstone_batch_objects: int = 256
@@ -48,6 +50,7 @@ class DrainLimits:
             "0 <= evict_low < evict_high <= 1": 0 <= self.evict_low < self.evict_high <= 1,
             "0 < retry_first_s <= retry_cap_s": 0 < self.retry_first_s <= self.retry_cap_s,
             "snapshots_kept from 1": self.snapshots_kept >= 1,
+            "recall_room_s from 0": self.recall_room_s >= 0,
             "times above 0": min(self.lease_s, self.poll_s, self.sweep_objects_per_s) > 0,
         }
         for rule, holds in checks.items():

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from archive.reconcile import key_text
 from archive.targets.base import Target, TargetError, TargetLost
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion, StorageFailed
+from ingest.errors import BufferFull, CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion, StorageFailed
 from ingest.ports import Catalog
 from ingest.records import ArchiveCopy, Extent, ObjectRecord
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _POLL_RECORDS = 64
 _RECORD_RETRY_S = 1.0
+_ROOM_RETRY_S = 0.25
 
 
 class RecallMismatch(TargetError):
@@ -126,7 +128,7 @@ class Recaller:
         if copy is None or copy.target != self._target.name:
             where = "nowhere" if copy is None else f"at {copy.target}"
             raise RecallMismatch(f"the catalogue knows an archive copy {where}, not at {self._target.name}")
-        extents = await self._landing.land(record, self._verified(record, copy))
+        extents = await self._land(record, copy)
         crashpoint("recall-written")
         try:
             await self._record(record, extents)
@@ -136,6 +138,16 @@ class Recaller:
             await self._landing.abandon(extents)
             raise
         await self._landing.keep(extents)
+
+    async def _land(self, record: ObjectRecord, copy: ArchiveCopy) -> tuple[Extent, ...]:
+        give_up_s = time.monotonic() + self._limits.recall_room_s
+        while True:
+            try:
+                return await self._landing.land(record, self._verified(record, copy))
+            except BufferFull:
+                if time.monotonic() >= give_up_s:
+                    raise
+                await asyncio.sleep(_ROOM_RETRY_S)
 
     async def _record(self, record: ObjectRecord, extents: Sequence[Extent]) -> None:
         """However long the catalogue takes to come back: until it has decided the extents are neither free nor in use."""

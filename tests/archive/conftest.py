@@ -148,7 +148,14 @@ def _load_drain_node() -> ModuleType:
 
 
 drain_node = _load_drain_node()
-FAST = {"poll_s": 0.02, "lease_s": 0.5, "retry_first_s": 0.05, "chunk_bytes": 1 << 20, "stop_grace_s": 2.0}
+FAST = {
+    "poll_s": 0.02,
+    "lease_s": 0.5,
+    "retry_first_s": 0.05,
+    "chunk_bytes": 1 << 20,
+    "recall_room_s": 0.1,
+    "stop_grace_s": 2.0,
+}
 
 
 class Node:

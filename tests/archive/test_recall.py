@@ -110,6 +110,25 @@ async def test_a_full_buffer_fails_the_recall_and_not_the_process(node, evicted,
     assert node.body(record) == body
 
 
+async def test_a_recall_waits_for_room_that_an_eviction_is_making(node, evicted, monkeypatch) -> None:
+    record, body = await evicted(b"scan/1")
+    land, refusals = node.buffer.land, 2
+
+    async def refusing(record, chunks):
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise BufferFull("no segment is free")
+        return await land(record, chunks)
+
+    monkeypatch.setattr(node.buffer, "land", refusing)
+    await node.catalog.request_recall(record.object_id)
+    node.start(recall_room_s=8.0)
+    await node.state(record, ARCHIVED)
+    assert node.body(record) == body
+    assert node.count("hiss_recall_failures_total") == 0
+
+
 async def test_a_version_deleted_while_it_is_recalled_gives_its_space_back(node, evicted, monkeypatch, until) -> None:
     record, _ = await evicted(b"scan/1")
     land, abandoned = node.buffer.land, []
