@@ -21,7 +21,15 @@ from archive.reconcile import key_text
 from archive.targets.base import Target, TargetError, TargetLost
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleVersion, StorageFailed
+from ingest.errors import (
+    BufferFull,
+    CatalogUnavailable,
+    IngestError,
+    NoSuchBucket,
+    NoSuchKey,
+    StaleVersion,
+    StorageFailed,
+)
 from ingest.ports import Catalog
 from ingest.records import ArchiveCopy, Extent, ObjectRecord
 
