@@ -282,8 +282,8 @@ class Buffer:
         """A ``memory`` object is on disk, perhaps not where its commit said (a segment failed meanwhile)."""
         moved = _moved(committed, extents)
         if moved:
-            for _, new in moved:
-                self.segments.adopt(new)
+            # The catalogue has yet to hear where the bytes are now.
+            self.segments.hold([extent for _, new in moved for extent in new])
             self._keep(self._relocate(record.object_id, moved))
             return
         self._tell_settled(record.object_id)
@@ -317,6 +317,7 @@ class Buffer:
                 except IngestError as error:
                     logger.warning("object %s moved but the catalogue does not know yet: %s", object_id.hex(), error)
                     await asyncio.sleep(RESOLVE_RETRY_S)
+        self.segments.let_go([extent for _, new in moved for extent in new])
         self._tell_settled(object_id)
 
     def resolve(self, body: Body, request: CommitObject | CommitPart) -> None:

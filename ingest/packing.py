@@ -183,6 +183,8 @@ class PackRun:
         for member in self.members:
             slab.members.discard(member)
             member.made_durable()
+            if member.accepted:
+                slab.uncommitted.discard(member)
         if slab.memory and not slab.pending and slab.run is None:
             slab.packer.plane.paid(slab.span)
         slab.pump()

@@ -275,6 +275,19 @@ class SegmentStore:
                 segment.live_bytes += extent.stored_bytes
         self._publish()
 
+    def hold(self, extents: Iterable[Extent]) -> None:
+        """These extents are written and will be made known to the catalogue: nothing recycles them until ``let_go``."""
+        for extent in extents:
+            segment = self.segments[extent.segment]
+            assert segment.generation == extent.generation
+            segment.open_extents += 1
+        self.adopt(extents)
+
+    def let_go(self, extents: Iterable[Extent]) -> None:
+        for extent in extents:
+            self.segments[extent.segment].open_extents -= 1
+        self._recycle_soon()
+
     def can_hold(self, payload_bytes: int) -> bool:
         """Whether a body of this length would find room now (its admission; not a promise)."""
         if payload_bytes == 0:

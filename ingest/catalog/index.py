@@ -329,9 +329,14 @@ class Index:
         record = self._record(entry.object_id)
         place = record.extents.index(entry.old)
         moved = record.extents[:place] + entry.new + record.extents[place + 1 :]
+        kept = next((extent for extent in entry.new if _extent_key(extent) == _extent_key(entry.old)), None)
         for extent in entry.new:
-            self._hold(extent, entry.object_id)
-        self._release(entry.old, entry.object_id)
+            if extent is not kept:
+                self._hold(extent, entry.object_id)
+        if kept is None:
+            self._release(entry.old, entry.object_id)
+        else:
+            self._shorten(entry.old, kept, entry.object_id)
         self._db.execute(statements.SET_EXTENTS, {"of": record.sequence, "extents": rows.encode(moved)})
 
     # -- archive and kernels
@@ -383,6 +388,16 @@ class Index:
         self._db.execute(statements.SEGMENT_LOSES, segment | {"bytes": extent.stored_bytes})
         self._db.execute(statements.DROP_DEAD_SEGMENT, segment)
         self._freed.append(extent)
+
+    def _shorten(self, extent: Extent, kept: Extent, holder: bytes) -> None:
+        """The head of an extent stays where it is, its tail has moved. Nobody shares it: its bytes were not settled."""
+        key = _extent_key(extent)
+        self._db.execute(statements.DROP_EXTENT, key | {"holder": holder})
+        self._db.execute(statements.HOLD_EXTENT, key | {"holder": holder, "length": kept.length})
+        segment = {name: key[name] for name in ("node", "slot", "segment", "generation")}
+        losing = {f"of_{name}": value for name, value in segment.items()}
+        self._db.execute(statements.SEGMENT_LOSES, losing | {"bytes": extent.stored_bytes})
+        self._db.execute(statements.SEGMENT_GAINS, segment | {"bytes": kept.stored_bytes})
 
     # -- rows an entry counts on: it was decided in this state of the index
     def _one(self, statement: str, **parameters: object) -> rows.Row:

@@ -16,6 +16,7 @@ import pytest
 
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
+from ingest.catalog.fsck import fsck
 from ingest.errors import CatalogUnavailable, NoSuchKey, StaleVersion, StorageFailed
 from ingest.label import read_label
 from ingest.records import (
@@ -329,6 +330,62 @@ async def test_the_outcome_of_a_part_is_known_after_its_upload_has_ended(client:
     unknown = CommitPart("run", b"big", "u1", requests[0].part, os.urandom(16))
     with pytest.raises(StaleVersion):
         await client.commit_part(unknown, only_if_known=True)
+
+
+async def test_the_rest_of_an_acknowledged_memory_object_moves(
+    buffer: Buffer, disk: Disk, gates: list[threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head was durable when the segment failed and stays; the catalogue hears of both, and counts both."""
+    await buffer.catalog.set_bucket_tags("b", {"hiss.durability": "memory"})
+
+    def rule(path: str, offset: int) -> None:
+        if offset > 9 * MIB and path.endswith("000001.seg"):
+            gates[0].wait(10)
+            raise OSError(5, "Input/output error")
+
+    disk.rule = rule
+    body = os.urandom(20 * MIB)
+    record = await put(buffer, b"k", body)
+    (stream,) = (one for one in buffer._streams if one.object_id == record.object_id)
+    stream.hasten()
+    assert await eventually(lambda: stream._pieces[0].position > 0 or stream._pieces[0].durable), "the head is durable"
+    relocate, heard = buffer.catalog.relocate, asyncio.Event()
+
+    async def late(*arguments: Any) -> None:
+        await heard.wait()
+        await relocate(*arguments)
+
+    monkeypatch.setattr(buffer.catalog, "relocate", late)
+    gates[0].set()
+    assert await eventually(lambda: stream.is_settled)
+    buffer.segments.seal_all()
+    await buffer.segments.recycle_idle()
+    heard.set()
+    settled = await buffer.catalog.settle(record.object_id, 10)
+    assert [extent.segment for extent in settled.extents] == [1, 2]
+    assert await get(buffer, settled) == body
+    assert fsck(buffer.paths.root, payload=True).problems == []
+    await buffer.catalog.delete([DeleteObject("b", b"k")])
+    assert await eventually(lambda: buffer.segments.segments[2].generation == 2)
+
+
+async def test_a_small_memory_object_that_moves_gives_its_space_back(buffer: Buffer, disk: Disk) -> None:
+    await buffer.catalog.set_bucket_tags("b", {"hiss.durability": "memory"})
+    failures = [OSError(5, "Input/output error")]
+
+    def rule(*_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    disk.rule = rule
+    body = os.urandom(7000)
+    record = await put(buffer, b"k", body)
+    settled = await buffer.catalog.settle(record.object_id, 10)
+    assert await get(buffer, settled) == body
+    await buffer.catalog.delete([DeleteObject("b", b"k")])
+    buffer.packer.close_idle()
+    buffer.segments.seal_all()
+    assert await eventually(lambda: not any(one.open_extents for one in buffer.segments.segments.values()))
 
 
 async def test_labels_follow_a_body_that_moves(buffer: Buffer, disk: Disk) -> None:
