@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from rich.console import Console
 
 from gateway.cli import options
 from gateway.cli.output import CliError, ExitCode, print_json
+
+INTERRUPTED = 130
+"""Exit code, as gateway/cli/__init__.py lists it."""
 
 
 def demo(
@@ -77,7 +81,9 @@ def _temporary(parent: Path | None, keep: bool) -> Iterator[Path]:
         raise CliError(f"--folder {parent}: {error.strerror}") from None
 
     def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
+        # Not KeyboardInterrupt: inside an exec(), as in an import that makes a dataclass, it marks the whole process as ended
+        # by SIGINT, whatever is done about it later.
+        sys.exit(INTERRUPTED)
 
     # Also SIGINT: a process that a shell put into the background was born ignoring it.
     for number in (signal.SIGINT, signal.SIGTERM):
