@@ -50,7 +50,7 @@ class CatalogueProcess:
     def start(self, *, crashpoint: str = "", passage: int = 1) -> None:
         ready = _context.Event()
         arguments = (self.paths.root, self._limits, ready, (crashpoint, passage))
-        self._process = _context.Process(target=_catalogue_process, args=arguments)
+        self._process = _context.Process(target=_catalogue_process, args=arguments, daemon=True)
         self._process.start()
         assert ready.wait(START_TIMEOUT_S), "the catalogue process did not start"
 
