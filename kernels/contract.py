@@ -18,10 +18,13 @@ from ingest.ports import KernelRefused
 
 DROP = 0
 KEEP = 1
+REPLACE = 2
+STOP = 3
 VERDICTS = {"DROP": DROP, "KEEP": KEEP}
-"""What ``frame()`` may return. KEEP is 1, so that returning a comparison keeps the frames for which it holds."""
+"""What ``frame()`` may return. KEEP is 1, so that returning a comparison keeps the frames for which it holds. REPLACE keeps
+``out`` in the frame's place; STOP keeps this frame and says that the rest of the stream is of no use."""
 LATER_VERDICTS = ("REPLACE", "STOP")
-"""Verdicts of the contract that this version does not carry out; the gate refuses them by name."""
+"""Not carried out yet; the gate refuses them by name."""
 
 ARGUMENTS = ("frame", "params", "state", "index", "out", "feedback")
 """Positional arguments of ``frame()``, in order."""
@@ -39,6 +42,15 @@ MAX_STATE_NDIM = 4
 MAX_STATE_BYTES = 64 << 20
 """All state arrays of one slot together; room for a summed image of 8 megapixels in int64."""
 MAX_PARAMS = 64
+MAX_ARRAY_BYTES = 256 << 20
+"""All parameter arrays of one kernel together: a 16-megapixel mask, flat field and bin table."""
+MAX_ROW_FIELDS = 32
+MAX_ROWS = 4096
+"""Most rows one frame may append."""
+DEFAULT_ROWS = 256
+"""Rows a frame may append where the kernel does not say (``ROWS_MAX``)."""
+FRAME = "frame"
+"""In place of a shape: the shape of one frame, whatever it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +89,41 @@ class ParamSpec:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One named read-only array of ``PARAMS``, uploaded as ``_kernels/<kernel>/<name>.npy``.
+
+    ``shape`` None: as a frame. A size of -1 in it: any size.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutSpec:
+    """The transformed frame, ``OUT``. None stands for "same": the dtype, or the shape, of the incoming frame."""
+
+    dtype: str | None
+    shape: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowsSpec:
+    """What ``append(feedback, value, …)`` appends, ``ROWS`` and ``ROWS_MAX``: one value for each field, in order."""
+
+    fields: tuple[tuple[str, str], ...]
+    """(name, dtype); a column ``frame`` (int64, the frame's index) comes before them in every table."""
+    most: int
+    """Rows one frame may append; further ones are counted and not kept."""
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        """Of one row, packed."""
+        return np.dtype([("frame", "<i8"), *((name, np.dtype(dtype).str) for name, dtype in self.fields)])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Kernel:
     """An admitted kernel. ``name`` has no suffix; ``sha256`` is the hex digest of the submitted bytes."""
 
@@ -85,6 +132,13 @@ class Kernel:
     sha256: str
     params: tuple[ParamSpec, ...]
     state: tuple[StateSpec, ...]
+    arrays: tuple[ArraySpec, ...] = ()
+    out: OutSpec | None = None
+    rows: RowsSpec | None = None
+    ordered: bool = False
+    """One sandbox sees the frames of a version, and the versions of a run, in sequence."""
+    has_finish: bool = False
+    """There is ``finish(state, params)``: it works on a copy of the merged state, which becomes the product's result."""
 
     @property
     def file(self) -> str:
