@@ -122,7 +122,9 @@ class Settings(BaseSettings):
     )
     evict_low: float = _setting(0.60, "fraction", "Fill of the buffer at which eviction stops.", low=0, high=0.99)
 
-    kernels: Literal["on", "off"] = _setting("on", "name", "Whether kernels run on this node.")
+    kernels: Literal["on", "off", "unconfined"] = _setting(
+        "on", "name", "Whether kernels run: on only where the machine can confine them, unconfined wherever it is."
+    )
     kernel_batch_timeout_s: float = _setting(10.0, "s", "Longest one batch of frames may take.", low=0.1, high=600)
     kernel_memory_bytes: Size = _setting(2 * GIB, "bytes", "Memory limit of one sandbox.", low=256 * MIB, high=TIB)
 

@@ -86,6 +86,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_kernel_bytes_total", "counter", "Frame bytes reduced."),
     Metric("hiss_kernel_errors_total", "counter", "Kernel failures by kind.",
            (("kind", ("crash", "timeout", "lie", "format", "compile", "refused")),)),
+    Metric("hiss_kernels_refused", "gauge", "1 while no kernel runs because the machine cannot confine them.",
+           merge="max"),
     Metric("hiss_kernel_sandboxes", "gauge", "Sandbox processes alive."),
     Metric("hiss_kernel_lag_frames", "gauge", "Frames received and not yet judged."),
     Metric("hiss_kernel_catchup_frames_total", "counter", "Frames reduced from disk after the fact."),

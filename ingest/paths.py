@@ -76,6 +76,11 @@ class NodePaths:
         return self.run / "processes.json"
 
     @property
+    def sandbox(self) -> Path:
+        """While a node runs: whether its machine can confine kernels (JSON)."""
+        return self.run / "sandbox.json"
+
+    @property
     def catalogue_socket(self) -> Path:
         return self.run / "catalogue.sock"
 

@@ -57,27 +57,27 @@ def _confined(
 ) -> NoReturn:
     try:
         lockdown.leave_parent(confinement)
-        lockdown.deny_files_and_network()
+        lockdown.deny_files_and_network(tolerant=confinement.tolerant)
         if spec.probe in probes.BEFORE_FILTER:
             _say(RawReply(wire.KIND_PROBE, 0, 0, 0, 0, 0, probes.BEFORE_FILTER[spec.probe]()))
             os._exit(EXIT_HUNG_UP)
-        lockdown.install_filter(lockdown.COMPILE)
+        lockdown.install_filter(lockdown.COMPILE, tolerant=confinement.tolerant)
     except lockdown.LockdownError as error:
         _say(RawReply(wire.KIND_FAILED, 0, 0, 0, 0, 0, str(error)))
         os._exit(EXIT_FAILED)
     if spec.probe:
-        _probe(spec.probe, regions)
+        _probe(spec.probe, regions, tolerant=confinement.tolerant)
     session = _Session(spec, output, regions)
     gc.collect()
     gc.freeze()
-    lockdown.install_filter(lockdown.RUN)
+    lockdown.install_filter(lockdown.RUN, tolerant=confinement.tolerant)
     _say(RawReply(wire.KIND_READY, 0, 0, 0, 0, 0))
     session.serve()
 
 
-def _probe(name: str, regions: list[mmap.mmap]) -> NoReturn:
+def _probe(name: str, regions: list[mmap.mmap], *, tolerant: bool) -> NoReturn:
     if name in probes.RUN_FILTER:
-        lockdown.install_filter(lockdown.RUN)
+        lockdown.install_filter(lockdown.RUN, tolerant=tolerant)
     _say(RawReply(wire.KIND_PROBE, 0, 0, 0, 0, 0, probes.UNDER_FILTER[name](regions)))
     os._exit(EXIT_HUNG_UP)
 

@@ -40,9 +40,11 @@ class _Client:
 
 
 class ForkServer:
-    def __init__(self, listener: socket.socket, max_children: int, uid_base: int) -> None:
+    def __init__(self, listener: socket.socket, max_children: int, uid_base: int, *, tolerant: bool = False) -> None:
+        """``tolerant``: children go on where the machine cannot confine them (lockdown.Confinement)."""
         self._listener = listener
         self._max_clients = max_children + MAX_IDLE_CONNECTIONS
+        self._tolerant = tolerant
         self._uid_base = uid_base if os.geteuid() == 0 else None
         self._free_lanes = list(range(max_children))
         self._clients: set[_Client] = set()
@@ -122,6 +124,7 @@ class ForkServer:
             memory_bytes=spec.memory_bytes,
             nice=spec.nice,
             batch_scheduling=spec.batch_scheduling,
+            tolerant=self._tolerant,
         )
         try:
             pid = os.fork()

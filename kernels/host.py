@@ -23,6 +23,7 @@ from ingest.errors import BufferFull, IngestError, NoSuchBucket, NoSuchKey, Stal
 from ingest.ports import Catalog, Domain, FeedbackSink, FrameReduction, KernelRefused, LandingPad, StreamInfo
 from ingest.records import FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, Registry, attach, is_internal, kernel_name
+from kernels.clearance import Clearance
 from kernels.contract import Kernel
 from kernels.formats import HEADER_BYTES_MAX, NotFrames, declared_geometry, sniff
 from kernels.gate import admit
@@ -31,10 +32,13 @@ from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
+from kernels.standing import Verdict
 from kernels.tally import Tally
 
 log = logging.getLogger("hiss.kernels")
 
+CLEARANCE_WAIT_S = 5.0
+"""How long a submitted kernel waits for the sandbox's self-test, which takes half a second after the node's start."""
 CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
 STRIKES_KEPT_MAX = 4096
@@ -91,6 +95,7 @@ class KernelHost:
         counters: Counters,
         slot: int,
         limits: HostLimits,
+        clearance: Clearance,
     ) -> None:
         self.catalog = catalog
         self.pad = pad
@@ -99,6 +104,7 @@ class KernelHost:
         self.sandbox_limits = limits.sandbox
         self._slot = slot
         self._limits = limits
+        self._clearance = clearance
         self._tally = Tally(counters)
         self._registry = Registry(catalog, pad)
         self._strikes: dict[tuple[str, str], int] = {}
@@ -114,7 +120,8 @@ class KernelHost:
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
 
     async def start(self) -> None:
-        """Begin to pay what is owed. Returns at once."""
+        """Find out whether kernels may run here, and begin to pay what is owed. Returns at once."""
+        self.spawn(self._clearance.obtain(), "self-test of the sandbox")
         self.spawn(self._sweep(), "kernel sweep")
         for _ in range(self._limits.catchups_max):
             self.spawn(self._pay(), "catch up")
@@ -155,7 +162,8 @@ class KernelHost:
             self._pool.close_idle(lambda lane: lane.key.bucket != bucket)
 
     def open(self, info: StreamInfo) -> FrameReduction | None:
-        """None: no kernel matches, or no memory region is free for the bucket (``kernels_for`` tells which)."""
+        """None: no kernel matches (``kernels_for`` tells), no memory region is free for the bucket, or the machine cannot
+        confine kernels."""
         try:
             return self._open(info)
         except Exception:
@@ -163,6 +171,8 @@ class KernelHost:
             return None
 
     def _open(self, info: StreamInfo) -> Reduction | None:
+        if self._clearance.standing.verdict is Verdict.REFUSED:
+            return None
         attachments = self._matching(info.bucket, info.key)
         if not attachments or len(attachments) < len(self.kernels_for(info.bucket, info.key)):
             # Some source could not be read yet: the whole version is reduced from disk, by all its kernels.
@@ -209,6 +219,11 @@ class KernelHost:
             raise
 
     async def _compile(self, kernel: Kernel, layouts: Sequence[tuple[str, int]]) -> None:
+        standing = await self._clearance.decided(CLEARANCE_WAIT_S)
+        if standing.verdict is Verdict.REFUSED:
+            raise KernelRefused(kernel.file, 1, f"no kernel runs here: {standing.reason}")
+        if not standing.runs:
+            raise BufferFull(f"kernels cannot be compiled at the moment: {standing.reason}")
         failure = SandboxFailed("unavailable", "")
         for wait_s in CHECK_BACKOFF_S:
             try:
@@ -229,6 +244,7 @@ class KernelHost:
         return self._pool.get(key, lambda: Lane(key, attachment, geometry, domain, self))
 
     async def admit(self, lane: Lane) -> int:
+        await self._clearance.granted()
         return await self._pool.admit(lane)
 
     def idle(self, lane: Lane) -> None:
@@ -357,6 +373,7 @@ class KernelHost:
 
     async def _pay(self) -> None:
         """Forever: reduce the next owed version from disk."""
+        await self._clearance.granted()
         while True:
             await self._work.acquire()
             record, kernels = self._backlog.popleft()

@@ -24,7 +24,6 @@ from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.formats import NotFrames, sniff
 from kernels.lane import TRANSIENT, Lane
-from kernels.lineage import Input, Lineage, StageSettings
 from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
 from kernels.ranges import Ranges
 from kernels.sharing import SharedBatch
@@ -343,11 +342,12 @@ class Reduction:
         """The ledger first: a crash between the two leaves the product owed, and doing both again is harmless."""
         ledger = await self._amend(record)
         kernel = attachment.kernel
-        lineage = Lineage(
+        lineage = product.Lineage(
             kernel=kernel,
+            params=attachment.params,
             match=attachment.match,
-            settings=((StageSettings(attachment.params),),),
-            inputs=(Input(record, self._geometry, self._received),),
+            source=record,
+            geometry=self._geometry,
             started_ns=self._started_ns,
             ended_ns=time.time_ns(),
         )

@@ -47,6 +47,13 @@ class SelfTestReport:
     landlock_abi: int
     outcomes: dict[str, str]
     failures: tuple[str, ...]
+    answered: bool = True
+    """False: the fork server could not be asked, which says nothing about the machine."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether a kernel ran and its results were right, confined or not."""
+        return self.outcomes.get("kernel") == _COMPUTED
 
     @property
     def holds(self) -> bool:
@@ -55,9 +62,6 @@ class SelfTestReport:
 
 async def self_test(zygote_socket: str) -> SelfTestReport:
     """Attempt every probe and run one kernel. Never raises for what it finds; takes half a second."""
-    unsupported = lockdown.supported()
-    if unsupported:
-        return SelfTestReport(lockdown.landlock_abi(), {}, (unsupported,))
     region_fd = _sealed_region()
     try:
         outcomes = {name: await _attempt(zygote_socket, name, region_fd) for name in probes.ALL}
@@ -66,11 +70,23 @@ async def self_test(zygote_socket: str) -> SelfTestReport:
         os.close(region_fd)
     expected = {name: probes.KILLED_OUTCOME if name in probes.KILLED else probes.DENIED for name in probes.ALL}
     expected["kernel"] = _COMPUTED
-    failures = tuple(f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome != expected[name])
-    return SelfTestReport(lockdown.landlock_abi(), outcomes, failures)
+    unsupported = lockdown.supported()
+    failures = (unsupported,) if unsupported else _failures(outcomes, expected)
+    answered = not any(outcome.startswith(_UNASKED) for outcome in outcomes.values())
+    return SelfTestReport(lockdown.landlock_abi(), outcomes, failures, answered)
+
+
+def _failures(outcomes: dict[str, str], expected: dict[str, str]) -> tuple[str, ...]:
+    """One line for each outcome that was not expected, naming the probes that had it."""
+    names: dict[str, list[str]] = {}
+    for name, outcome in outcomes.items():
+        if outcome != expected[name]:
+            names.setdefault(outcome, []).append(name)
+    return tuple(f"{outcome} ({', '.join(probes)})" for outcome, probes in names.items())
 
 
 _COMPUTED = "computed"
+_UNASKED = "not asked: "
 
 
 def _sealed_region() -> int:
@@ -104,7 +120,7 @@ async def _attempt(zygote_socket: str, probe: str, region_fd: int) -> str:
         os.ftruncate(output_fd, wire.OutputLayout(_KERNEL.state, 1).size_bytes)
         process = await SandboxProcess.fork(zygote_socket, spec, output_fd, [region_fd])
     except SandboxFailed as failure:
-        return failure.message
+        return _UNASKED + failure.message
     finally:
         os.close(output_fd)
     try:

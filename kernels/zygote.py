@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--max-children", type=int, default=DEFAULT_MAX_CHILDREN)
     parser.add_argument("--uid-base", type=int, default=DEFAULT_UID_BASE, help="first user id of children, as root")
+    parser.add_argument(
+        "--tolerant", action="store_true", help="run kernels even where the machine cannot confine them"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     path = options.socket.absolute()
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.write(options.ready_fd, b"R")
         os.close(options.ready_fd)
     log.info("ready, %d children at most", options.max_children)
-    forkserver.ForkServer(listener, options.max_children, options.uid_base).serve()
+    forkserver.ForkServer(listener, options.max_children, options.uid_base, tolerant=options.tolerant).serve()
 
 
 if __name__ == "__main__":

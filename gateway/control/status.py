@@ -16,9 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from gateway.metrics import ProcessRow, Reader
 from ingest.errors import CatalogError
 from ingest.ports import Catalog
+from kernels.standing import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,24 @@ class ProcessFile:
         return [ProcessRow("supervisor", 0, document["pid"]), *rows]
 
 
+class SandboxFile:
+    """DATA/run/sandbox.json, written by the workers: whether this machine can confine kernels, and so runs them."""
+
+    def __init__(self, path: Path, setting: str) -> None:
+        self._path = path
+        self._setting = setting
+
+    def read(self) -> dict[str, Any]:
+        """``state``: confined, unconfined (accepted by the operator), refused, testing or off; ``reason``: what failed."""
+        if self._setting == "off":
+            return {"state": "off", "reason": ""}
+        try:
+            standing = msgspec.json.decode(self._path.read_bytes(), type=Standing)
+        except (OSError, msgspec.MsgspecError):
+            standing = Standing()
+        return {"state": standing.verdict.value, "reason": "; ".join(standing.failures)}
+
+
 class StatusSource:
     """Makes the document. ``settings``: every setting that may be shown, by name."""
 
@@ -97,6 +118,7 @@ class StatusSource:
         catalog: Catalog,
         settings: Mapping[str, object],
         version: str,
+        sandbox: SandboxFile,
     ) -> None:
         self._reader = reader
         self._rates = rates
@@ -104,6 +126,7 @@ class StatusSource:
         self._catalog = catalog
         self._settings = dict(settings)
         self._version = version
+        self._sandbox = sandbox
 
     async def document(self) -> dict[str, Any]:
         processes = await asyncio.to_thread(self._processes.read)
@@ -113,6 +136,7 @@ class StatusSource:
             "state": processes["state"],
             "uptime_s": round(max(0, time.time_ns() - since_ns) / 1e9, 3) if since_ns else None,
             "processes": processes["processes"],
+            "sandbox": await asyncio.to_thread(self._sandbox.read),
             "rates": self._rates.rates(),
             **self._counted(),
             **await self._drain(),

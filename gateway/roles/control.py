@@ -20,7 +20,7 @@ from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator
 from gateway.control.feedback import FeedbackHub
 from gateway.control.health import HealthCheck
-from gateway.control.status import ProcessFile, Rates, StatusSource
+from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from gateway.node_key import NodeKey
 from gateway.roles.catalogue import NODE
@@ -48,6 +48,7 @@ async def _serve(boot: Boot) -> None:
     rates = Rates(reader)
     processes = ProcessFile(boot.paths.processes)
     feedback = FeedbackHub(counters)
+    kernels = SandboxFile(boot.paths.sandbox, settings.kernels)
     version = importlib.metadata.version(DISTRIBUTION)
     async with CatalogClient(boot.paths, node=NODE) as catalog:
         users = CatalogUsers(catalog, NodeKey.load(boot.paths.node_key).open_secret)
@@ -55,8 +56,8 @@ async def _serve(boot: Boot) -> None:
             version=version,
             catalog=catalog,
             authenticate=authenticator(users),
-            check=health_check(processes, catalog),
-            status=StatusSource(reader, rates, processes, catalog, settings.as_dict(), version),
+            check=health_check(processes, catalog, kernels),
+            status=StatusSource(reader, rates, processes, catalog, settings.as_dict(), version, kernels),
             metrics=Exposition(NodeCollector(counters, version, processes.rows)),
             feedback=feedback,
         )
@@ -80,8 +81,9 @@ async def _serve(boot: Boot) -> None:
                 await sampling
 
 
-def health_check(processes: ProcessFile, catalog: Catalog) -> HealthCheck:
-    """Yes while a worker and the catalogue process are ready, the catalogue can be read and the node is not stopping."""
+def health_check(processes: ProcessFile, catalog: Catalog, kernels: SandboxFile) -> HealthCheck:
+    """Yes while a worker and the catalogue process are ready, the catalogue can be read and the node is not stopping.
+    That no kernel runs is said, and is no reason to refuse a detector's data."""
 
     async def check() -> tuple[bool, dict[str, Any]]:
         document = await asyncio.to_thread(processes.read)
@@ -94,6 +96,7 @@ def health_check(processes: ProcessFile, catalog: Catalog) -> HealthCheck:
             "workers_ready": workers,
             "workers": sum(row["role"] == "worker" for row in rows),
             "catalogue_ready": catalogue,
+            "kernels": await asyncio.to_thread(kernels.read),
             "failing": sorted({row["role"] for row in rows if row["failing"]}),
         }
         if catalogue:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import uvloop
 
 from archive.dav.errors import render as render_dav
@@ -27,6 +28,7 @@ from gateway.drain_storage import files_elsewhere
 from gateway.node_key import NodeKey
 from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
+from gateway.supervisor.resources import write_atomically
 from ingest.arena import SLAB_BYTES, Arena
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
@@ -36,9 +38,11 @@ from ingest.paths import socket_address
 from ingest.recovery import recover
 from ingest.segments import SegmentStore
 from ingest.span_table import SpanTable
+from kernels.clearance import Clearance
 from kernels.feedback import SocketFeedback
 from kernels.host import HostLimits, KernelHost
 from kernels.sandbox import SandboxLimits
+from kernels.standing import Standing, Verdict
 from s3api.auth.users import CatalogUsers
 from s3api.call import Limits, ServiceSettings
 from s3api.http.limits import HttpLimits
@@ -113,7 +117,7 @@ async def _kernels(
     boot: Boot, settings: Settings, buffer: Buffer, counters: Counters
 ) -> AsyncIterator[KernelHost | None]:
     """The kernel room, or None where the node runs no kernels."""
-    if settings.kernels != "on":
+    if settings.kernels == "off":
         yield None
         return
     feedback = SocketFeedback(lambda: socket_address(boot.paths.feedback_socket), counters)
@@ -126,6 +130,7 @@ async def _kernels(
         counters,
         boot.slot,
         HostLimits(sandbox=sandbox),
+        _clearance(boot, settings, counters),
     )
     await feedback.start()
     await host.start()
@@ -134,6 +139,19 @@ async def _kernels(
     finally:
         await host.close()
         await feedback.close()
+
+
+def _clearance(boot: Boot, settings: Settings, counters: Counters) -> Clearance:
+    """Says in the metrics and in DATA/run/sandbox.json whether this machine can confine kernels."""
+    refused = counters.cell("hiss_kernels_refused")
+    refused.set(0)
+
+    def tell(standing: Standing) -> None:
+        refused.set(standing.verdict is Verdict.REFUSED)
+        write_atomically(boot.paths.sandbox, msgspec.json.encode(standing))
+
+    accepted = settings.kernels == "unconfined"
+    return Clearance(str(boot.paths.zygote_socket), accept_unconfined=accepted, tell=tell)
 
 
 @contextlib.asynccontextmanager

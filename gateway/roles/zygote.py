@@ -16,4 +16,6 @@ def main(boot: Boot) -> None:
     os.set_inheritable(boot.ready_fd, True)
     command = [sys.executable, "-P", "-m", "kernels.zygote", "--socket", str(boot.paths.zygote_socket)]
     command += ["--parent", str(boot.supervisor_pid), "--ready-fd", str(boot.ready_fd)]
+    if boot.load_settings().kernels == "unconfined":
+        command.append("--tolerant")
     os.execv(sys.executable, command)

@@ -89,6 +89,8 @@ class Supervisor:
             self._counters_fd = Counters.create()
             self._counters = Counters(self._counters_fd, SUPERVISOR)
             self._counters.cell("hiss_buffer_capacity_bytes").set(self._settings.buffer_bytes)
+            # A killed node's: this one has not tested yet.
+            self._paths.sandbox.unlink(missing_ok=True)
             self._write_ports()
             self._handle_signals()
             await self._serve()
@@ -266,7 +268,7 @@ class Supervisor:
 
     def _release(self) -> None:
         """Close what the node held; the lock last, when nothing of this node is left."""
-        for path in (self._paths.ports, self._paths.processes):
+        for path in (self._paths.ports, self._paths.processes, self._paths.sandbox):
             path.unlink(missing_ok=True)
         for listener in self._listeners.values():
             listener.close()

@@ -45,7 +45,7 @@ def node_roles(settings: Settings) -> tuple[Role, ...]:
     zygote = Role("zygote", (ZYGOTE_SLOT,), stop_stage=3, essential=False, holds_lock=False)
     return (
         Role("catalogue", (counters.CATALOGUE,), stop_stage=4, barrier=True),
-        *((zygote,) if settings.kernels == "on" else ()),
+        *((zygote,) if settings.kernels != "off" else ()),
         Role("worker", tuple(range(settings.workers)), 0, listeners=frozenset({"s3", "dav"}), arena=True),
         Role("drain", (DRAIN_SLOT,), stop_stage=1, essential=False),
         Role("control", (counters.CONTROL,), stop_stage=2, listeners=frozenset({"control"})),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,11 @@ def is_gone() -> Callable[[int], bool]:
 class RealNode:
     """``hiss serve`` on a folder of its own, ports picked free, small."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, launcher: Sequence[str] = ()) -> None:
+        """``launcher``: a program that changes something and then becomes the command after it."""
         self.data_dir = folder / "data"
         self._flags = flags
+        self._launcher = launcher
         self.users_file = folder / "users.toml"
         self.users_file.touch(mode=0o600)
         self.log = folder / "log"
@@ -185,8 +187,21 @@ class RealNode:
     def _start(self) -> subprocess.Popen[bytes]:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
         sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
-        command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir), "--host", "127.0.0.1"]
-        command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0", "--workers", "1", *sizes, *self._flags]
+        command = [*self._launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir)]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--s3-port",
+            "0",
+            "--control-port",
+            "0",
+            "--dav-port",
+            "0",
+            "--workers",
+            "1",
+            *sizes,
+            *self._flags,
+        ]
         command += ["--users", str(self.users_file)]
         with self.log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environ)
@@ -250,8 +265,8 @@ def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     """Start real nodes: ``start_node("--tls-cert", …)``, healthy on return; they end with the session."""
     nodes: list[RealNode] = []
 
-    def start(*flags: str) -> RealNode:
-        nodes.append(RealNode(tmp_path_factory.mktemp("node"), *flags))
+    def start(*flags: str, launcher: Sequence[str] = ()) -> RealNode:
+        nodes.append(RealNode(tmp_path_factory.mktemp("node"), *flags, launcher=launcher))
         nodes[-1].healthy()
         return nodes[-1]
 

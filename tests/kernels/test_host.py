@@ -19,10 +19,13 @@ from ingest.counters import Counters
 from ingest.errors import BufferFull, ObjectOffline
 from ingest.ports import FrameReduction, KernelRefused, StreamInfo
 from ingest.records import CommitObject, FrameLedger, ObjectRecord
+from kernels.clearance import Clearance
 from kernels.host import HostLimits, KernelHost
 from kernels.sandbox import Sandbox, SandboxLimits
+from kernels.standing import Standing, Verdict
 
 BUCKET = "scan42"
+CLEARED = Standing(Verdict.CONFINED)
 
 COUNT = """
 PARAMS = {"low": ("int64", 5), "pixels": ("int64", 1)}
@@ -164,7 +167,16 @@ def make_node(
     @contextlib.asynccontextmanager
     async def make(**changes: object) -> AsyncIterator[Node]:
         counters = Counters(None, 0)
-        host = KernelHost(store, store, zygote_socket, feedback, counters, 0, limits(**changes))
+        host = KernelHost(
+            store,
+            store,
+            zygote_socket,
+            feedback,
+            counters,
+            0,
+            limits(**changes),
+            Clearance(zygote_socket, standing=CLEARED),
+        )
         await host.start()
         try:
             yield Node(host, store, feedback, counters)
@@ -220,8 +232,8 @@ async def test_frames_in_product_and_feedback_out(node: Node, frames: np.ndarray
     with node.product("count", b"run/a.raw") as file:
         assert file["entry/state/hits"][0] == hits.sum()
         np.testing.assert_array_equal(file["entry/verdicts"], (hits >= 10).astype(np.uint8))
-        assert file["entry/process/parameters/low"][:].tolist() == [9]
-        assert file["entry/source/object_id"].asstr()[0] == record.object_id.hex()
+        assert file["entry/process/parameters/low"][()] == 9
+        assert file["entry/source/object_id"].asstr()[()] == record.object_id.hex()
     assert [event.value for event in node.feedback.events] == hits.tolist()
     assert [event.frame for event in node.feedback.events] == list(range(40))
     # Amended only where it differs from what was known at the commit.

@@ -22,7 +22,7 @@ from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator
 from gateway.control.feedback import FeedbackHub
-from gateway.control.status import ProcessFile, Rates, StatusSource
+from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
@@ -124,7 +124,15 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 catalog=catalog,
                 authenticate=authenticator(CatalogUsers(catalog, lambda user: node.secrets[user.secret])),
                 check=check,
-                status=StatusSource(Reader(counters), node.rates, processes, catalog, settings, "1.2.3"),
+                status=StatusSource(
+                    Reader(counters),
+                    node.rates,
+                    processes,
+                    catalog,
+                    settings,
+                    "1.2.3",
+                    SandboxFile(paths.sandbox, "on"),
+                ),
                 metrics=Exposition(NodeCollector(counters, "1.2.3", processes.rows)),
                 feedback=hub,
             )
