@@ -24,6 +24,7 @@ from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.formats import NotFrames, sniff
 from kernels.lane import TRANSIENT, Lane
+from kernels.lineage import Input, Lineage, StageSettings
 from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
 from kernels.ranges import Ranges
 from kernels.sharing import SharedBatch
@@ -342,12 +343,11 @@ class Reduction:
         """The ledger first: a crash between the two leaves the product owed, and doing both again is harmless."""
         ledger = await self._amend(record)
         kernel = attachment.kernel
-        lineage = product.Lineage(
+        lineage = Lineage(
             kernel=kernel,
-            params=attachment.params,
             match=attachment.match,
-            source=record,
-            geometry=self._geometry,
+            settings=((StageSettings(attachment.params),),),
+            inputs=(Input(record, self._geometry, self._received),),
             started_ns=self._started_ns,
             ended_ns=time.time_ns(),
         )
