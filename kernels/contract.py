@@ -20,19 +20,19 @@ DROP = 0
 KEEP = 1
 REPLACE = 2
 STOP = 3
-VERDICTS = {"DROP": DROP, "KEEP": KEEP}
+VERDICTS = {"DROP": DROP, "KEEP": KEEP, "REPLACE": REPLACE, "STOP": STOP}
 """What ``frame()`` may return. KEEP is 1, so that returning a comparison keeps the frames for which it holds. REPLACE keeps
 ``out`` in the frame's place; STOP keeps this frame and says that the rest of the stream is of no use."""
-LATER_VERDICTS = ("REPLACE", "STOP")
-"""Not carried out yet; the gate refuses them by name."""
 
 ARGUMENTS = ("frame", "params", "state", "index", "out", "feedback")
 """Positional arguments of ``frame()``, in order."""
+FINISH_ARGUMENTS = ("state", "params")
+"""Those of ``finish()``."""
 
 INTEGER_DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOAT_DTYPES = ("float32", "float64")
 DTYPES = INTEGER_DTYPES + FLOAT_DTYPES
-"""dtypes of frames, parameters and state; all little-endian as the machine."""
+"""dtypes of frames, parameters, state, ``out`` and rows; all little-endian as the machine."""
 
 MERGES = ("sum", "min", "max", "or")
 
@@ -50,7 +50,13 @@ MAX_ROWS = 4096
 DEFAULT_ROWS = 256
 """Rows a frame may append where the kernel does not say (``ROWS_MAX``)."""
 FRAME = "frame"
-"""In place of a shape: the shape of one frame, whatever it is."""
+"""In place of an array parameter's shape: the shape of one frame, whatever it is."""
+SAME = "same"
+"""In place of the dtype or shape of ``OUT``: that of the frame."""
+FRAME_COLUMN = "frame"
+"""First column of every table of rows: the frame's index."""
+MAX_OUT_BYTES = 256 << 20
+"""One transformed frame."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ class RowsSpec:
     @property
     def dtype(self) -> np.dtype[np.void]:
         """Of one row, packed."""
-        return np.dtype([("frame", "<i8"), *((name, np.dtype(dtype).str) for name, dtype in self.fields)])
+        return np.dtype([(FRAME_COLUMN, "<i8"), *((name, np.dtype(dtype).str) for name, dtype in self.fields)])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

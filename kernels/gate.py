@@ -5,7 +5,8 @@ is an allow-list over the syntax tree: what is not named here is refused. That k
 compiler and gives a scientist good messages; **it is not the security boundary**, the process is (kernels/lockdown.py).
 
 What always holds for an admitted kernel: its module body is imports that do nothing, literal constants, declarations and
-plain functions; no function calls itself in a circle; every name is known; frame() ends with a verdict. Bounds are checked
+plain functions; no function calls itself in a circle; every name is known; frame() ends with a verdict; what the functions
+use (``out``, rows, arrays, members of state) is declared. Bounds are checked
 on tokens before Python's own parser sees the text, so that it cannot be driven into deep recursion. ``admit`` takes tens
 of milliseconds for the largest file allowed: a caller with an event loop uses a thread.
 """
@@ -55,6 +56,11 @@ def admit(name: str, source: bytes) -> Kernel:
         sha256=hashlib.sha256(source).hexdigest(),
         params=declared.params,
         state=declared.state,
+        arrays=declared.arrays,
+        out=declared.out,
+        rows=declared.rows,
+        ordered=declared.ordered,
+        has_finish="finish" in declared.functions,
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 from typing import NoReturn
 
-from kernels.contract import ARGUMENTS, DTYPES, LATER_VERDICTS, VERDICTS
-from kernels.declarations import Declared
+from kernels.contract import ARGUMENTS, DTYPES, FINISH_ARGUMENTS, VERDICTS
+from kernels.declarations import IMPORTABLE, Declared
 from kernels.violation import Violation, quoted
 
 BUILTINS = frozenset("abs bool divmod enumerate float int len max min pow range round sum zip".split())
@@ -42,7 +42,11 @@ _KEYWORDS = frozenset(("dtype", "axis"))
 _MODULES = {"np": (_NP_CALLS, _NP_VALUES), "math": (_MATH_CALLS, _MATH_VALUES)}
 _CARRIERS = ("params", "state", "feedback")
 """Arguments that are not values: they have members, or are handed on under their own name."""
+_CALLED_BY_THE_SANDBOX = ("frame", "finish")
 _MAX_INTEGER_BITS = 64
+_VERDICTS = "`return KEEP`, DROP, REPLACE or STOP"
+_OUT_UNDECLARED = 'OUT is not declared: add OUT = ("same", "same"), or (dtype, shape) of what `out` shall be'
+_ROWS_UNDECLARED = 'ROWS is not declared: add for example ROWS = {"x": "float32", "y": "float32"}'
 
 
 def check(declared: Declared) -> None:
@@ -51,16 +55,17 @@ def check(declared: Declared) -> None:
     if frame is None:
         raise Violation(1, f"there is no function frame({', '.join(ARGUMENTS)})")
     calls = {name: _FunctionRules(function, declared).check() for name, function in declared.functions.items()}
-    _check_signature(frame)
+    _check_signature(frame, ARGUMENTS)
     if not _returns(frame.body):
-        raise Violation(frame.body[-1].lineno, "frame() must end with `return KEEP` or `return DROP` on every path")
+        raise Violation(frame.body[-1].lineno, f"frame() must end with a verdict on every path: {_VERDICTS}")
+    if finish := declared.functions.get("finish"):
+        _check_signature(finish, FINISH_ARGUMENTS)
     _check_circles(calls)
 
 
-def _check_signature(frame: ast.FunctionDef) -> None:
-    names = tuple(argument.arg for argument in frame.args.args)
-    if names != ARGUMENTS:
-        raise Violation(frame.lineno, f"the signature is frame({', '.join(ARGUMENTS)})")
+def _check_signature(function: ast.FunctionDef, arguments: tuple[str, ...]) -> None:
+    if tuple(argument.arg for argument in function.args.args) != arguments:
+        raise Violation(function.lineno, f"the signature is {function.name}({', '.join(arguments)})")
 
 
 def _returns(body: list[ast.stmt]) -> bool:
@@ -96,7 +101,8 @@ class _FunctionRules:
         self._locals = {
             node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
         }
-        self._params = {spec.name for spec in declared.params}
+        self._arrays = {spec.name for spec in declared.arrays}
+        self._params = self._arrays | {spec.name for spec in declared.params}
         self._state = {spec.name for spec in declared.state}
         self._calls: dict[str, int] = {}
 
@@ -120,13 +126,13 @@ class _FunctionRules:
     def _bindable(self, name: str, line: int, *, argument: bool = False) -> None:
         if name.startswith("__"):
             raise Violation(line, f"the name {name!r} is not allowed")
-        if name in LATER_VERDICTS:
-            raise Violation(line, f"the verdict {name} is not supported yet: KEEP and DROP are")
-        taken = name in BUILTINS or name in _MODULES or name in VERDICTS or name == "emit"
+        taken = name in BUILTINS or name in _MODULES or name in IMPORTABLE
         if taken or (name in self._declared.functions and name != "frame"):
             raise Violation(line, f"{name!r} would hide what already has this name")
         if name in _CARRIERS and not argument:
             raise Violation(line, f"{name!r} cannot be assigned to")
+        if name == "out" and not argument and self._function.name == "frame":
+            raise Violation(line, "'out' cannot be replaced: assign to its elements, out[...] = …")
 
     # -- statements
 
@@ -162,10 +168,12 @@ class _FunctionRules:
                 _refuse(node)
 
     def _return(self, node: ast.Return) -> None:
+        if self._function.name == "finish" and node.value is not None:
+            raise Violation(node.lineno, "finish() returns nothing: it writes its results into state arrays")
         if node.value is not None:
             self._value(node.value)
         elif self._function.name == "frame":
-            raise Violation(node.lineno, "frame() returns KEEP or DROP")
+            raise Violation(node.lineno, f"frame() returns a verdict: {_VERDICTS}")
 
     def _targets(self, nodes: list[ast.expr]) -> None:
         for node in nodes:
@@ -177,6 +185,8 @@ class _FunctionRules:
                 self._bindable(name, node.lineno)
             case ast.Tuple(elts=elements):
                 self._targets(elements)
+            case ast.Subscript(value=ast.Attribute(value=ast.Name(id="params"), attr=name)) if name in self._arrays:
+                raise Violation(node.lineno, f"params.{name} is read-only: write to a state array")
             case ast.Subscript():
                 self._value(node)
             case ast.Attribute(value=ast.Name(id=base), attr=attribute) if base in _CARRIERS:
@@ -234,18 +244,18 @@ class _FunctionRules:
             raise Violation(line, f"an integer has at most {_MAX_INTEGER_BITS} bits")
 
     def _name(self, name: str, line: int) -> None:
-        if name == "out":
-            raise Violation(line, "transformed frames (out) are not supported yet")
+        if name == "out" and self._function.name == "frame" and self._declared.out is None:
+            raise Violation(line, _OUT_UNDECLARED)
+        if name == "REPLACE" and self._declared.out is None:
+            raise Violation(line, f"REPLACE keeps `out` in the frame's place, and {_OUT_UNDECLARED}")
         if name in _CARRIERS and name in self._arguments:
-            usage = "emit(feedback, code, value)" if name == "feedback" else f"{name}.NAME"
+            usage = "emit(feedback, code, value) or append(feedback, …)" if name == "feedback" else f"{name}.NAME"
             raise Violation(line, f"{name!r} alone is not a value: use {usage}, or hand it to a function")
         if name in self._arguments or name in self._locals or name in self._declared.constants or name in VERDICTS:
             return
-        if name in LATER_VERDICTS:
-            raise Violation(line, f"the verdict {name} is not supported yet: KEEP and DROP are")
         if name in ("PARAMS", "STATE"):
             raise Violation(line, f"use {name.lower()}.NAME")
-        if name in _MODULES or name in BUILTINS or name in self._declared.functions or name == "emit":
+        if name in _MODULES or name in BUILTINS or name in self._declared.functions or name in IMPORTABLE:
             raise Violation(line, f"{name!r} is not a value")
         raise Violation(line, f"unknown name {name!r}")
 
@@ -275,14 +285,8 @@ class _FunctionRules:
     def _call(self, node: ast.Call) -> None:
         self._keywords(node)
         match node.func:
-            case ast.Name(id="emit"):
-                self._emit(node)
-            case ast.Name(id=name) if name in BUILTINS:
-                self._values(*node.args)
-            case ast.Name(id=name) if name in self._declared.functions and name != "frame":
-                self._helper(name, node)
             case ast.Name(id=name):
-                raise Violation(node.lineno, f"{name}() is not a function of this file, nor one that is available")
+                self._named_call(name, node)
             case ast.Attribute(value=ast.Name(id=base), attr=attribute) if base in _MODULES:
                 if attribute not in _MODULES[base][0]:
                     raise Violation(node.lineno, f"{base}.{attribute}() is not available")
@@ -293,6 +297,20 @@ class _FunctionRules:
                 self._values(array, *node.args)
             case _:
                 raise Violation(node.lineno, "only functions can be called")
+
+    def _named_call(self, name: str, node: ast.Call) -> None:
+        if name == "emit":
+            self._emit(node)
+        elif name == "append":
+            self._append(node)
+        elif name in BUILTINS:
+            self._values(*node.args)
+        elif name in _CALLED_BY_THE_SANDBOX:
+            raise Violation(node.lineno, f"{name}() is called by the sandbox only")
+        elif name in self._declared.functions:
+            self._helper(name, node)
+        else:
+            raise Violation(node.lineno, f"{name}() is not a function of this file, nor one that is available")
 
     def _keywords(self, node: ast.Call) -> None:
         for keyword in node.keywords:
@@ -306,6 +324,19 @@ class _FunctionRules:
                 self._values(code, value)
             case _:
                 raise Violation(node.lineno, "the call is emit(feedback, code, value)")
+
+    def _append(self, node: ast.Call) -> None:
+        rows = self._declared.rows
+        if rows is None:
+            raise Violation(node.lineno, _ROWS_UNDECLARED)
+        match node.args:
+            case [ast.Name(id="feedback"), *values] if "feedback" in self._arguments and len(values) == len(
+                rows.fields
+            ):
+                self._values(*values)
+            case _:
+                fields = ", ".join(name for name, _ in rows.fields)
+                raise Violation(node.lineno, f"the call is append(feedback, {fields}), the fields of ROWS in order")
 
     def _helper(self, name: str, node: ast.Call) -> None:
         wanted = [argument.arg for argument in self._declared.functions[name].args.args]

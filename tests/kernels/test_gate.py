@@ -12,7 +12,8 @@ import pytest
 
 from ingest.ports import KernelRefused
 from kernels import gate
-from kernels.contract import ParamSpec, StateSpec, resolve_params
+from kernels import literals as gate_literals
+from kernels.contract import ArraySpec, OutSpec, ParamSpec, RowsSpec, StateSpec, resolve_params
 from kernels.gate import admit
 
 HEAD = "def frame(frame, params, state, index, out, feedback):\n"
@@ -21,7 +22,7 @@ HITS = '''"""Hit finder."""
 import math
 
 import numpy as np
-from hiss import DROP, KEEP, emit
+from hiss import DROP, KEEP, REPLACE, STOP, append, emit
 
 BINS = 4 * 1024
 EDGES = (0.5, -1, 2**10)
@@ -111,12 +112,95 @@ def test_a_byte_order_mark_is_no_part_of_the_source() -> None:
 
 def test_nothing_needs_to_be_declared_or_imported() -> None:
     kernel = admit("k", body("return KEEP").encode())
-    assert (kernel.params, kernel.state) == ((), ())
+    assert (kernel.params, kernel.state, kernel.arrays) == ((), (), ())
+    assert (kernel.out, kernel.rows, kernel.ordered, kernel.has_finish) == (None, None, False, False)
 
 
-def test_a_long_flat_table_is_a_constant() -> None:
-    table = ", ".join(str(n) for n in range(256))
+def test_a_long_table_is_a_constant() -> None:
+    table = ", ".join(str(n) for n in range(gate_literals.MAX_TABLE_ENTRIES))
     admit("k", body("return KEEP if TABLE[index % 256] > 3 else DROP", before=f"TABLE = ({table})\n").encode())
+
+
+def test_a_table_of_rows_is_a_constant() -> None:
+    table = "TABLE = (\n    (1, 2, 1),\n    (2, 4, -2),\n)\n"
+    admit("k", body("return KEEP if TABLE[index % 2][1] > 3 else DROP", before=table).encode())
+
+
+WHOLE = '''
+import numpy as np
+from hiss import DROP, KEEP, REPLACE, STOP, append, emit
+
+SHAPE = (195, 487)
+PARAMS = {
+    "low": ("uint16", 12),
+    "mask": ("uint8", "frame"),
+    "flat": ("float32", SHAPE),
+    "table": ("<i4", (-1, 2 * 2)),
+}
+STATE = {"n": ("int64", (1,), "sum"), "mean": ("float64", SHAPE, "sum")}
+OUT = ("float32", "same")
+ROWS = {"x": "float32", "y": "<f4", "id": "uint32"}
+ROWS_MAX = 2 * 16
+ORDERED = True
+
+
+def correct(value, y, x, params, out):
+    """``out`` is an argument like any other here."""
+    out[y, x] = value * params.flat[y, x]
+    return out[y, x]
+
+
+def frame(frame, params, state, index, out, feedback):
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            if params.mask[y, x] == 0 and correct(frame[y, x], y, x, params, out) > params.low:
+                append(feedback, x, y, params.table[0, 1])
+                state.n[0] += 1
+    if state.n[0] > 1000:
+        return STOP
+    return REPLACE
+
+
+def finish(state, params):
+    if state.n[0] == 0:
+        return
+    state.mean[:] = state.mean / state.n[0]
+'''
+
+
+def test_reads_the_whole_language() -> None:
+    kernel = admit("whole", WHOLE.encode())
+    assert kernel.params == (ParamSpec("low", "uint16", 12),)
+    assert kernel.arrays == (
+        ArraySpec("mask", "uint8", None),
+        ArraySpec("flat", "float32", (195, 487)),
+        ArraySpec("table", "int32", (-1, 4)),
+    )
+    assert kernel.out == OutSpec("float32", None)
+    assert kernel.rows == RowsSpec((("x", "float32"), ("y", "float32"), ("id", "uint32")), 32)
+    assert kernel.rows.dtype.names == ("frame", "x", "y", "id")
+    assert kernel.rows.dtype.itemsize == 8 + 3 * 4
+    assert kernel.ordered
+    assert kernel.has_finish
+    assert kernel.state[1].shape == (195, 487)
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ("None", None),
+        ('("same", "same")', OutSpec(None, None)),
+        ('("uint8", "same")', OutSpec("uint8", None)),
+        ('("<u4", (128, 64))', OutSpec("uint32", (128, 64))),
+    ],
+)
+def test_forms_of_out(declared: str, expected: OutSpec | None) -> None:
+    assert admit("k", body("return KEEP", before=f"OUT = {declared}\n").encode()).out == expected
+
+
+def test_rows_have_a_default_limit() -> None:
+    rows = admit("k", body("return KEEP", before='ROWS = {"x": "float32"}\nORDERED = False\n').encode()).rows
+    assert rows == RowsSpec((("x", "float32"),), 256)
 
 
 REFUSED = {
@@ -127,13 +211,69 @@ REFUSED = {
     "import as": ("import numpy  # <-\n" + body("return KEEP"), "imports allowed"),
     "from numpy": ("from numpy.lib import stride_tricks  # <-\n" + body("return KEEP"), "imports allowed"),
     "import inside": (body("import os  # <-", "return KEEP"), "`import` is not allowed"),
-    "STOP": (body("if index > 3:", "    return STOP  # <-", "return KEEP"), "STOP is not supported yet"),
-    "REPLACE imported": ("from hiss import REPLACE  # <-\n" + body("return KEEP"), "REPLACE is not supported yet"),
-    "OUT": ('OUT = ("same", "same")  # <-\n' + body("return KEEP"), "OUT"),
-    "ROWS": ('ROWS = {"x": "float32"}  # <-\n' + body("return KEEP"), "ROWS"),
-    "ORDERED": ("ORDERED = True  # <-\n" + body("return KEEP"), "ORDERED is not supported yet"),
-    "finish": ("def finish(state, params):  # <-\n    return 1\n" + body("return KEEP"), "finish() is not supported"),
-    "out used": (body("out[0, 0] = 1  # <-", "return KEEP"), "out) are not supported yet"),
+    "REPLACE without OUT": (body("if index > 3:", "    return REPLACE  # <-", "return KEEP"), "OUT is not declared"),
+    "REPLACE where OUT is None": ("OUT = None\n" + body("return REPLACE  # <-"), "OUT is not declared"),
+    "import of another name": ("from hiss import keep  # <-\n" + body("return KEEP"), "from hiss import KEEP, DROP"),
+    "renamed import": ("from hiss import KEEP as K  # <-\n" + body("return KEEP"), "imports allowed"),
+    "OUT with a shape only": ('OUT = ("same", (4, 4))  # <-\n' + body("return KEEP"), "names its dtype"),
+    "OUT of one": ('OUT = "same"  # <-\n' + body("return KEEP"), 'OUT is None, ("same", "same")'),
+    "OUT dtype": ('OUT = ("int", "same")  # <-\n' + body("return KEEP"), 'as a string, or "same"'),
+    "OUT as the frame": ('OUT = ("uint8", "frame")  # <-\n' + body("return KEEP"), 'OUT is None, ("same", "same")'),
+    "OUT shape": ('OUT = ("uint8", (4, 0))  # <-\n' + body("return KEEP"), "OUT: 0 is not a size"),
+    "OUT size": ('OUT = ("uint8", (1 << 15, 1 << 15))  # <-\n' + body("return KEEP"), "more than 256 MiB"),
+    "out without OUT": (body("out[0, 0] = 1  # <-", "return KEEP"), "OUT is not declared"),
+    "out handed on without OUT": (
+        "def h(out):\n    return out[0]\n" + body("n = h(out)  # <-", "return KEEP"),
+        "OUT is not declared",
+    ),
+    "out replaced": (
+        'OUT = ("same", "same")\n' + body("out = frame  # <-", "return REPLACE"),
+        "assign to its elements, out[...]",
+    ),
+    "ROWS dtype": ('ROWS = {\n    "x": "float",  # <-\n}\n' + body("return KEEP"), "a dtype is one of"),
+    "ROWS with a column frame": ('ROWS = {"frame": "int64"}  # <-\n' + body("return KEEP"), "'frame' already"),
+    "ROWS empty": ("ROWS = {}  # <-\n" + body("return KEEP"), "ROWS has 1 to 32 fields"),
+    "ROWS a tuple": ('ROWS = ("x", "y")  # <-\n' + body("return KEEP"), "ROWS is a dict"),
+    "ROWS_MAX without ROWS": ("ROWS_MAX = 9  # <-\n" + body("return KEEP"), "ROWS_MAX needs ROWS"),
+    "ROWS_MAX too many": ('ROWS_MAX = 5000  # <-\nROWS = {"x": "u1"}\n' + body("return KEEP"), "from 1 to 4096"),
+    "ROWS_MAX a float": ('ROWS_MAX = 2.0  # <-\nROWS = {"x": "u1"}\n' + body("return KEEP"), "a whole number"),
+    "append without ROWS": (body("append(feedback, 1)  # <-", "return KEEP"), "ROWS is not declared"),
+    "append too few": (
+        'ROWS = {"x": "u1", "y": "u1"}\n' + body("append(feedback, 1)  # <-", "return KEEP"),
+        "the call is append(feedback, x, y)",
+    ),
+    "append elsewhere": (
+        'ROWS = {"x": "u1"}\n' + body("append(frame, 1)  # <-", "return KEEP"),
+        "the call is append(feedback, x)",
+    ),
+    "hidden append": (body("append = 1  # <-", "return KEEP"), "would hide"),
+    "ORDERED": ("ORDERED = 1  # <-\n" + body("return KEEP"), "ORDERED is True or False"),
+    "finish signature": ("def finish(state):  # <-\n    pass\n" + body("return KEEP"), "finish(state, params)"),
+    "finish returns": (
+        "def finish(state, params):\n    return 1  # <-\n" + body("return KEEP"),
+        "finish() returns nothing",
+    ),
+    "finish emits": (
+        "def finish(state, params):\n    emit(feedback, 1, 2)  # <-\n" + body("return KEEP"),
+        "the call is emit(feedback",
+    ),
+    "finish called": (
+        "def finish(state, params):\n    pass\n" + body("finish(state, params)  # <-", "return KEEP"),
+        "called by the sandbox only",
+    ),
+    "array written": (
+        'PARAMS = {"mask": ("uint8", "frame")}\n' + body("params.mask[0, 0] = 1  # <-", "return KEEP"),
+        "params.mask is read-only",
+    ),
+    "array shape": ('PARAMS = {"mask": ("uint8", "full")}  # <-\n' + body("return KEEP"), 'or "frame" for a frame'),
+    "array size": ('PARAMS = {"mask": ("uint8", (0, 3))}  # <-\n' + body("return KEEP"), "0 is not a size"),
+    "array of any size": ('STATE = {"a": ("uint8", (-1,), "sum")}  # <-\n' + body("return KEEP"), "-1 is not a size"),
+    "arrays too large": (
+        'PARAMS = {"a": ("float64", (8192, 8192))}  # <-\n' + body("return KEEP"),
+        "more than 256 MiB",
+    ),
+    "ragged table": ("A = (\n    (1, 2),\n    (1,),  # <-\n)\n" + body("return KEEP"), "a tuple of rows"),
+    "deep table": ("A = ((1, 2), ((1, 2), (3, 4)))  # <-\n" + body("return KEEP"), "a tuple of rows"),
     "decorator": ("@print  # <-\n" + body("return KEEP"), "decorators"),
     "class": ("class A:  # <-\n    pass\n" + body("return KEEP"), "a class is not allowed"),
     "closure": (body("def inner():  # <-", "    return 1", "return KEEP"), "a function inside a function"),
@@ -192,7 +332,7 @@ REFUSED = {
     "signature": ("def frame(image, params):  # <-\n    return 1\n", "the signature is frame(frame, params,"),
     "no verdict": (body("n = 1  # <-"), "must end with"),
     "verdict on one path": (body("if index > 1:  # <-", "    return KEEP"), "must end with"),
-    "empty return": (body("if index > 1:", "    return  # <-", "return KEEP"), "frame() returns KEEP or DROP"),
+    "empty return": (body("if index > 1:", "    return  # <-", "return KEEP"), "frame() returns a verdict"),
     "no effect": (body("index + 1  # <-", "return KEEP"), "no effect"),
     "twice": ("A = 1\nA = 2  # <-\n" + body("return KEEP"), "'A' is defined twice"),
     "code outside": ("for i in range(3):  # <-\n    pass\n" + body("return KEEP"), "outside functions"),
@@ -202,7 +342,7 @@ REFUSED = {
     "division by zero": ("A = 1 // 0  # <-\n" + body("return KEEP"), "cannot be computed"),
     "complex power": ("A = (0 - 8) ** 0.5  # <-\n" + body("return KEEP"), "cannot be computed"),
     "huge integer": (body(f"n = {1 << 70}  # <-", "return KEEP"), "64 bits"),
-    "big table": (f"A = ({'1, ' * 300})  # <-\n" + body("return KEEP"), "256 entries"),
+    "big table": (f"A = ({'1, ' * 5000})  # <-\n" + body("return KEEP"), "4096 entries"),
     "bad dtype": ('PARAMS = {\n    "low": ("string", 1),  # <-\n}\n' + body("return KEEP"), "a dtype is one of"),
     "big-endian": ('PARAMS = {"low": (">u2", 1)}  # <-\n' + body("return KEEP"), "a dtype is one of"),
     "default too large": ('PARAMS = {"low": ("uint8", 256)}  # <-\n' + body("return KEEP"), "not a value of uint8"),
