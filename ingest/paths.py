@@ -92,6 +92,10 @@ class NodePaths:
     def feedback_socket(self) -> Path:
         return self.run / "feedback.sock"
 
+    def strikes_file(self, slot: int) -> Path:
+        """While a node runs: which kernels fail in this worker (JSON)."""
+        return self.run / f"kernels-{slot:02d}.json"
+
     def segment_file(self, slot: int, segment: int) -> Path:
         return self.segments / f"{slot:02d}" / f"{segment:06d}.seg"
 

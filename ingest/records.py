@@ -287,6 +287,16 @@ class ReductionJob(msgspec.Struct, frozen=True):
     record: ObjectRecord
 
 
+class ReductionCount(msgspec.Struct, frozen=True):
+    """Products of one kernel in one bucket that are not there: ``owed`` (still to come), or ``failed`` (given up)."""
+
+    kernel: str
+    owed: int
+    failed: int
+    error: str
+    """What the latest of them that has failed says."""
+
+
 class ListedObject(msgspec.Struct, frozen=True):
     """One row of a listing: a key, or a common prefix (then ``record`` is None)."""
 

@@ -15,6 +15,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from kernels.pool import LanePool
 from kernels.reduction import Reduction
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.standing import Verdict
+from kernels.strikes import Strikes
 from kernels.tally import Tally
 
 log = logging.getLogger("hiss.kernels")
@@ -41,8 +43,6 @@ CLEARANCE_WAIT_S = 5.0
 """How long a submitted kernel waits for the sandbox's self-test, which takes half a second after the node's start."""
 CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
-STRIKES_KEPT_MAX = 4096
-"""Failing kernels remembered; the least recently failed is forgotten first."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -96,7 +96,9 @@ class KernelHost:
         slot: int,
         limits: HostLimits,
         clearance: Clearance,
+        strikes_file: Path | None = None,
     ) -> None:
+        """``strikes_file``: where to say which kernels fail; see kernels/strikes.py."""
         self.catalog = catalog
         self.pad = pad
         self.zygote_socket = zygote_socket
@@ -107,7 +109,7 @@ class KernelHost:
         self._clearance = clearance
         self._tally = Tally(counters)
         self._registry = Registry(catalog, pad)
-        self._strikes: dict[tuple[str, str], int] = {}
+        self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._owing: set[tuple[bytes, str]] = set()
         self._due: dict[tuple[bytes, str], _Due] = {}
@@ -255,22 +257,17 @@ class KernelHost:
 
     def struck(self, lane: Lane, failure: SandboxFailed) -> bool:
         self._tally.error(failure.kind)
-        owner = (lane.key.bucket, lane.key.sha256)
-        strikes = self._strikes.pop(owner, 0) + 1
-        self._strikes[owner] = strikes
-        while len(self._strikes) > STRIKES_KEPT_MAX:
-            del self._strikes[next(iter(self._strikes))]
-        last = strikes >= self._limits.strikes_max
+        strike = self._strikes.failed(lane.key.bucket, lane.key.kernel, lane.key.sha256, str(failure))
         log.warning(
             "kernel %s in bucket %s failed (%d of %d%s): %s",
             lane.key.kernel,
             lane.key.bucket,
-            strikes,
+            strike.count,
             self._limits.strikes_max,
-            ", disabled until another source is put" if last else "",
+            ", disabled until another source is put" if strike.disabled else "",
             failure,
         )
-        return last
+        return strike.disabled
 
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
         log.warning("kernel %s over %s/%r is postponed: %s", kernel, record.bucket, record.key, reason)
@@ -285,7 +282,7 @@ class KernelHost:
                 log.warning("%s/%r was not recalled for its kernel: %s", record.bucket, record.key, error)
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None:
-        self._strikes.pop((bucket, attachment.kernel.sha256), None)
+        self._strikes.succeeded(bucket, attachment.kernel.sha256)
 
     def refused(self, lane: Lane) -> None:
         """The kernel does not compile for this layout."""
@@ -325,7 +322,7 @@ class KernelHost:
         )
 
     def _disabled(self, bucket: str, attachment: Attachment) -> bool:
-        return self._strikes.get((bucket, attachment.kernel.sha256), 0) >= self._limits.strikes_max
+        return self._strikes.disabled(bucket, attachment.kernel.sha256)
 
     def _begin(self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain) -> Reduction:
         reduction = Reduction(self, info, attachments, domain)

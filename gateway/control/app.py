@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -41,6 +42,8 @@ class ControlContext:
     status: StatusSource
     metrics: Exposition
     feedback: FeedbackHub
+    run_folder: Path
+    """Where the node's processes say how they are."""
 
 
 def create_app(context: ControlContext) -> FastAPI:
@@ -99,7 +102,10 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
     @app.get("/v1/kernels", response_class=Response, summary="Kernels submitted to a bucket")
     async def get_kernels(user: User, bucket: _Bucket) -> Response:
         require_read(user, bucket, b"_kernels/")
-        return Response(msgspec.json.encode(await kernels(context.catalog, bucket)), media_type="application/json")
+        return Response(
+            msgspec.json.encode(await kernels(context.catalog, bucket, context.run_folder)),
+            media_type="application/json",
+        )
 
     @app.get("/v1/feedback", response_class=StreamingResponse, summary="Kernel feedback as server-sent events")
     async def get_feedback(

@@ -1,17 +1,34 @@
-"""``/v1/kernels``: which kernels were submitted to a bucket, as their objects say.
+"""``/v1/kernels``: which kernels were submitted to a bucket, what they still owe, and how they fail.
 
-In: the objects under ``_kernels/``. Out: their names, versions and attachment. What always holds: only what the
-submitter wrote is shown; whether a kernel compiles was decided when it was submitted.
+In: the objects under ``_kernels/``, the catalogue's owed reductions, the workers' files about failing kernels. Out: one
+``Kernel`` for each ``_kernels/NAME.py``. What always holds: only what the submitter wrote and what happened is shown;
+whether a kernel compiles was decided when it was submitted. Sources are not read here: a failure names the SHA-256 of the
+source that failed, so whoever has the source knows whether it is this one.
 """
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import msgspec
 
 from ingest.ports import Catalog
+from ingest.records import ObjectRecord, ReductionCount
+from kernels.strikes import FILE_PATTERN, Strike, read_all
 
 PREFIX = b"_kernels/"
-KERNELS_MAX = 1000
+OBJECTS_MAX = 2000
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A source that failed ``count`` times in a row in some worker; ``disabled``: until another source is put."""
+
+    sha256: str
+    count: int
+    disabled: bool
+    error: str
+    time_ns: int
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -25,22 +42,66 @@ class Kernel(msgspec.Struct, frozen=True):
     """Its parameters, JSON as submitted."""
     raw: str
     device: str
+    after: str
+    """The kernel before it in a chain; empty when it sees the frames themselves."""
+    arrays: tuple[str, ...]
+    """Names of the parameter arrays that are there."""
+    owed_products: int
+    failed_products: int
+    """Given up; their versions stay unreduced."""
+    last_error: str
+    """Of an owed or failed product."""
+    failures: tuple[Failure, ...]
 
 
-async def kernels(catalog: Catalog, bucket: str) -> list[Kernel]:
-    """At most KERNELS_MAX. Raises NoSuchBucket, CatalogUnavailable."""
-    rows, _ = await catalog.list_objects(bucket, prefix=PREFIX, limit=KERNELS_MAX)
+async def kernels(catalog: Catalog, bucket: str, run_folder: Path) -> list[Kernel]:
+    """Raises NoSuchBucket, CatalogUnavailable."""
+    rows, _ = await catalog.list_objects(bucket, prefix=PREFIX, limit=OBJECTS_MAX)
+    counts = {count.kernel: count for count in await catalog.reduction_counts(bucket)}
+    strikes = await asyncio.to_thread(lambda: read_all(sorted(run_folder.glob(FILE_PATTERN))))
+    arrays: dict[str, list[str]] = {}
+    sources: dict[str, ObjectRecord] = {}
+    for row in rows:
+        if row.record is None:
+            continue
+        name, slash, rest = row.key[len(PREFIX) :].decode("utf-8", "backslashreplace").partition("/")
+        if slash and rest.endswith(".npy"):
+            arrays.setdefault(name, []).append(rest.removesuffix(".npy"))
+        elif name.endswith(".py"):
+            sources[name.removesuffix(".py")] = row.record
     return [
-        Kernel(
-            name=row.key[len(PREFIX) :].decode("utf-8", "backslashreplace").removesuffix(".py"),
-            etag=row.record.etag,
-            size_bytes=row.record.length,
-            modified_ns=row.record.modified_ns,
-            match=row.record.metadata.get("match", "*"),
-            params=row.record.metadata.get("params", "{}"),
-            raw=row.record.metadata.get("raw", "all"),
-            device=row.record.metadata.get("device", "cpu"),
+        _kernel(
+            name,
+            record,
+            tuple(arrays.get(name, ())),
+            counts.get(name, ReductionCount(name, 0, 0, "")),
+            tuple(_failure(strike) for strike in strikes if (strike.bucket, strike.kernel) == (bucket, name)),
         )
-        for row in rows
-        if row.record is not None and row.key.endswith(b".py")
+        for name, record in sources.items()
     ]
+
+
+def _kernel(
+    name: str, record: ObjectRecord, arrays: tuple[str, ...], count: ReductionCount, failures: tuple[Failure, ...]
+) -> Kernel:
+    metadata = record.metadata
+    return Kernel(
+        name=name,
+        etag=record.etag,
+        size_bytes=record.length,
+        modified_ns=record.modified_ns,
+        match=metadata.get("match", "*"),
+        params=metadata.get("params", "{}"),
+        raw=metadata.get("raw", "all"),
+        device=metadata.get("device", "cpu"),
+        after=metadata.get("after", ""),
+        arrays=arrays,
+        owed_products=count.owed,
+        failed_products=count.failed,
+        last_error=count.error,
+        failures=failures,
+    )
+
+
+def _failure(strike: Strike) -> Failure:
+    return Failure(strike.sha256, strike.count, strike.disabled, strike.error, strike.time_ns)

@@ -60,6 +60,7 @@ async def _serve(boot: Boot) -> None:
             status=StatusSource(reader, rates, processes, catalog, settings.as_dict(), version, kernels),
             metrics=Exposition(NodeCollector(counters, version, processes.rows)),
             feedback=feedback,
+            run_folder=boot.paths.run,
         )
         tls = None
         if settings.tls_cert is not None and settings.tls_key is not None:

@@ -131,6 +131,7 @@ async def _kernels(
         boot.slot,
         HostLimits(sandbox=sandbox),
         _clearance(boot, settings, counters),
+        boot.paths.strikes_file(boot.slot),
     )
     await feedback.start()
     await host.start()

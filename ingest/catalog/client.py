@@ -43,6 +43,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     PartRecord,
+    ReductionCount,
     ReductionJob,
     SegmentUse,
     SettleRequest,
@@ -455,6 +456,9 @@ class CatalogClient:
 
     async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
         return await self._scan(lambda reader: reader.pending_reductions(slot, limit))
+
+    async def reduction_counts(self, bucket: str) -> Sequence[ReductionCount]:
+        return await self._scan(lambda reader: reader.reduction_counts(bucket))
 
     async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
         await self._call(wire.FailReduction(object_id, kernel, error, give_up), _nothing)

@@ -21,6 +21,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     PartRecord,
+    ReductionCount,
     ReductionJob,
     SegmentUse,
     UploadRecord,
@@ -193,6 +194,12 @@ class Reader:
             jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, {"slot": slot, "limit": limit}).fetchall()
         return [ReductionJob(kernel, attempts, self.by_id(object_id)) for object_id, kernel, attempts in jobs]
 
+    def reduction_counts(self, bucket: str) -> list[ReductionCount]:
+        groups: dict[str, list[tuple[int, str, int, int]]] = {}
+        for kernel, *group in self._db.execute(statements.REDUCTION_COUNTS, {"bucket": bucket}).fetchall():
+            groups.setdefault(kernel, []).append(tuple(group))
+        return [_reduction_count(kernel, of_kernel) for kernel, of_kernel in sorted(groups.items())]
+
     def drain_counts(self) -> DrainCounts:
         queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS).fetchone()
         (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, {"node": self._node}).fetchone()
@@ -212,6 +219,14 @@ class Reader:
         for *place, holder in self._db.execute(statements.SEGMENT_EXTENTS, of).fetchall():
             row = self._db.execute(statements.BY_ID, {"object_id": holder}).fetchone()
             yield (None if row is None else rows.object_record(row)), Extent(*place)
+
+
+def _reduction_count(kernel: str, groups: list[tuple[int, str, int, int]]) -> ReductionCount:
+    """``groups``: (given up, error, count, latest sequence)."""
+    failed = sum(count for given_up, _, count, _ in groups if given_up)
+    owed = sum(count for given_up, _, count, _ in groups if not given_up)
+    latest = max(((sequence, error) for _, error, _, sequence in groups if error), default=(0, ""))
+    return ReductionCount(kernel, owed, failed, latest[1])
 
 
 def _common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes | None:

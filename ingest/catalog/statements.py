@@ -361,6 +361,19 @@ _pending_reductions = (
 )
 REDUCTIONS = _sql(_pending_reductions)
 REDUCTIONS_OF_SLOT = _sql(_pending_reductions.where(reductions.c.slot == _p("slot")))
+REDUCTION_COUNTS = _sql(
+    sa.select(
+        reductions.c.kernel,
+        reductions.c.given_up,
+        reductions.c.error,
+        sa.func.count(),
+        sa.func.max(reductions.c.sequence),
+    )
+    .select_from(reductions.join(objects, objects.c.object_id == reductions.c.object_id))
+    .where(objects.c.bucket == _p("bucket"))
+    .group_by(reductions.c.kernel, reductions.c.given_up, reductions.c.error)
+)
+"""Errors are few and alike, so that the groups are few."""
 INSERT_TOMBSTONE = _sql(sa.insert(tombstones))
 TOMBSTONES = _sql(
     sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key)

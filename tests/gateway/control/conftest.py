@@ -135,6 +135,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 ),
                 metrics=Exposition(NodeCollector(counters, "1.2.3", processes.rows)),
                 feedback=hub,
+                run_folder=paths.run,
             )
             accepting = asyncio.Event()
             served = process.serve(

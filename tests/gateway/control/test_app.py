@@ -14,6 +14,7 @@ import pytest
 
 from ingest.errors import CatalogUnavailable
 from ingest.records import CommitObject, Grant
+from kernels.strikes import Strikes
 
 PROTECTED = [
     "/v1/status",
@@ -150,16 +151,44 @@ async def test_metrics_are_open_and_name_nobody(node: Any) -> None:
 
 async def test_kernels_of_a_bucket(node: Any) -> None:
     await node.catalog.create_bucket("scan", "root")
-    for key, metadata in {b"_kernels/hits.py": {"match": "run*", "device": "cpu"}, b"_kernels/readme": {}}.items():
+
+    async def commit(key: bytes, metadata: dict[str, str], reductions: tuple[str, ...] = ()) -> bytes:
+        object_id = secrets.token_bytes(16)
         await node.catalog.commit(
             CommitObject(
-                bucket="scan", key=key, object_id=secrets.token_bytes(16), length=0, etag="e", crc64nvme=0,
-                owner="root", extents=(), metadata=metadata,
+                bucket="scan", key=key, object_id=object_id, length=0, etag="e", crc64nvme=0,
+                owner="root", extents=(), metadata=metadata, reductions=reductions,
             )
         )  # fmt: skip
-    async with node.client() as client:
-        found = (await client.get("/v1/kernels?bucket=scan")).json()
-    assert [(kernel["name"], kernel["match"], kernel["raw"]) for kernel in found] == [("hits", "run*", "all")]
+        return object_id
+
+    await commit(b"_kernels/hits.py", {"match": "run*", "after": "flat"})
+    await commit(b"_kernels/readme", {})
+    await commit(b"_kernels/hits/mask.npy", {})
+    await commit(b"run/a", {}, ("hits", "other"))
+    await commit(b"run/b", {}, ("hits",))
+    failed = await commit(b"run/c", {}, ("hits",))
+    await node.catalog.reduction_failed(failed, "hits", "crash: frame 3", give_up=True)
+    strikes = Strikes(3, node.paths.strikes_file(1))
+    for _ in range(3):
+        strikes.failed("scan", "hits", "ab" * 32, "timeout: frame 3")
+    strikes.failed("other", "hits", "ab" * 32, "timeout")
+
+    async def hits() -> Any:
+        async with node.client() as client:
+            (kernel,) = (await client.get("/v1/kernels?bucket=scan")).json()
+        return kernel
+
+    async with asyncio.timeout(10):
+        while not (kernel := await hits())["failures"]:  # noqa: ASYNC110  # written by a thread: only asking tells
+            await asyncio.sleep(0.01)
+    assert {name: kernel[name] for name in ("name", "match", "raw", "after", "arrays")} == {
+        "name": "hits", "match": "run*", "raw": "all", "after": "flat", "arrays": ["mask"],
+    }  # fmt: skip
+    assert (kernel["owed_products"], kernel["failed_products"], kernel["last_error"]) == (2, 1, "crash: frame 3")
+    (failure,) = kernel["failures"]
+    assert (failure["sha256"], failure["count"], failure["disabled"]) == ("ab" * 32, 3, True)
+    assert failure["error"] == "timeout: frame 3"
 
 
 async def test_the_api_describes_itself(node: Any) -> None:
