@@ -87,5 +87,9 @@ class StaleVersion(CatalogError):
     """The version an internal mutation names was deleted or replaced meanwhile: the mutation changed nothing."""
 
 
+class MembersGone(StaleVersion):
+    """A partial was not stored: some of its members are no longer owed it. ``str()`` is their object ids, in hex."""
+
+
 class StaleEpoch(CatalogError):
     """This process's slot was taken over by a newer process."""

@@ -29,9 +29,13 @@ from ingest.records import (
     FreedExtents,
     ListedObject,
     ObjectRecord,
+    OwedInRun,
+    PartialRecord,
     PartRecord,
     ReductionCount,
     ReductionJob,
+    RunProductRecord,
+    RunRecord,
     SegmentUse,
     SettleRequest,
     UploadRecord,
@@ -142,6 +146,41 @@ class Catalog(Protocol):
         ...
 
     async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None: ...
+
+    # -- runs (ingest/runs.py says what a run is)
+    async def released_reductions(self, slot: int) -> bool:
+        """Whether a slot has versions that were reduced once, in a partial that is gone."""
+        ...
+
+    async def runs(
+        self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", limit: int = 1000
+    ) -> tuple[Sequence[RunRecord], bool]:
+        """Runs in bytewise order of their prefix; (rows, truncated)."""
+        ...
+
+    async def run(self, bucket: str, run: bytes) -> RunRecord:
+        """Raises NoSuchKey for a prefix that never had a member with a kernel."""
+        ...
+
+    async def idle_runs(self, bucket: str, before_ns: int, limit: int) -> Sequence[bytes]:
+        """Open runs whose last member arrived before ``before_ns``."""
+        ...
+
+    async def close_run(self, bucket: str, run: bytes, closed_by: str, before_ns: int = 0) -> None:
+        """Changes nothing when it is closed already, or (``before_ns``) has a member that arrived since."""
+        ...
+
+    async def run_products(self, run: RunRecord) -> Sequence[RunProductRecord]: ...
+    async def run_products_due(self, limit: int) -> Sequence[RunProductRecord]:
+        """Products of runs that do not reflect what is stored now."""
+        ...
+
+    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int) -> None:
+        """The run had no partials of this kernel, and its product was deleted."""
+        ...
+
+    async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]: ...
+    async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun: ...
     async def drain_counts(self) -> DrainCounts: ...
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]: ...
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:

@@ -196,6 +196,38 @@ class UserRecord(msgspec.Struct, frozen=True):
     root: bool = False
 
 
+class PartialMember(msgspec.Struct, frozen=True, array_like=True):
+    """A version whose frames are in a partial."""
+
+    object_id: bytes
+    ledger: FrameLedger | None = None
+    """The version's frame ledger from this commit on; None leaves it as it is."""
+
+
+class PartialOf(msgspec.Struct, frozen=True):
+    """What makes an object a partial of a run: its state covers the frames of ``members``, and of no other version."""
+
+    kernel: str
+    run: bytes
+    """Key prefix up to its last ``/``."""
+    group: str
+    """Kernel source, parameters and epochs, as a hex digest: states of different groups are never merged."""
+    members: tuple[PartialMember, ...] = ()
+    replaces: tuple[bytes, ...] = ()
+    """object_ids of partials whose members this one takes over and which are deleted with the commit."""
+    batch: bool = False
+    """Stands for many one-frame objects: it is deleted once a member goes, and the other members are owed again."""
+
+
+class RunProductOf(msgspec.Struct, frozen=True):
+    """What makes an object the product of a run, as of a state of the catalogue."""
+
+    kernel: str
+    run: bytes
+    reflects: int
+    """``RunProductRecord.changed`` when the partials were listed."""
+
+
 class CommitObject(msgspec.Struct, frozen=True):
     """Ask the catalogue to make a received body the current version of a key."""
 
@@ -224,6 +256,8 @@ class CommitObject(msgspec.Struct, frozen=True):
     if_match: str = ""
     source: bytes = b""
     """object_id of the version whose extents this one shares (a copy without copying); commits only if they are still its."""
+    partial: PartialOf | None = None
+    run_product: RunProductOf | None = None
 
 
 class CommitPart(msgspec.Struct, frozen=True):
@@ -285,6 +319,52 @@ class ReductionJob(msgspec.Struct, frozen=True):
     kernel: str
     attempts: int
     record: ObjectRecord
+    released: bool = False
+    """It was paid once, by a partial that is gone: nobody is at it."""
+
+
+class RunRecord(msgspec.Struct, frozen=True):
+    """One run: a key prefix that holds objects with kernels."""
+
+    bucket: str
+    run: bytes
+    member_ns: int
+    """When its last member arrived."""
+    closed_ns: int = 0
+    """0 while it is open."""
+    closed_by: str = ""
+    """``marker``, ``timeout`` or ``request``."""
+
+
+class RunProductRecord(msgspec.Struct, frozen=True):
+    """The state of one kernel's product of a run. ``changed > stored``: the product is to be made anew."""
+
+    kernel: str
+    changed: int
+    stored: int
+    run: RunRecord
+
+
+class PartialRecord(msgspec.Struct, frozen=True):
+    """One partial of a run, as the catalogue lists it."""
+
+    object_id: bytes
+    group: str
+    since: int
+    """Sequence of its first commit; the oldest one's where partials were compacted."""
+    members: int
+    batch: bool
+    key: bytes
+    length: int
+
+
+class OwedInRun(msgspec.Struct, frozen=True):
+    """Members of a run that are in no partial of a kernel (yet)."""
+
+    pending: int
+    failed: int
+    failures: tuple[tuple[bytes, str], ...] = ()
+    """(key, reason) of members that were given up; the first few."""
 
 
 class ReductionCount(msgspec.Struct, frozen=True):

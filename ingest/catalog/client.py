@@ -42,9 +42,13 @@ from ingest.records import (
     FreedExtents,
     ListedObject,
     ObjectRecord,
+    OwedInRun,
+    PartialRecord,
     PartRecord,
     ReductionCount,
     ReductionJob,
+    RunProductRecord,
+    RunRecord,
     SegmentUse,
     SettleRequest,
     UploadRecord,
@@ -462,6 +466,39 @@ class CatalogClient:
 
     async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
         await self._call(wire.FailReduction(object_id, kernel, error, give_up), _nothing)
+
+    # -- runs
+    async def released_reductions(self, slot: int) -> bool:
+        return self._readers.read(lambda reader: reader.released_reductions(slot))
+
+    async def runs(
+        self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", limit: int = 1000
+    ) -> tuple[Sequence[RunRecord], bool]:
+        return await self._scan(lambda reader: reader.runs(bucket, prefix, after, limit))
+
+    async def run(self, bucket: str, run: bytes) -> RunRecord:
+        return self._readers.read(lambda reader: reader.run(bucket, run))
+
+    async def idle_runs(self, bucket: str, before_ns: int, limit: int) -> Sequence[bytes]:
+        return await self._scan(lambda reader: reader.idle_runs(bucket, before_ns, limit))
+
+    async def close_run(self, bucket: str, run: bytes, closed_by: str, before_ns: int = 0) -> None:
+        await self._call(wire.CloseRun(bucket, run, closed_by, before_ns), _nothing)
+
+    async def run_products(self, run: RunRecord) -> Sequence[RunProductRecord]:
+        return await self._scan(lambda reader: reader.run_products(run))
+
+    async def run_products_due(self, limit: int) -> Sequence[RunProductRecord]:
+        return self._readers.read(lambda reader: reader.run_products_due(limit))
+
+    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int) -> None:
+        await self._call(wire.MarkRunStored(bucket, run, kernel, reflects), _nothing)
+
+    async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]:
+        return await self._scan(lambda reader: reader.partials(bucket, run, kernel))
+
+    async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
+        return await self._scan(lambda reader: reader.owed_in_run(bucket, run, kernel, limit))
 
     async def drain_counts(self) -> DrainCounts:
         return await self._scan(Reader.drain_counts)

@@ -27,6 +27,7 @@ from ingest.errors import (
     EntityTooSmall,
     InvalidPart,
     InvalidPartOrder,
+    MembersGone,
     NoSuchBucket,
     NoSuchKey,
     NoSuchUpload,
@@ -41,6 +42,7 @@ from ingest.records import (
     Extent,
     ObjectRecord,
     ObjectState,
+    PartialOf,
     PartRecord,
 )
 from ingest.states import Event, transition
@@ -49,6 +51,8 @@ PART_BYTES_MIN = 5 * 1024 * 1024
 """Parts of a completed upload except the last: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 CLAIM_MAX = 1024
 _SECOND_NS = 1_000_000_000
+BATCH_DRAIN_NS = 600 * _SECOND_NS
+"""How much later than other objects a partial of many one-frame objects is due in the archive."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Decider:
             wire.Relocate: self._relocate,
             wire.MarkArchiveDeleted: self._mark_archive_deleted,
             wire.FailReduction: self._fail_reduction,
+            wire.CloseRun: self._close_run,
+            wire.MarkRunStored: lambda m: e.RunStored(m.bucket, m.run, m.kernel, m.reflects),
         }
 
     def decide(self, mutation: wire.Mutation, sequence: int, now_ns: int) -> e.Entry | Known:
@@ -171,6 +177,8 @@ class Decider:
         replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
         if request.reduces is not None and self._state(request.reduces[0]) is None:
             raise StaleVersion("the version this product reduces has gone")
+        if request.partial is not None:
+            self._check_partial(request.bucket, request.partial)
         if request.source:
             self._check_source(request.source, request.extents)
         record = ObjectRecord(
@@ -197,7 +205,12 @@ class Decider:
             geometry=request.geometry,
         )
         due_ns = self._now_ns + drain_after_ns(bucket)
-        return e.ObjectCommitted(record, due_ns, replaces, request.reductions, request.reduces)
+        if request.partial is not None and request.partial.batch:
+            # Most are compacted or deleted before the archive would have them.
+            due_ns += BATCH_DRAIN_NS
+        return e.ObjectCommitted(
+            record, due_ns, replaces, request.reductions, request.reduces, request.partial, request.run_product
+        )
 
     def _known(self, object_id: bytes) -> ObjectRecord | None:
         """The record of a commit that was done before, though its version may have gone since."""
@@ -229,6 +242,35 @@ class Decider:
         held = None if row is None else rows.object_record(row)
         if held is None or not held.settled or not set(shared) <= set(held.extents):
             raise StaleVersion("the version this copy shares its bytes with has gone, moved or is not on disk yet")
+
+    def _check_partial(self, bucket: str, partial: PartialOf) -> None:
+        """Each frame counts once: a batch's members must still be owed to it, and what it replaces must still be there."""
+        if partial.batch:
+            owed = (
+                (member.object_id, {"of": member.object_id, "of_kernel": partial.kernel}) for member in partial.members
+            )
+            gone = [
+                object_id.hex()
+                for object_id, of in owed
+                if self._db.execute(statements.REDUCTION, of).fetchone() is None
+            ]
+            if gone:
+                raise MembersGone(" ".join(gone))
+        of_run = (bucket, partial.run, partial.kernel, partial.group)
+        for old in partial.replaces:
+            row = self._db.execute(statements.PARTIAL, {"of": old}).fetchone()
+            if row is None or tuple(row[:4]) != of_run:
+                raise StaleVersion(f"partial {old.hex()} of this run has gone")
+
+    def _close_run(self, mutation: wire.CloseRun) -> e.Entry | Known:
+        of = {"of_bucket": mutation.bucket, "of_run": mutation.run}
+        row = self._db.execute(statements.RUN, of).fetchone()
+        if row is None:
+            self._reader.bucket(mutation.bucket)
+            raise NoSuchKey(mutation.run.decode("utf-8", "replace"))
+        if row[3] or (mutation.before_ns and row[2] >= mutation.before_ns):
+            return Known()
+        return e.RunClosed(mutation.bucket, mutation.run, self._now_ns, mutation.closed_by)
 
     def _delete(self, mutation: wire.Delete) -> e.Entry | Known:
         request = mutation.request

@@ -15,7 +15,9 @@ from ingest.records import (
     Extent,
     FrameLedger,
     ObjectRecord,
+    PartialOf,
     PartRecord,
+    RunProductOf,
     UploadRecord,
     UserRecord,
 )
@@ -47,6 +49,8 @@ class ObjectCommitted(msgspec.Struct, frozen=True, array_like=True, tag="object-
     """Sequence of the version this one takes the place of."""
     reductions: tuple[str, ...] = ()
     reduces: tuple[bytes, str] | None = None
+    partial: PartialOf | None = None
+    run_product: RunProductOf | None = None
 
 
 class UploadCreated(msgspec.Struct, frozen=True, array_like=True, tag="upload-created"):
@@ -144,6 +148,22 @@ class ReductionFailed(msgspec.Struct, frozen=True, array_like=True, tag="reducti
     give_up: bool
 
 
+class RunClosed(msgspec.Struct, frozen=True, array_like=True, tag="run-closed"):
+    bucket: str
+    run: bytes
+    closed_ns: int
+    closed_by: str
+
+
+class RunStored(msgspec.Struct, frozen=True, array_like=True, tag="run-stored"):
+    """The run has no partials of this kernel any more, and no product."""
+
+    bucket: str
+    run: bytes
+    kernel: str
+    reflects: int
+
+
 Entry = (
     BucketCreated
     | BucketDeleted
@@ -167,6 +187,8 @@ Entry = (
     | Relocated
     | ArchiveDeleted
     | ReductionFailed
+    | RunClosed
+    | RunStored
 )
 
 _encoder = msgspec.msgpack.Encoder()

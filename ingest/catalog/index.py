@@ -15,8 +15,10 @@ import msgspec
 
 from ingest.catalog import entries as e
 from ingest.catalog import rows, statements
+from ingest.catalog.runs import RunIndex
 from ingest.errors import StaleVersion
 from ingest.records import Extent, ObjectRecord, ObjectState
+from ingest.runs import run_of
 from ingest.states import Event, transition
 
 OUTCOMES_KEPT = 100_000
@@ -30,6 +32,7 @@ class Index:
     def __init__(self, database: sqlite3.Connection) -> None:
         self._db = database
         self._freed: list[Extent] = []
+        self._runs = RunIndex(database, self._delete)
         self._apply: dict[type, Callable[[int, Any], None]] = {
             e.BucketCreated: self._bucket_created,
             e.BucketDeleted: self._bucket_deleted,
@@ -53,6 +56,8 @@ class Index:
             e.Relocated: self._relocated,
             e.ArchiveDeleted: self._archive_deleted,
             e.ReductionFailed: self._reduction_failed,
+            e.RunClosed: self._runs.closed,
+            e.RunStored: lambda _, entry: self._runs.stored(entry),
         }
 
     def apply(self, sequence: int, entry: e.Entry) -> list[Extent]:
@@ -72,6 +77,7 @@ class Index:
 
     def _bucket_deleted(self, _: int, entry: e.BucketDeleted) -> None:
         self._db.execute(statements.DELETE_BUCKET, {"name": entry.name})
+        self._runs.bucket_deleted(entry.name)
 
     def _bucket_tagged(self, _: int, entry: e.BucketTagged) -> None:
         (blob,) = self._one(statements.BUCKET, name=entry.name)
@@ -97,6 +103,10 @@ class Index:
         if entry.reduces is not None:
             source, kernel = entry.reduces
             self._db.execute(statements.DELETE_REDUCTION, {"of": source, "of_kernel": kernel})
+        if entry.partial is not None:
+            self._runs.partial_committed(sequence, record, entry.partial)
+        if entry.run_product is not None:
+            self._runs.product_committed(record.bucket, entry.run_product)
 
     def _insert(
         self, sequence: int, record: ObjectRecord, due_ns: int, replaces: int | None, reductions: tuple[str, ...]
@@ -122,8 +132,10 @@ class Index:
                     "attempts": 0,
                     "given_up": 0,
                     "error": "",
+                    "released": 0,
                 },
             )
+        self._runs.committed(sequence, record, reductions)
 
     def _remove(self, sequence: int, version: int) -> ObjectRecord:
         """Take a version out of every table; its outcome stays, so that its commit sent again is recognised."""
@@ -132,6 +144,7 @@ class Index:
         of = {"object_id": record.object_id}
         self._db.execute(statements.DELETE_OBJECT, {"sequence": version})
         self._db.execute(statements.DELETE_REDUCTIONS_OF, of)
+        self._runs.removed(sequence, record.object_id)
         if not record.settled:
             self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)
         for extent in record.extents:
@@ -140,8 +153,12 @@ class Index:
         return record
 
     def _object_deleted(self, sequence: int, entry: e.ObjectDeleted) -> None:
-        (path,) = self._one(statements.PUBLISHED, sequence=entry.version)
-        record = self._remove(sequence, entry.version)
+        self._delete(sequence, entry.version)
+
+    def _delete(self, sequence: int, version: int) -> None:
+        """Remove a version that nothing takes the place of; what it left in the archive becomes a tombstone."""
+        (path,) = self._one(statements.PUBLISHED, sequence=version)
+        record = self._remove(sequence, version)
         if path is not None:
             self._db.execute(
                 statements.INSERT_TOMBSTONE,
@@ -343,7 +360,7 @@ class Index:
     def _archive_deleted(self, _: int, entry: e.ArchiveDeleted) -> None:
         self._db.execute(statements.DELETE_TOMBSTONE, {"sequence": entry.tombstone})
 
-    def _reduction_failed(self, _: int, entry: e.ReductionFailed) -> None:
+    def _reduction_failed(self, sequence: int, entry: e.ReductionFailed) -> None:
         self._db.execute(
             statements.REDUCTION_FAILED,
             {
@@ -353,6 +370,11 @@ class Index:
                 "give_up": int(entry.give_up),
             },
         )
+        if entry.give_up:
+            found = self._db.execute(statements.BY_ID, {"object_id": entry.object_id}).fetchone()
+            if found is not None:
+                # The run's product names it.
+                self._runs.changed(sequence, found[1], run_of(found[2]), entry.kernel)
 
     # -- extents
     def _hold(self, extent: Extent, holder: bytes) -> None:

@@ -20,9 +20,13 @@ from ingest.records import (
     Extent,
     ListedObject,
     ObjectRecord,
+    OwedInRun,
+    PartialRecord,
     PartRecord,
     ReductionCount,
     ReductionJob,
+    RunProductRecord,
+    RunRecord,
     SegmentUse,
     UploadRecord,
     UserRecord,
@@ -30,6 +34,7 @@ from ingest.records import (
 
 LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
+FAILURES_NAMED_MAX = 20
 
 
 def key_after(prefix: bytes) -> bytes | None:
@@ -192,7 +197,61 @@ class Reader:
             jobs = self._db.execute(statements.REDUCTIONS, {"limit": limit}).fetchall()
         else:
             jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, {"slot": slot, "limit": limit}).fetchall()
-        return [ReductionJob(kernel, attempts, self.by_id(object_id)) for object_id, kernel, attempts in jobs]
+        return [
+            ReductionJob(kernel, attempts, self.by_id(object_id), bool(released))
+            for object_id, kernel, attempts, released in jobs
+        ]
+
+    # -- runs
+    def released_reductions(self, slot: int) -> bool:
+        """Whether the slot has versions that were reduced once and are owed again."""
+        return self._db.execute(statements.RELEASED, {"slot": slot}).fetchone() is not None
+
+    def runs(self, bucket: str, prefix: bytes, after: bytes, limit: int) -> tuple[list[RunRecord], bool]:
+        self.bucket(bucket)
+        limit = max(0, min(limit, LIMIT_MAX))
+        # Below every name there is: the run "" is a run, too.
+        of = {"bucket": bucket, "prefix": prefix, "after": after, "limit": limit + 1}
+        found = [RunRecord(*row) for row in self._db.execute(statements.RUNS, of).fetchall()]
+        if not prefix and not after:
+            root = self._db.execute(statements.RUN, {"of_bucket": bucket, "of_run": b""}).fetchone()
+            found = [RunRecord(*root), *found] if root is not None else found
+        found = [record for record in found if record.run.startswith(prefix)]
+        return found[:limit], len(found) > limit
+
+    def run(self, bucket: str, run: bytes) -> RunRecord:
+        row = self._db.execute(statements.RUN, {"of_bucket": bucket, "of_run": run}).fetchone()
+        if row is None:
+            self.bucket(bucket)
+            raise NoSuchKey(run.decode("utf-8", "replace"))
+        return RunRecord(*row)
+
+    def idle_runs(self, bucket: str, before_ns: int, limit: int) -> list[bytes]:
+        of = {"bucket": bucket, "before_ns": before_ns, "limit": limit}
+        return [run for (run,) in self._db.execute(statements.RUNS_IDLE, of).fetchall()]
+
+    def run_products(self, run: RunRecord) -> list[RunProductRecord]:
+        found = self._db.execute(statements.RUN_PRODUCTS_OF, {"of_bucket": run.bucket, "of_run": run.run}).fetchall()
+        return [RunProductRecord(kernel, changed, stored, run) for kernel, changed, stored in found]
+
+    def run_products_due(self, limit: int) -> list[RunProductRecord]:
+        found = self._db.execute(statements.RUN_PRODUCTS_DUE, {"limit": limit}).fetchall()
+        return [RunProductRecord(kernel, changed, stored, RunRecord(*run)) for kernel, changed, stored, *run in found]
+
+    def partials(self, bucket: str, run: bytes, kernel: str) -> list[PartialRecord]:
+        of = {"bucket": bucket, "run": run, "kernel": kernel}
+        found = self._db.execute(statements.PARTIALS_OF_RUN, of).fetchall()
+        return [
+            PartialRecord(object_id, group, since, members, bool(batch), key, length)
+            for object_id, group, since, members, batch, key, length in found
+        ]
+
+    def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
+        """Counts up to ``limit``."""
+        of = {"bucket": bucket, "start": run, "end": key_after(run), "skip": len(run) + 1, "kernel": kernel}
+        pending = self._db.execute(statements.OWED_IN_RUN, of | {"limit": limit}).fetchall()
+        failed = self._db.execute(statements.FAILED_IN_RUN, of | {"limit": limit}).fetchall()
+        return OwedInRun(len(pending), len(failed), tuple(failed[:FAILURES_NAMED_MAX]))
 
     def reduction_counts(self, bucket: str) -> list[ReductionCount]:
         groups: dict[str, list[tuple[int, str, int, int]]] = {}

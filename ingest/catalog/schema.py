@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0001"
+SCHEMA_HEAD = "0002"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -176,10 +176,65 @@ reductions = Table(
     Column("attempts", Integer, nullable=False),
     _flag("given_up"),
     Column("error", Text, nullable=False),
+    # Paid once by a partial that is gone: nobody is at it.
+    Column("released", Integer, nullable=False, server_default=text("0")),
+    Index("reductions_released", "slot", sqlite_where=text("released = 1 AND given_up = 0")),
+    Index("reductions_given_up", "kernel", sqlite_where=text("given_up = 1")),
     Index("reductions_of_slot", "slot", "attempts", "sequence", sqlite_where=text("given_up = 0")),
     Index("reductions_pending", "attempts", "sequence", sqlite_where=text("given_up = 0")),
     sqlite_with_rowid=False,
 )
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("bucket", Text, primary_key=True),
+    Column("run", LargeBinary, primary_key=True),
+    Column("member_ns", BigInteger, nullable=False),
+    Column("closed_ns", BigInteger, nullable=False),
+    Column("closed_by", Text, nullable=False),
+    Index("runs_open", "bucket", "member_ns", sqlite_where=text("closed_ns = 0")),
+    sqlite_with_rowid=False,
+)
+"""Key prefixes with objects that have kernels."""
+
+run_products = Table(
+    "run_products",
+    metadata,
+    Column("bucket", Text, primary_key=True),
+    Column("run", LargeBinary, primary_key=True),
+    Column("kernel", Text, primary_key=True),
+    Column("changed", BigInteger, nullable=False),  # sequence of the last entry that concerns the product
+    Column("stored", BigInteger, nullable=False),  # the ``changed`` that the stored product reflects
+    Index("run_products_due", "changed", sqlite_where=text("changed > stored")),
+    sqlite_with_rowid=False,
+)
+
+partials = Table(
+    "partials",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("bucket", Text, nullable=False),
+    Column("run", LargeBinary, nullable=False),
+    Column("kernel", Text, nullable=False),
+    Column("group_id", Text, nullable=False),
+    Column("since", BigInteger, nullable=False),
+    Column("members", Integer, nullable=False),
+    _flag("batch"),
+    Index("partials_of_run", "bucket", "run", "kernel"),
+    sqlite_with_rowid=False,
+)
+"""Stored objects whose state is a part of a run's."""
+
+members = Table(
+    "members",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("kernel", Text, primary_key=True),
+    Column("partial", LargeBinary, nullable=False, index=True),
+    sqlite_with_rowid=False,
+)
+"""Which partial holds a version's frames, for each kernel: each frame counts once."""
 
 tombstones = Table(
     "tombstones",

@@ -17,11 +17,15 @@ from sqlalchemy.dialects import sqlite
 from ingest.catalog.schema import (
     buckets,
     extents,
+    members,
     meta,
     objects,
     outcomes,
+    partials,
     parts,
     reductions,
+    run_products,
+    runs,
     segments,
     tombstones,
     unsettled_parts,
@@ -353,7 +357,7 @@ REDUCTION_FAILED = _sql(
     )
 )
 _pending_reductions = (
-    sa.select(reductions.c.object_id, reductions.c.kernel, reductions.c.attempts)
+    sa.select(reductions.c.object_id, reductions.c.kernel, reductions.c.attempts, reductions.c.released)
     .where(reductions.c.given_up == literal_column("0"))
     .order_by(reductions.c.attempts, reductions.c.sequence)
     .limit(_limit)
@@ -374,6 +378,38 @@ REDUCTION_COUNTS = _sql(
     .group_by(reductions.c.kernel, reductions.c.given_up, reductions.c.error)
 )
 """Errors are few and alike, so that the groups are few."""
+RELEASED = _sql(
+    sa.select(_one)
+    .select_from(reductions)
+    .where(text("released = 1 AND given_up = 0"), reductions.c.slot == _p("slot"))
+    .limit(_one)
+    .offset(_none)
+)
+_in_run = sa.and_(
+    objects.c.object_id == reductions.c.object_id,
+    text("+objects.bucket = :bucket"),
+    objects.c.key >= _p("start"),
+    sa.or_(bindparam("end", type_=sa.LargeBinary).is_(None), objects.c.key < _p("end")),
+    # Members of runs below this one are not its own.
+    sa.func.instr(sa.func.substr(objects.c.key, bindparam("skip", type_=sa.Integer)), literal_column("x'2f'"))
+    == literal_column("0"),
+    reductions.c.kernel == _p("kernel"),
+)
+# CROSS JOIN in effect: the reductions are few, so they come first ("+" keeps SQLite from the index over keys).
+OWED_IN_RUN = _sql(
+    sa.select(reductions.c.object_id)
+    .select_from(reductions.join(objects, _in_run))
+    .where(reductions.c.given_up == literal_column("0"))
+    .limit(_limit)
+    .offset(_none)
+)
+FAILED_IN_RUN = _sql(
+    sa.select(objects.c.key, reductions.c.error)
+    .select_from(reductions.join(objects, _in_run))
+    .where(reductions.c.given_up == literal_column("1"))
+    .limit(_limit)
+    .offset(_none)
+)
 INSERT_TOMBSTONE = _sql(sa.insert(tombstones))
 TOMBSTONES = _sql(
     sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key)
@@ -387,6 +423,95 @@ TAKE_TOMBSTONE = _sql(
     .where(tombstones.c.bucket == _p("bucket"), tombstones.c.key == _p("key"))
     .returning(tombstones.c.path)
 )
+
+# -- runs
+_run_key = sa.and_(runs.c.bucket == _p("of_bucket"), runs.c.run == _p("of_run"))
+_product_key = sa.and_(run_products.c.bucket == _p("of_bucket"), run_products.c.run == _p("of_run"))
+_run_columns = (runs.c.bucket, runs.c.run, runs.c.member_ns, runs.c.closed_ns, runs.c.closed_by)
+RUN = _sql(sa.select(*_run_columns).where(_run_key))
+RUNS = _sql(
+    sa.select(*_run_columns)
+    .where(runs.c.bucket == _p("bucket"), runs.c.run >= _p("prefix"), runs.c.run > _p("after"))
+    .order_by(runs.c.run)
+    .limit(_limit)
+    .offset(_none)
+)
+RUNS_IDLE = _sql(
+    sa.select(runs.c.run)
+    .where(runs.c.bucket == _p("bucket"), text("closed_ns = 0"), runs.c.member_ns < _p("before_ns"))
+    .limit(_limit)
+    .offset(_none)
+)
+INSERT_RUN = _sql(sa.insert(runs))
+RUN_GREW = _sql(
+    sa.update(runs)
+    .where(_run_key)
+    .values(member_ns=_p("member_ns"), closed_ns=literal_column("0"), closed_by=literal_column("''"))
+)
+CLOSE_RUN = _sql(sa.update(runs).where(_run_key).values(closed_ns=_p("closed_ns"), closed_by=_p("closed_by")))
+DELETE_RUNS = _sql(sa.delete(runs).where(runs.c.bucket == _p("name")))
+DELETE_RUN_PRODUCTS = _sql(sa.delete(run_products).where(run_products.c.bucket == _p("name")))
+RUN_PRODUCT_CHANGED = _sql(
+    sqlite.insert(run_products)
+    .values(bucket=_p("bucket"), run=_p("run"), kernel=_p("kernel"), changed=_p("changed"), stored=literal_column("0"))
+    .on_conflict_do_update(index_elements=["bucket", "run", "kernel"], set_={"changed": _p("changed")})
+)
+RUN_CHANGED = _sql(sa.update(run_products).where(_product_key).values(changed=_p("changed")))
+RUN_PRODUCT_STORED = _sql(
+    sa.update(run_products)
+    .where(_product_key, run_products.c.kernel == _p("of_kernel"))
+    .values(stored=sa.func.max(run_products.c.stored, bindparam("reflects", type_=sa.BigInteger)))
+)
+DELETE_RUN_PRODUCT = _sql(
+    sa.delete(run_products).where(
+        _product_key, run_products.c.kernel == _p("of_kernel"), run_products.c.changed <= _p("reflects")
+    )
+)
+RUN_PRODUCTS_OF = _sql(
+    sa.select(run_products.c.kernel, run_products.c.changed, run_products.c.stored).where(_product_key)
+)
+RUN_PRODUCTS_DUE = _sql(
+    sa.select(run_products.c.kernel, run_products.c.changed, run_products.c.stored, *_run_columns)
+    .select_from(
+        run_products.join(runs, sa.and_(runs.c.bucket == run_products.c.bucket, runs.c.run == run_products.c.run))
+    )
+    .where(text("changed > stored"))
+    .order_by(run_products.c.changed)
+    .limit(_limit)
+    .offset(_none)
+)
+
+INSERT_PARTIAL = _sql(sa.insert(partials))
+DELETE_PARTIAL = _sql(sa.delete(partials).where(partials.c.object_id == _p("of")))
+_partial_columns = (
+    partials.c.bucket, partials.c.run, partials.c.kernel, partials.c.group_id, partials.c.since, partials.c.members,
+    partials.c.batch,
+)  # fmt: skip
+PARTIAL = _sql(sa.select(*_partial_columns).where(partials.c.object_id == _p("of")))
+PARTIALS_OF_RUN = _sql(
+    sa.select(
+        partials.c.object_id, partials.c.group_id, partials.c.since, partials.c.members, partials.c.batch,
+        objects.c.key, objects.c.length,
+    )
+    .select_from(partials.join(objects, objects.c.object_id == partials.c.object_id))
+    .where(partials.c.bucket == _p("bucket"), partials.c.run == _p("run"), partials.c.kernel == _p("kernel"))
+)  # fmt: skip
+RUN_HAS_PARTIAL = _sql(
+    sa.select(_one)
+    .select_from(partials)
+    .where(partials.c.bucket == _p("bucket"), partials.c.run == _p("run"), partials.c.kernel == _p("kernel"))
+    .limit(_one)
+    .offset(_none)
+)
+PUT_MEMBER = _sql(
+    sqlite.insert(members)
+    .values(object_id=_p("object_id"), kernel=_p("kernel"), partial=_p("partial"))
+    .on_conflict_do_update(index_elements=["object_id", "kernel"], set_={"partial": _p("partial")})
+)
+PARTIALS_OF_MEMBER = _sql(sa.select(members.c.partial).where(members.c.object_id == _p("object_id")))
+MEMBERS_OF_PARTIAL = _sql(sa.select(members.c.object_id).where(members.c.partial == _p("of")))
+DELETE_MEMBERS = _sql(sa.delete(members).where(members.c.partial == _p("of")))
+MOVE_MEMBERS = _sql(sa.update(members).where(members.c.partial == _p("of")).values(partial=_p("to")))
 PUT_OUTCOME = _sql(
     sqlite.insert(outcomes)
     .values(sequence=_p("sequence"), object_id=_p("object_id"), kind=_p("kind"), record=_p("record"))

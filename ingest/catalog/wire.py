@@ -147,6 +147,22 @@ class FailReduction(msgspec.Struct, frozen=True, array_like=True, tag="fail-redu
     give_up: bool
 
 
+class CloseRun(msgspec.Struct, frozen=True, array_like=True, tag="close-run"):
+    """``before_ns``: only if no member arrived since then (0: in any case)."""
+
+    bucket: str
+    run: bytes
+    closed_by: str
+    before_ns: int = 0
+
+
+class MarkRunStored(msgspec.Struct, frozen=True, array_like=True, tag="mark-run-stored"):
+    bucket: str
+    run: bytes
+    kernel: str
+    reflects: int
+
+
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
     """Not a mutation: answered when the version's ``settled`` has been committed."""
 
@@ -185,6 +201,8 @@ Mutation = (
     | Relocate
     | MarkArchiveDeleted
     | FailReduction
+    | CloseRun
+    | MarkRunStored
 )
 
 
