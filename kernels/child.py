@@ -132,7 +132,8 @@ class _Session:
 
     def _judge(self, frames: npt.NDArray[np.generic], run: Run, start: int) -> None:
         verdicts = self._verdicts[start:]
-        self._drive(frames, self._params, self._states[run.slot], self._feedback, verdicts, run.first_frame + start)
+        state, step = self._states[run.slot], 0 if run.alone else 1
+        self._drive(frames, self._params, state, self._feedback, verdicts, run.first_frame + start, step)
 
     def _judge_unaligned(self, run: Run) -> None:
         """numba's loads assume aligned elements: copy such frames, one at a time."""

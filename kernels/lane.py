@@ -145,10 +145,11 @@ class Lane:
 
     # -- the streams
 
-    def join(self, client: LaneClient) -> int:
+    def join(self, client: LaneClient, *, alone: bool = False) -> int:
+        """``alone``: the stream's frames are objects of one frame each, numbered as they come."""
         number = next(self._numbers)
         self._clients[number] = client
-        self._schedule.join(number, self._frame_bytes)
+        self._schedule.join(number, self._frame_bytes, alone=alone)
         self.idle_since_s = None
         if self._failure is not None:
             client.refused(*self._failure)
@@ -165,6 +166,11 @@ class Lane:
 
     def load(self, stream: int, count_max: int) -> tuple[int, int] | None:
         return self._schedule.load(stream, count_max)
+
+    def forget(self, stream: int, first: int, count: int) -> None:
+        """Frames that were ``load``ed and will not come: their objects are gone."""
+        self._schedule.forget(stream, first, count)
+        self._wake.set()
 
     def finish(self, stream: int) -> None:
         """Every frame is announced; the final state follows once all are judged."""
@@ -276,7 +282,7 @@ class Lane:
         assert self._sandbox is not None
         began_s = time.perf_counter()
         reply = await self._sandbox.run(
-            Batch(run.region, run.offset, self._frame_bytes, run.first_frame, run.count, run.slot)
+            Batch(run.region, run.offset, self._frame_bytes, run.first_frame, run.count, run.slot, run.alone)
         )
         client = self._clients.get(run.stream)
         if client is not None:

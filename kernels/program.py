@@ -73,10 +73,10 @@ def _driver(judge: Any) -> Any:
     bad_verdict = BAD_VERDICT
     drop, keep = DROP, KEEP
 
-    def drive(frames, params, state, feedback, verdicts, first_frame):  # type: ignore[no-untyped-def]  # as above
+    def drive(frames, params, state, feedback, verdicts, first_frame, step):  # type: ignore[no-untyped-def]  # as above
         for i in range(frames.shape[0]):
             feedback.counters[0] = first_frame + i
-            verdict = judge(frames[i], params, state, first_frame + i, None, feedback)
+            verdict = judge(frames[i], params, state, (first_frame + i) * step, None, feedback)
             verdicts[i] = verdict if verdict in (drop, keep) else bad_verdict
 
     return _jit(drive)
@@ -124,7 +124,7 @@ class Program:
                 raise NotCompiled(
                     first_line, f"frame() must return KEEP or DROP on every path, here it returns {returned}"
                 )
-            self._drive(frames, params, state, feedback, np.zeros(0, np.uint8), np.int64(0))
+            self._drive(frames, params, state, feedback, np.zeros(0, np.uint8), np.int64(0), np.int64(1))
         except errors.NumbaError as error:
             raise _explained(error, self._kernel, first_line) from None
         except (MemoryError, RecursionError) as error:

@@ -71,6 +71,8 @@ class Batch:
     first_frame: int
     count: int
     slot: int
+    alone: bool = False
+    """See wire.Run."""
 
 
 class Sandbox:
@@ -192,7 +194,14 @@ class Sandbox:
         output = self._opened()
         self._sequence += 1
         run = wire.Run(
-            self._sequence, batch.region, batch.slot, batch.offset, batch.frame_bytes, batch.first_frame, batch.count
+            self._sequence,
+            batch.region,
+            batch.slot,
+            batch.offset,
+            batch.frame_bytes,
+            batch.first_frame,
+            batch.count,
+            batch.alone,
         )
         output.verdicts.fill(wire.NO_VERDICT)
         timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s

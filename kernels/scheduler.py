@@ -62,6 +62,8 @@ class Run:
     """Batches whose last frame is in this run: released once it is over."""
     unfinished: FrameBatch | None
     """A batch this run takes only the first part of; the rest is still queued."""
+    alone: bool = False
+    """See wire.Run."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,11 +83,12 @@ Step = Reset | Run | Collect
 
 class _Stream:
     __slots__ = (
-        "banked", "closed", "collected", "disk", "frame_bytes", "gone", "judged", "lagging", "live", "loading",
+        "alone", "banked", "closed", "collected", "disk", "frame_bytes", "gone", "judged", "lagging", "live", "loading",
         "served", "slot", "slot_ready",
     )  # fmt: skip
 
-    def __init__(self, frame_bytes: int) -> None:
+    def __init__(self, frame_bytes: int, alone: bool) -> None:
+        self.alone = alone
         self.frame_bytes = frame_bytes
         self.live: deque[_Piece] = deque()
         self.disk: deque[_Piece] = deque()
@@ -127,8 +130,8 @@ class Schedule:
 
     # -- events from the streams
 
-    def join(self, stream: int, frame_bytes: int) -> None:
-        self._streams[stream] = _Stream(frame_bytes)
+    def join(self, stream: int, frame_bytes: int, *, alone: bool = False) -> None:
+        self._streams[stream] = _Stream(frame_bytes, alone)
         self._turns.append(stream)
 
     def offer(self, stream: int, batch: FrameBatch, *, live: bool) -> None:
@@ -155,6 +158,10 @@ class Schedule:
             state.lagging.remove(*head)
             state.loading.add(*head)
         return head
+
+    def forget(self, stream: int, first: int, count: int) -> None:
+        """``loading`` frames that there is no reason to judge any more."""
+        self._streams[stream].loading.remove(first, count)
 
     def close(self, stream: int) -> None:
         """No frames beyond those announced will come."""
@@ -370,7 +377,7 @@ class Schedule:
         self._turns.append(stream)
         self._live_in_a_row = self._live_in_a_row + 1 if live else 0
         region, offset, first = taken[0]
-        return Run(stream, state.slot, region, offset, first, count, live, tuple(finished), unfinished)
+        return Run(stream, state.slot, region, offset, first, count, live, tuple(finished), unfinished, state.alone)
 
     @staticmethod
     def _follows(head: tuple[int, int, int], count: int, piece: _Piece, frame_bytes: int) -> bool:

@@ -69,7 +69,7 @@ def _run(kernel: Kernel, dtype: str) -> None:
     drive = program.compile(dtype, (2, 2), params, state, feedback)
     frames = np.ones((1, 2, 2), dtype)
     frames.flags.writeable = False
-    drive(frames, params, state, feedback, np.zeros(1, np.uint8), 0)
+    drive(frames, params, state, feedback, np.zeros(1, np.uint8), 0, 1)
 
 
 def warm() -> None:

@@ -88,7 +88,7 @@ ZygoteReply = Forked | Refused | Exited
 
 # -- gateway and sandbox
 
-_RUN = struct.Struct("<QIIQQqI4x")
+_RUN = struct.Struct("<QIIQQqII")
 _REPLY = struct.Struct("<IIQIIQ")
 RUN_BYTES = _RUN.size
 REPLY_BYTES = _REPLY.size
@@ -118,15 +118,25 @@ class Run:
     frame_bytes: int
     first_frame: int
     count: int
+    alone: bool = False
+    """Each frame is the only one of its object: its index is 0, whatever number it has here."""
 
     def pack(self) -> bytes:
         return _RUN.pack(
-            self.sequence, self.region, self.slot, self.offset, self.frame_bytes, self.first_frame, self.count
+            self.sequence,
+            self.region,
+            self.slot,
+            self.offset,
+            self.frame_bytes,
+            self.first_frame,
+            self.count,
+            self.alone,
         )
 
     @classmethod
     def unpack(cls, datagram: bytes) -> Run:
-        return cls(*_RUN.unpack(datagram))
+        run = cls(*_RUN.unpack(datagram))
+        return dataclasses.replace(run, alone=bool(run.alone))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
