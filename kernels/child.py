@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels import lockdown, probes, wire
+from kernels.decode.frames import FrameDecoder
+from kernels.decode.table import TABLE_BYTES_MAX
 from kernels.program import Feedback, NotCompiled, Program
 from kernels.wire import OutputLayout, RawReply, Run, SandboxSpec
 
@@ -90,6 +92,7 @@ class _Session:
         dtype, self._shape = spec.layouts[0]
         self._dtype = np.dtype(dtype)
         self._regions = regions
+        self._decoder = FrameDecoder(regions, self._dtype, self._shape)
         self._verdicts = layout.verdicts(output)
         self._counters = layout.counters(output)
         self._feedback = Feedback(self._counters, layout.feedback(output))
@@ -105,19 +108,21 @@ class _Session:
     def serve(self) -> NoReturn:
         while True:
             try:
-                datagram = os.read(CHANNEL_FD, wire.RUN_BYTES + 1)
+                datagram = os.read(CHANNEL_FD, wire.RUN_BYTES + TABLE_BYTES_MAX)
             except ConnectionError:
                 os._exit(EXIT_HUNG_UP)
             if not datagram:
                 os._exit(EXIT_HUNG_UP)
-            if len(datagram) != wire.RUN_BYTES:
+            if len(datagram) < wire.RUN_BYTES:
                 os._exit(EXIT_BAD_REQUEST)
-            self._run(Run.unpack(datagram))
+            self._run(Run.unpack(datagram[: wire.RUN_BYTES]), datagram[wire.RUN_BYTES :])
 
-    def _run(self, run: Run) -> None:
+    def _run(self, run: Run, table: bytes) -> None:
         self._counters[:] = 0
         try:
-            if run.offset % self._dtype.alignment:
+            if table:
+                self._judge_encoded(run, table)
+            elif run.offset % self._dtype.alignment:
                 self._judge_unaligned(run)
             else:
                 frames = np.ndarray((run.count, *self._shape), self._dtype, self._regions[run.region], run.offset)
@@ -134,6 +139,13 @@ class _Session:
         verdicts = self._verdicts[start:]
         state, step = self._states[run.slot], 0 if run.alone else 1
         self._drive(frames, self._params, state, self._feedback, verdicts, run.first_frame + start, step)
+
+    def _judge_encoded(self, run: Run, table: bytes) -> None:
+        for start, count, frames in self._decoder.runs(run.first_frame, run.count, table):
+            if frames is None:
+                self._verdicts[start : start + count] = wire.UNREADABLE
+            else:
+                self._judge(frames, run, start)
 
     def _judge_unaligned(self, run: Run) -> None:
         """numba's loads assume aligned elements: copy such frames, one at a time."""

@@ -23,8 +23,8 @@ _MAX_DROPPED_FEEDBACK = 1 << 40
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """``verdicts``: DROP or KEEP of each frame. ``feedback``: (frame, code, value), in the order emitted; a value may be
-    NaN or infinite if the kernel emitted one."""
+    """``verdicts``: DROP or KEEP of each frame, or wire.UNREADABLE where it could not be decoded. ``feedback``: (frame,
+    code, value), in the order emitted; a value may be NaN or infinite if the kernel emitted one."""
 
     verdicts: npt.NDArray[np.uint8]
     feedback: list[tuple[int, int, float]]
@@ -71,7 +71,7 @@ class Output:
         self._mapping.close()
 
 
-def validated(reply: wire.RawReply, run: wire.Run, output: Output) -> Reply:
+def validated(reply: wire.RawReply, run: wire.Run, output: Output, *, encoded: bool = False) -> Reply:
     """The reply's values, copied once and checked. Raises SandboxFailed."""
     if reply.sequence != run.sequence:
         raise SandboxFailed("lie", f"an answer to batch {reply.sequence} instead of {run.sequence}")
@@ -82,7 +82,7 @@ def validated(reply: wire.RawReply, run: wire.Run, output: Output) -> Reply:
     if reply.feedback_count > wire.MAX_FEEDBACK or reply.dropped_feedback > _MAX_DROPPED_FEEDBACK:
         raise SandboxFailed("lie", "feedback beyond its limits")
     verdicts = output.verdicts[: run.count].copy()
-    wrong = np.flatnonzero(verdicts > 1)
+    wrong = np.flatnonzero((verdicts > 1) & ~(encoded & (verdicts == wire.UNREADABLE)))
     if wrong.size:
         frame = run.first_frame + int(wrong[0])
         if verdicts[wrong[0]] == wire.BAD_VERDICT:

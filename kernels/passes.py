@@ -26,7 +26,8 @@ from kernels.ranges import Ranges
 from kernels.sandbox import Reply
 from kernels.scheduler import Run
 from kernels.tally import Tally
-from kernels.verdicts import Verdicts
+from kernels.verdicts import UNREDUCED, Verdicts
+from kernels.wire import UNREADABLE
 
 log = logging.getLogger("hiss.kernels")
 
@@ -104,6 +105,8 @@ class Outcome:
     state: StateArrays
     verdicts: npt.NDArray[np.uint8]
     feedback_events: int
+    unreadable: tuple[tuple[int, int], ...]
+    """(first frame, frames) that could not be decoded."""
 
 
 class KernelPass:
@@ -122,6 +125,8 @@ class KernelPass:
     ) -> None:
         self.attachment = attachment
         self.feedback_events = 0
+        self.unreadable = Ranges()
+        """Frames that could not be decoded."""
         self._context = context
         self._lane = lane
         self._geometry = geometry
@@ -159,8 +164,15 @@ class KernelPass:
         if reply.feedback or reply.dropped_feedback:
             self._publish(run, reply)
         self._answered.add(run.first_frame, run.count)
+        self._note_unreadable(run, reply)
         self._verdicts.record(self._row, run.first_frame, reply.verdicts)
         self._context.tally.judged(reply.verdicts, live=run.live)
+
+    def _note_unreadable(self, run: Run, reply: Reply) -> None:
+        """Frames whose stored bytes are broken: known once, reported in the product, never judged."""
+        for frame in np.flatnonzero(reply.verdicts == UNREADABLE):
+            self.unreadable.add(run.first_frame + int(frame), 1)
+        reply.verdicts[reply.verdicts == UNREADABLE] = UNREDUCED
 
     def voided(self, first: int, count: int) -> None:
         self._verdicts.void(self._row, first, count)
@@ -218,7 +230,7 @@ class KernelPass:
         finally:
             self.leave()
         assert self._state is not None
-        return Outcome(self._state, self._verdicts.row(self._row, frames), self.feedback_events)
+        return Outcome(self._state, self._verdicts.row(self._row, frames), self.feedback_events, tuple(self.unreadable))
 
     async def _catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
         """Read back every frame that lags now; False when none did."""

@@ -31,6 +31,8 @@ from kernels.lineage import Lineage, environment
 from kernels.verdicts import UNREDUCED
 
 CONTENT_TYPE = "application/x-hdf5"
+_UNREADABLE_MAX = 10_000
+"""Runs of frames named as unreadable."""
 _COUNTS = ("received", "kept", "dropped", "replaced", "stored", "unreduced", "trailing_bytes")
 
 
@@ -42,6 +44,8 @@ class Findings:
     verdicts: npt.NDArray[np.uint8]
     ledger: FrameLedger
     feedback_events: int
+    unreadable: tuple[tuple[int, int], ...] = ()
+    """(first frame, frames) whose stored bytes could not be decoded."""
 
 
 def estimated_bytes(state: tuple[StateSpec, ...], frames: int) -> int:
@@ -88,3 +92,9 @@ def _findings(entry: h5py.Group, kernel: Kernel, findings: Findings) -> None:
         nexus.number(frames, name, getattr(ledger, name))
     frames.create_dataset("gaps", data=np.array(ledger.gaps, np.int64).reshape(-1, 2), track_times=False)
     nexus.number(frames, "feedback_events", findings.feedback_events)
+    if findings.unreadable:
+        unreadable = np.array(findings.unreadable[:_UNREADABLE_MAX], np.int64).reshape(-1, 2)
+        dataset = frames.create_dataset("unreadable", data=unreadable, track_times=False)
+        dataset.attrs["meaning"] = (
+            "(first frame, frames) whose stored bytes are broken: not reduced, stored as received"
+        )

@@ -357,7 +357,9 @@ class Reduction:
         elif product.estimated_bytes(kernel.state, len(outcome.verdicts)) > PRODUCT_BYTES_MAX:
             found = f"the product would be larger than {PRODUCT_BYTES_MAX} bytes"
         else:
-            found = product.Findings(outcome.state, outcome.verdicts, ledger, outcome.feedback_events)
+            found = product.Findings(
+                outcome.state, outcome.verdicts, ledger, outcome.feedback_events, outcome.unreadable
+            )
         body = await self._host.in_thread(lambda: product.build(lineage, found))
         request = CommitObject(
             bucket=record.bucket,

@@ -63,7 +63,8 @@ _DEFAULT_LIMITS = SandboxLimits()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """``count`` frames (at most wire.MAX_BATCH) that lie contiguous at byte ``offset`` of a region."""
+    """``count`` frames (at most wire.MAX_BATCH) that lie contiguous at byte ``offset`` of a region, or, where there is a
+    ``table`` (kernels/decode/table.py), encoded where it says."""
 
     region: int
     offset: int
@@ -73,6 +74,7 @@ class Batch:
     slot: int
     alone: bool = False
     """See wire.Run."""
+    table: bytes = b""
 
 
 class Sandbox:
@@ -206,7 +208,7 @@ class Sandbox:
         output.verdicts.fill(wire.NO_VERDICT)
         timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s
         try:
-            if not self._process.send(run.pack()):
+            if not self._process.send(run.pack() + batch.table):
                 raise SandboxFailed("crash", await self._process.kill())
             try:
                 reply = await self._process.receive(timeout_s)
@@ -214,7 +216,7 @@ class Sandbox:
                 raise SandboxFailed("timeout", self._where(output, batch, timeout_s)) from None
             if reply is None:
                 raise SandboxFailed("crash", await self._process.kill())
-            return validated(reply, run, output)
+            return validated(reply, run, output, encoded=bool(batch.table))
         except SandboxFailed:
             await self._end()
             if self._closing:

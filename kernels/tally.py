@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingest.counters import Counters
-from kernels.contract import KEEP
+from kernels.contract import DROP, KEEP
 
 ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused")
 
@@ -27,8 +27,10 @@ class Tally:
 
     def judged(self, verdicts: npt.NDArray[np.uint8], *, live: bool) -> None:
         kept = int(np.count_nonzero(verdicts == KEEP))
+        dropped = int(np.count_nonzero(verdicts == DROP))
         self._keep.add(kept)
-        self._drop.add(len(verdicts) - kept)
+        self._drop.add(dropped)
+        self._unreduced.add(len(verdicts) - kept - dropped)
         if not live:
             self._caught_up.add(len(verdicts))
 

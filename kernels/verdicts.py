@@ -25,7 +25,7 @@ class Verdicts:
         self.dropped = 0
 
     def record(self, kernel: int, first: int, values: npt.NDArray[np.uint8]) -> None:
-        """``values`` are DROP or KEEP."""
+        """``values`` are DROP or KEEP, or UNREDUCED where the frame could not be decoded."""
         self._write(kernel, first, len(values), values)
 
     def void(self, kernel: int, first: int, count: int) -> None:

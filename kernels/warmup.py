@@ -13,6 +13,7 @@ import numpy as np
 import numpy.fft  # loaded lazily by numba's registry
 
 from kernels.contract import Kernel, ParamSpec, StateSpec
+from kernels.decode.warmup import warm_decoders
 from kernels.program import Feedback, NotCompiled, Program
 from kernels.wire import FEEDBACK_DTYPE
 
@@ -73,7 +74,8 @@ def _run(kernel: Kernel, dtype: str) -> None:
 
 
 def warm() -> None:
-    """Compile and run, and fail in every way a user's kernel can fail."""
+    """Compile and run, and fail in every way a user's kernel can fail; decode once with every codec."""
+    warm_decoders()
     _run(_kernel("usual", _USUAL, declared=True), "<u2")
     for source in _WRONG:
         try:

@@ -35,6 +35,8 @@ NO_VERDICT = 255
 """Fills the verdicts before a batch, so that a frame the kernel never judged cannot pass for judged."""
 BAD_VERDICT = 254
 """What the driver stores where ``frame()`` returned something other than KEEP or DROP."""
+UNREADABLE = 253
+"""Stands for the verdict of a frame whose stored bytes could not be decoded: the kernel never saw it."""
 
 PAGE_BYTES = 4096
 
@@ -109,7 +111,10 @@ _TEXT_KINDS = (KIND_REFUSED, KIND_RAISED, KIND_PROBE, KIND_FAILED)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """A batch of frames, contiguous in one region. ``offset`` is bytes into the region."""
+    """A batch of frames, contiguous in one region. ``offset`` is bytes into the region.
+
+    Where a table follows in the same datagram (kernels/decode/table.py), the frames are encoded and lie where it says.
+    """
 
     sequence: int
     region: int

@@ -292,14 +292,20 @@ def feedback() -> Feedback:
 
 
 @pytest.fixture(scope="session")
-def aps_frames() -> np.ndarray:
-    """Ten real Pilatus frames, (10, 195, 487) int32; skips where the data is not there."""
-    import h5py
-
-    here = Path(os.environ.get("HISS_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "aps_nxsas.h5"
+def data_folder() -> Path:
+    """Files of real detectors; skips where they are not there."""
+    here = Path(os.environ.get("HISS_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
     if not here.exists():
         pytest.skip("real detector data is not here")
-    with h5py.File(here) as file:
+    return here
+
+
+@pytest.fixture(scope="session")
+def aps_frames(data_folder: Path) -> np.ndarray:
+    """Ten real Pilatus frames, (10, 195, 487) int32."""
+    import h5py
+
+    with h5py.File(data_folder / "aps_nxsas.h5") as file:
         return np.ascontiguousarray(file["entry/data/frames"][:])
 
 

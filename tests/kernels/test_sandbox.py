@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import pytest
 
 from ingest.ports import KernelRefused
 from kernels.contract import DROP, KEEP, StateSpec, merge
+from kernels.decode import table
+from kernels.decode.encoding import Encoding, Filter
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxFailed, SandboxLimits, check
 from kernels.selftest import self_test
-from kernels.wire import MAX_BATCH, MAX_FEEDBACK
+from kernels.wire import MAX_BATCH, MAX_FEEDBACK, UNREADABLE
 
 HEAD = "def frame(frame, params, state, index, out, feedback):\n"
 LIMITS = SandboxLimits(batch_timeout_s=10.0, populate=False)
@@ -448,6 +451,8 @@ async def test_sandboxes_hold_no_privilege(start: Start) -> None:
 
 _GATEWAY = """
 import asyncio, fcntl, os, sys
+from kernels.decode import table
+from kernels.decode.encoding import Encoding, Filter
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxLimits
 
@@ -505,3 +510,21 @@ async def test_limit_of_children_and_death_of_the_zygote(
         os.close(ready)
         zygote.kill()
         zygote.wait()
+
+
+async def test_encoded_frames_are_decoded_inside(start: Start, region: Any) -> None:
+    frames = np.random.default_rng(2).integers(0, 64, (6, 16, 16)).astype("<u2")
+    encoding = Encoding("<u2", (1, 16, 16), (Filter("deflate"),))
+    entries, memory = [], region.maps[0]
+    for number, frame in enumerate(frames):
+        stored = zlib.compress(frame.tobytes()) if number != 3 else b"no deflate stream"
+        offset = 5 + 1000 * number
+        memory[offset : offset + len(stored)] = stored
+        entries.append((number, offset, len(stored), 0, 0))
+    message = table.pack(7, encoding, np.array(entries, table.ENTRY))
+    sandbox = await start(COUNT, "<u2", (16, 16), params={"min_pixels": 1})
+    reply = await sandbox.run(Batch(0, 0, frames[0].nbytes, 0, 6, 0, message))
+    assert reply.verdicts.tolist() == [KEEP, KEEP, KEEP, UNREADABLE, KEEP, KEEP]
+    assert [frame for frame, _, _ in reply.feedback] == [0, 1, 2, 4, 5]
+    seen = np.delete(frames, 3, axis=0)
+    assert (sandbox.collect(0)["histogram"] == np.bincount(seen.ravel(), minlength=64)).all()

@@ -1,0 +1,87 @@
+"""Where each stored chunk of a stack of frames lies in a body.
+
+In: chunks, all at once (a file's structure) or one behind the other (a stream that still arrives). Out: table entries for
+any run of frames. What always holds: every chunk lies inside the body; a chunk that was never written has length 0.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from ingest.records import FrameGeometry
+from kernels.decode.encoding import Encoding
+from kernels.decode.table import ENTRY
+
+CHUNKS_MAX = 1 << 22
+"""Chunks of one object: 14 bytes each in memory."""
+CHUNK_STORED_BYTES_MAX = (1 << 32) - 1
+
+
+class FrameIndex:
+    """``source`` says for the product where the frames were found; ``dtype`` is the machine's form of the stored one."""
+
+    def __init__(self, encoding: Encoding, shape: tuple[int, ...], source: str, count: int = 0) -> None:
+        self.encoding = encoding
+        self.shape = shape
+        self.source = source
+        self.dtype = np.dtype(encoding.dtype).newbyteorder("<").str
+        self.frame_bytes = math.prod(shape) * np.dtype(encoding.dtype).itemsize
+        self.count = count
+        self._per_slab = encoding.chunks_of_slab(shape)
+        chunks = -(-count // encoding.depth) * self._per_slab
+        self._offsets = array.array("Q", bytes(8 * chunks))
+        self._lengths = array.array("I", bytes(4 * chunks))
+        self._skipped = array.array("H", bytes(2 * chunks))
+
+    @property
+    def geometry(self) -> FrameGeometry:
+        """What a kernel sees: plain frames, wherever they come from."""
+        return FrameGeometry(self.dtype, self.shape, 0, self.frame_bytes, None)
+
+    def append(self, offset: int, length: int) -> None:
+        """One more frame that is one chunk."""
+        self._offsets.append(offset)
+        self._lengths.append(length)
+        self._skipped.append(0)
+        self.count += 1
+
+    def fill(self, entries: npt.NDArray[np.void], body_bytes: int) -> None:
+        """Chunks of a finished file, from a sandbox: ValueError for what cannot be."""
+        numbers, offsets, lengths = entries["number"], entries["offset"], entries["length"]
+        if not len(entries):
+            return
+        if int(numbers.max()) >= len(self._offsets):
+            raise ValueError("a chunk lies outside the dataset")
+        if int(offsets.max()) >= body_bytes or bool((lengths > body_bytes - offsets).any()):
+            raise ValueError("the file is cut short: a chunk lies beyond its end")
+        np.frombuffer(self._offsets, np.uint64)[numbers] = offsets
+        np.frombuffer(self._lengths, np.uint32)[numbers] = lengths
+        np.frombuffer(self._skipped, np.uint16)[numbers] = entries["skipped"]
+
+    def slabs(self, first: int, count: int) -> tuple[int, int]:
+        """The run of frames that share chunks with these: (first, count)."""
+        depth = self.encoding.depth
+        start = first // depth * depth
+        stop = min(-(-(first + count) // depth) * depth, self.count)
+        return start, stop - start
+
+    def entries(self, first: int, count: int) -> npt.NDArray[np.void]:
+        """Entries for these frames; ``offset`` is bytes into the body, ``region`` is unset."""
+        depth = self.encoding.depth
+        low = first // depth * self._per_slab
+        high = -(-(first + count) // depth) * self._per_slab
+        found = np.zeros(high - low, ENTRY)
+        found["number"] = np.arange(low, high)
+        found["offset"] = self._offsets[low:high]
+        found["length"] = self._lengths[low:high]
+        found["skipped"] = self._skipped[low:high]
+        written: npt.NDArray[np.void] = found[found["length"] > 0]
+        return written
+
+    def frames_of_table(self, entries_max: int) -> int:
+        """Most frames whose entries fit one table."""
+        return max(1, entries_max // self._per_slab) * self.encoding.depth
