@@ -523,7 +523,7 @@ async def test_encoded_frames_are_decoded_inside(start: Start, region: Any) -> N
         entries.append((number, offset, len(stored), 0, 0))
     message = table.pack(7, encoding, np.array(entries, table.ENTRY))
     sandbox = await start(COUNT, "<u2", (16, 16), params={"min_pixels": 1})
-    reply = await sandbox.run(Batch(0, 0, frames[0].nbytes, 0, 6, 0, message))
+    reply = await sandbox.run(Batch(0, 0, frames[0].nbytes, 0, 6, 0, table=message))
     assert reply.verdicts.tolist() == [KEEP, KEEP, KEEP, UNREADABLE, KEEP, KEEP]
     assert [frame for frame, _, _ in reply.feedback] == [0, 1, 2, 4, 5]
     seen = np.delete(frames, 3, axis=0)
