@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import hashlib
 import hmac
+import html
 import mmap
 import random
 import re
@@ -43,6 +44,11 @@ ANSWER_BYTES_MAX = 1 << 20
 class SendFailed(Exception):
     """The object was not confirmed; ``str()`` says why and how often it was tried."""
 
+    def __init__(self, message: str, answer: Answer | None = None) -> None:
+        """``answer``: the refusal, where there was one."""
+        super().__init__(message)
+        self.answer = answer
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
@@ -55,6 +61,12 @@ class Answer:
         """The S3 error code of an XML error body; empty when there is none."""
         found = re.search(rb"<Code>([A-Za-z0-9]{1,64})</Code>", self.body)
         return found[1].decode() if found else ""
+
+    @property
+    def message(self) -> str:
+        """The reason that an XML error body gives; a line that says so when there is none."""
+        found = re.search(rb"<Message>([^<]{1,4000})</Message>", self.body)
+        return html.unescape(found[1].decode("utf-8", "replace")) if found else "no reason given"
 
     @property
     def retriable(self) -> bool:
@@ -246,36 +258,66 @@ def put(
 ) -> Sent:
     """Send one file until it is confirmed or ``attempts`` are used up. ``progress`` is told bytes, negative when a try
     starts over. Raises SendFailed; OSError when the file cannot be read."""
-    started = time.monotonic()
-    path = f"/{quote(bucket)}/{quote(key, safe='/-_.~')}"
     with mapped(file) as body:
-        crc = crc64nvme(body)
-        headers = {
-            "host": connection.authority,
-            "content-length": str(len(body)),
-            "x-amz-checksum-crc64nvme": crc,
-            **{f"x-amz-meta-{name}": value for name, value in metadata.items()},
-        }
-        for attempt in range(1, attempts + 1):
-            # Each try is signed anew: a signature is only good for some minutes.
-            signed = sign("PUT", path, headers, keys, region)
-            lines = "".join(f"{name}: {value}\r\n" for name, value in signed.items())
-            head = f"PUT {path} HTTP/1.1\r\n{lines}expect: 100-continue\r\n\r\n".encode()
-            counted = _Counted(progress)
-            answer: Answer | None = None
-            try:
-                answer = connection.exchange(head, body, counted)
-                if answer.status == 200:
-                    return _confirmed(answer, file, key, len(body), crc, attempt, time.monotonic() - started)
-                reason = f"{answer.status} {answer.code}".strip()
-                if not answer.retriable:
-                    raise SendFailed(f"{key}: refused with {reason}: {_message(answer)}")
-            except OSError as error:
-                reason = str(error) or type(error).__name__
-            counted.take_back()
-            if attempt < attempts:
-                time.sleep(delay_s(attempt, answer))
-    raise SendFailed(f"{key}: not confirmed after {attempts} tries; the last one: {reason}")
+        place = Place(bucket, key, region, str(file))
+        return put_body(connection, body, place, keys, metadata=metadata, attempts=attempts, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a body goes, and where it comes from (``file``, for reports)."""
+
+    bucket: str
+    key: str
+    region: str
+    file: str = ""
+
+    @property
+    def path(self) -> str:
+        return f"/{quote(self.bucket)}/{quote(self.key, safe='/-_.~')}"
+
+
+def put_body(
+    connection: Connection,
+    body: memoryview,
+    place: Place,
+    keys: KeyPair,
+    *,
+    metadata: Mapping[str, str],
+    attempts: int,
+    conditions: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Sent:
+    """As ``put``. ``conditions``: further headers, such as ``if-match``."""
+    started = time.monotonic()
+    crc = crc64nvme(body)
+    headers = {
+        "host": connection.authority,
+        "content-length": str(len(body)),
+        "x-amz-checksum-crc64nvme": crc,
+        **{f"x-amz-meta-{name}": value for name, value in metadata.items()},
+        **(conditions or {}),
+    }
+    for attempt in range(1, attempts + 1):
+        # Each try is signed anew: a signature is only good for some minutes.
+        signed = sign("PUT", place.path, headers, keys, place.region)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in signed.items())
+        head = f"PUT {place.path} HTTP/1.1\r\n{lines}expect: 100-continue\r\n\r\n".encode()
+        counted = _Counted(progress)
+        answer: Answer | None = None
+        try:
+            answer = connection.exchange(head, body, counted)
+            if answer.status == 200:
+                return _confirmed(answer, place, len(body), crc, attempt, time.monotonic() - started)
+            reason = f"{answer.status} {answer.code}".strip()
+            if not answer.retriable:
+                raise SendFailed(f"{place.key}: refused with {reason}: {answer.message}", answer)
+        except OSError as error:
+            reason = str(error) or type(error).__name__
+        counted.take_back()
+        if attempt < attempts:
+            time.sleep(delay_s(attempt, answer))
+    raise SendFailed(f"{place.key}: not confirmed after {attempts} tries; the last one: {reason}", answer)
 
 
 class _Counted:
@@ -293,13 +335,11 @@ class _Counted:
         self._progress(-self._total)
 
 
-def _confirmed(answer: Answer, file: Path, key: str, size_bytes: int, crc: str, attempts: int, seconds: float) -> Sent:
+def _confirmed(answer: Answer, place: Place, size_bytes: int, crc: str, attempts: int, seconds: float) -> Sent:
     confirmed = answer.headers.get("x-amz-checksum-crc64nvme", "")
     if confirmed != crc:
-        raise SendFailed(f"{key}: the node confirmed checksum {confirmed or 'none'}, sent was {crc}: do not clear it")
-    return Sent(str(file), key, size_bytes, answer.headers.get("etag", "").strip('"'), crc, attempts, seconds)
-
-
-def _message(answer: Answer) -> str:
-    found = re.search(rb"<Message>([^<]{1,500})</Message>", answer.body)
-    return found[1].decode("utf-8", "replace") if found else "no reason given"
+        raise SendFailed(
+            f"{place.key}: the node confirmed checksum {confirmed or 'none'}, sent was {crc}: do not clear it"
+        )
+    etag = answer.headers.get("etag", "").strip('"')
+    return Sent(place.file, place.key, size_bytes, etag, crc, attempts, seconds)

@@ -1,0 +1,147 @@
+"""``hiss kernel list`` and ``hiss kernel show``: which kernels there are, how they do, and what exactly they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gateway.cli import node, options
+from gateway.cli.kernel.change import Place
+from gateway.cli.kernel.source import library_description, library_names
+from gateway.cli.kernel.state import Submitted, place, submitted
+from gateway.cli.output import CliError, print_json, print_table
+from gateway.cli.s3 import S3
+from gateway.cli.status import shown
+
+PRODUCTS_COUNTED_MAX = 10_000
+
+
+def list_kernels(
+    bucket: Annotated[str, typer.Argument(metavar="[BUCKET]", help="Whose kernels.")] = "",
+    library: Annotated[bool, typer.Option("--library", help="The shipped kernels instead.")] = False,
+    endpoint: options.Endpoint = "",
+    data: options.Data = None,
+    control: options.Control = "",
+    access_key: options.AccessKey = "",
+    ca: options.CaFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """Kernels of a bucket and how they do; or those that come with hiss."""
+    if library:
+        _list_library(as_json)
+        return
+    if not bucket:
+        raise CliError("which bucket? hiss kernel list BUCKET, or hiss kernel list --library")
+    found = node.find(data, control=control, endpoint=endpoint, access_key=access_key, ca=ca)
+    with S3(found) as s3:
+        kernels = submitted(found, s3, bucket)
+    if as_json:
+        print_json([kernel.document() for kernel in kernels])
+        return
+    rows = []
+    for kernel in kernels:
+        state, reason = kernel.state
+        row = kernel.row
+        rows.append(
+            (kernel.name, state, row["match"], row["params"], row["after"], row["raw"], row["device"],
+             row["owed_products"], row["failed_products"], reason)
+        )  # fmt: skip
+    columns = ("kernel", "state", "match", "params", "after", "raw", "device", "owed", "failed", "why")
+    print_table(columns, rows)
+    if not rows:
+        print(f"bucket {bucket} has no kernels; submit one: hiss kernel submit FILE --bucket {bucket}")
+
+
+def _list_library(as_json: bool) -> None:
+    descriptions = {name: library_description(name) for name in library_names()}
+    if as_json:
+        print_json([{"name": name, "description": text} for name, text in descriptions.items()])
+        return
+    print_table(("kernel", "what it computes"), [(name, _first_line(text)) for name, text in descriptions.items()])
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def show(
+    kernel: Place,
+    endpoint: options.Endpoint = "",
+    data: options.Data = None,
+    control: options.Control = "",
+    access_key: options.AccessKey = "",
+    ca: options.CaFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """One kernel: its source, parameters, arrays, state, last error and products."""
+    bucket, name = place(kernel)
+    found = node.find(data, control=control, endpoint=endpoint, access_key=access_key, ca=ca)
+    with S3(found) as s3:
+        (one,) = submitted(found, s3, bucket, name)
+        products = s3.list(bucket, f"_products/{name}/", most=PRODUCTS_COUNTED_MAX)
+        arrays = {
+            array.key.decode("utf-8", "backslashreplace").rpartition("/")[2].removesuffix(".npy"): array.size_bytes
+            for array in s3.list(bucket, f"_kernels/{name}/", most=100)
+        }
+    document = {**one.document(), **_declared(one), "array_bytes": arrays, "products": len(products)}
+    if as_json:
+        print_json({**document, "source": one.source.decode("utf-8", "replace")})
+        return
+    _print(bucket, one, document)
+
+
+def _declared(one: Submitted) -> dict[str, Any]:
+    """What the source declares, with the values in force."""
+    if one.kernel is None:
+        return {"values": {}, "state_arrays": [], "declared_arrays": []}
+    given = json.loads(one.row["params"])
+    return {
+        "values": {spec.name: given.get(spec.name, spec.default) for spec in one.kernel.params},
+        "state_arrays": [
+            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "merge": spec.merge}
+            for spec in one.kernel.state
+        ],
+        "declared_arrays": [
+            {"name": spec.name, "dtype": spec.dtype, "shape": "frame" if spec.shape is None else list(spec.shape)}
+            for spec in one.kernel.arrays
+        ],
+    }
+
+
+def _print(bucket: str, one: Submitted, document: dict[str, Any]) -> None:
+    more = "+" if document["products"] == PRODUCTS_COUNTED_MAX else ""
+    facts = [
+        ("kernel", f"s3://{bucket}/_kernels/{one.name}.py"),
+        ("state", document["state"] + (f": {document['reason']}" if document["reason"] else "")),
+        ("submitted", shown("_ns", one.row["modified_ns"])),
+        ("sha256", document["sha256"]),
+        *((word, one.row[word]) for word in ("match", "after", "raw", "device") if one.row[word]),
+        (
+            "products",
+            f"{document['products']}{more}, {one.row['owed_products']} owed, {one.row['failed_products']} failed",
+        ),
+        ("last error", one.row["last_error"] or "–"),
+    ]
+    print_table(("", ""), facts)
+    if document["values"]:
+        print_table(("parameter", "value"), list(document["values"].items()))
+    if document["declared_arrays"]:
+        sizes = document["array_bytes"]
+        rows = [
+            (
+                each["name"],
+                each["dtype"],
+                each["shape"],
+                shown("_bytes", sizes[each["name"]]) if each["name"] in sizes else "missing",
+            )
+            for each in document["declared_arrays"]
+        ]
+        print_table(("array", "dtype", "shape", "stored"), rows)
+    if document["state_arrays"]:
+        rows = [(each["name"], each["dtype"], each["shape"], each["merge"]) for each in document["state_arrays"]]
+        print_table(("state", "dtype", "shape", "merge"), rows)
+    print()
+    for number, line in enumerate(one.source.decode("utf-8", "replace").splitlines(), 1):
+        print(f"{number:4} | {line}")
