@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import tomllib
@@ -23,6 +24,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from gateway import machine
+from ingest.action_settings import TARGET_SCHEMES
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 ENV_PREFIX = "HISS_"
@@ -56,6 +58,14 @@ def _size(value: object) -> object:
     return value
 
 
+def _words(value: object) -> object:
+    """A TOML list of words is the same as one string with spaces."""
+    if isinstance(value, list) and all(isinstance(word, str) and " " not in word for word in value):
+        return " ".join(value)
+    return value
+
+
+Words = Annotated[str, BeforeValidator(_words)]
 Size = Annotated[int, BeforeValidator(_size)]
 Absolute = Annotated[Path, AfterValidator(Path.absolute)]
 
@@ -128,6 +138,20 @@ class Settings(BaseSettings):
     kernel_batch_timeout_s: float = _setting(10.0, "s", "Longest one batch of frames may take.", low=0.1, high=600)
     kernel_memory_bytes: Size = _setting(2 * GIB, "bytes", "Memory limit of one sandbox.", low=256 * MIB, high=TIB)
 
+    feedback_zmq: str = _setting(
+        "", "endpoint", "Publish all kernel feedback there, e.g. tcp://127.0.0.1:9003; empty: off. Anybody who "
+        "reaches it reads it: an address that is not loopback needs feedback_zmq_key.",
+    )  # fmt: skip
+    feedback_zmq_key: Absolute | None = _setting(
+        None, "path", "CURVE secret certificate of the publisher (pyzmq's *.key_secret); needs feedback_zmq_clients."
+    )
+    feedback_zmq_clients: Absolute | None = _setting(
+        None, "path", "Folder of CURVE public certificates (*.key) of those who may subscribe."
+    )
+    feedback_targets: Words = _setting(
+        "", "globs", "Where named actions may write, e.g. epics:BL1:SHUTTER* tango:p11/shutter/*; empty: nowhere.",
+    )  # fmt: skip
+
     users_file: Absolute | None = _setting(None, "path", "users.toml, read at start and on SIGHUP (flag --users).")
     start_timeout_s: float = _setting(120.0, "s", "Longest a process may take until it is ready.", low=1, high=86400)
     shutdown_grace_s: float = _setting(
@@ -160,6 +184,16 @@ class Settings(BaseSettings):
     @property
     def regions_per_worker(self) -> int:
         return self.arena_bytes // self.workers // self.arena_region_bytes
+
+    @property
+    def feedback_target_globs(self) -> tuple[str, ...]:
+        return tuple(self.feedback_targets.split())
+
+    @property
+    def feedback_schemes(self) -> tuple[str, ...]:
+        """Protocols that some target may have: each has a process of its own."""
+        globs = self.feedback_target_globs
+        return tuple(scheme for scheme in TARGET_SCHEMES if any(glob.startswith(f"{scheme}:") for glob in globs))
 
     @property
     def tls(self) -> bool:
@@ -309,7 +343,7 @@ def _computed(values: Mapping[str, Any], host: machine.Machine) -> dict[str, Any
 
 def _check_relations(settings: Settings) -> None:
     """Limits that concern two settings at once."""
-    wrong = [*_wrong_files(settings), *_wrong_sizes(settings)]
+    wrong = [*_wrong_files(settings), *_wrong_sizes(settings), *_wrong_feedback(settings)]
     ports = [port for port in (settings.s3_port, settings.control_port, settings.dav_port) if port]
     if len(set(ports)) != len(ports):
         wrong.append(f"s3_port, control_port, dav_port = {ports}: allowed are three different ports")
@@ -325,6 +359,30 @@ def _wrong_files(settings: Settings) -> Iterator[str]:
         path = getattr(settings, name)
         if path is not None and not os.access(path, os.R_OK):
             yield f"{name} = {str(path)!r}: allowed is a file that this user can read"
+
+
+def _wrong_feedback(settings: Settings) -> Iterator[str]:
+    endpoint = settings.feedback_zmq
+    if endpoint and not re.fullmatch(r"tcp://(\[[0-9A-Fa-f:]+\]|[0-9A-Za-z.*-]+):([0-9]{1,5}|\*)|ipc://.+", endpoint):
+        yield f"feedback_zmq = {endpoint!r}: allowed is tcp://ADDRESS:PORT or ipc://PATH"
+    loopback = endpoint.startswith(("tcp://127.", "tcp://[::1]:", "tcp://localhost:", "ipc://"))
+    if endpoint and not loopback and settings.feedback_zmq_key is None:
+        yield (
+            f"feedback_zmq = {endpoint!r}: allowed without feedback_zmq_key is a loopback address: whoever reaches it "
+            "reads the feedback of every bucket"
+        )
+    if (settings.feedback_zmq_key is None) != (settings.feedback_zmq_clients is None):
+        yield "feedback_zmq_key and feedback_zmq_clients come together: who publishes, and who may subscribe"
+    for name in ("feedback_zmq_key", "feedback_zmq_clients"):
+        path = getattr(settings, name)
+        if path is not None and not os.access(path, os.R_OK):
+            yield f"{name} = {str(path)!r}: allowed is what this user can read"
+    for scheme, package in (("epics", "p4p"), ("tango", "tango")):
+        if scheme in settings.feedback_schemes and importlib.util.find_spec(package) is None:
+            yield f"feedback_targets names {scheme}: targets; install hiss-gateway[{scheme}] for them"
+    for glob in settings.feedback_target_globs:
+        if not glob.startswith(tuple(f"{scheme}:" for scheme in TARGET_SCHEMES)):
+            yield f"feedback_targets = {glob!r}: allowed are globs that begin with epics: or tango:"
 
 
 def _wrong_sizes(settings: Settings) -> Iterator[str]:
@@ -349,6 +407,14 @@ def _wrong_sizes(settings: Settings) -> Iterator[str]:
         yield f"evict_low = {settings.evict_low}: allowed is less than evict_high = {settings.evict_high}"
 
 
+_ALLOWED = {
+    "path": "a path",
+    "address": "an IP address or host name",
+    "endpoint": "tcp://ADDRESS:PORT or ipc://PATH",
+    "globs": "globs that begin with epics: or tango:",
+}
+
+
 def _row(name: str, info: FieldInfo) -> Row:
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     unit, computed = str(extra["unit"]), str(extra["computed"])
@@ -362,7 +428,7 @@ def _row(name: str, info: FieldInfo) -> Row:
         whole = "a whole number of " if info.annotation is int else "a number of "
         allowed = f"{'a ' if unit == 'port' else whole}{unit} from {shown(low)} to {shown(high)}"
     else:
-        allowed = {"path": "a path", "address": "an IP address or host name"}.get(unit, f"a {unit}")
+        allowed = _ALLOWED.get(unit, f"a {unit}")
     default = computed or (
         "" if info.default is None else shown(info.default) if low is not None else str(info.default)
     )

@@ -9,9 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from ingest import action_settings
+from ingest.action_settings import ActionSettings
 from ingest.records import Durability
 
 PREFIX = "hiss."
+ACTION_PREFIX = "hiss.action."
+"""``hiss.action.NAME``: what a feedback code means (ingest/action_settings.py)."""
 
 
 class BadSetting(ValueError):
@@ -34,6 +38,8 @@ class BucketSettings:
     archive_group: int | None = None
     """Numeric group id of archived files; None keeps the archive process's own."""
     archive_owner: int | None = None
+    actions: tuple[ActionSettings, ...] = ()
+    """Named actions, in the order of their names."""
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -77,12 +83,12 @@ _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
 
 def parse(tags: Mapping[str, str]) -> BucketSettings:
     """Settings from a bucket's tags; BadSetting for an unknown ``hiss.*`` name or a value out of its limits."""
-    values: dict[str, object] = {}
+    values: dict[str, object] = {"actions": _actions(tags)}
     for tag, value in tags.items():
-        if not tag.startswith(PREFIX):
+        if not tag.startswith(PREFIX) or tag.startswith(ACTION_PREFIX):
             continue
         if tag not in _TABLE:
-            raise BadSetting(f"{tag!r} is not a setting; known: {', '.join(sorted(_TABLE))}")
+            raise _unknown(tag)
         field, parser = _TABLE[tag]
         try:
             values[field] = parser(value)
@@ -91,13 +97,31 @@ def parse(tags: Mapping[str, str]) -> BucketSettings:
     return BucketSettings(**values)  # type: ignore[arg-type]
 
 
+def _actions(tags: Mapping[str, str]) -> tuple[ActionSettings, ...]:
+    found = []
+    for tag in sorted(tag for tag in tags if tag.startswith(ACTION_PREFIX)):
+        try:
+            found.append(action_settings.parse(tag.removeprefix(ACTION_PREFIX), tags[tag]))
+        except ValueError as error:
+            raise BadSetting(
+                f"{tag} = {tags[tag]!r}: {error}; the form is {action_settings.FORM}, or default"
+            ) from None
+    if len(found) > action_settings.ACTIONS_MAX:
+        raise BadSetting(f"{len(found)} actions ({ACTION_PREFIX}*): a bucket has at most {action_settings.ACTIONS_MAX}")
+    return tuple(found)
+
+
+def _unknown(tag: str) -> BadSetting:
+    return BadSetting(f"{tag!r} is not a setting; known: {', '.join(sorted(_TABLE))}, {ACTION_PREFIX}NAME")
+
+
 def edited(current: Mapping[str, str], replacement: Mapping[str, str]) -> dict[str, str]:
     """Tags after a PutBucketTagging: user tags are replaced, settings left out stay, ``default`` removes one."""
     tags = {name: value for name, value in current.items() if name.startswith(PREFIX)}
     for name, value in replacement.items():
         if name.startswith(PREFIX) and value == "default":
-            if name not in _TABLE:
-                raise BadSetting(f"{name!r} is not a setting; known: {', '.join(sorted(_TABLE))}")
+            if name not in _TABLE and not name.startswith(ACTION_PREFIX):
+                raise _unknown(name)
             tags.pop(name, None)
         else:
             tags[name] = value

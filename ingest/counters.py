@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 SLOTS = 40
 """Process slots: workers use their slot number (0..31); the others have the names below."""
+EPICS, TANGO = 33, 34
 SUPERVISOR, CATALOGUE, DRAIN, CONTROL = 36, 37, 38, 39
 
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
@@ -49,7 +50,9 @@ S3_OPERATIONS = (
     "GetBucketTagging", "DeleteBucketTagging", "WebDAV", "Other",
 )  # fmt: skip
 ERROR_CLASSES = ("client", "auth", "not_found", "precondition", "slow_down", "server")
-ROLES = ("catalogue", "worker", "drain", "zygote", "control")
+ROLES = ("catalogue", "worker", "drain", "zygote", "control", "epics", "tango")
+TRANSPORTS = ("sse", "websocket")
+ACTION_OUTCOMES = ("sent", "range", "rate", "late", "target", "unavailable", "failed", "superseded", "expired")
 VERDICTS = ("keep", "drop", "unreduced")
 
 METRICS: tuple[Metric, ...] = (
@@ -95,7 +98,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_kernel_products_total", "counter", "Products stored."),
     Metric("hiss_feedback_events_total", "counter", "Feedback events taken from kernels."),
     Metric("hiss_feedback_dropped_total", "counter", "Feedback events dropped over the rate limit or a full queue."),
-    Metric("hiss_feedback_subscribers", "gauge", "Open feedback subscriptions."),
+    Metric("hiss_feedback_subscribers", "gauge", "Open feedback subscriptions.", (("transport", TRANSPORTS),)),
+    Metric("hiss_feedback_lost_total", "counter", "Feedback events that slow subscribers were told they lost.",
+           (("transport", TRANSPORTS),)),
+    Metric("hiss_feedback_zmq_messages_total", "counter", "Messages handed to the ZeroMQ publisher."),
+    Metric("hiss_feedback_actions_total", "counter",
+           "Values for named actions, by what became of them (docs/OPERATIONS.md, Feedback); expired: dead-man times fired.",
+           (("outcome", ACTION_OUTCOMES),)),
     Metric("hiss_drain_objects_total", "counter", "Versions archived and verified."),
     Metric("hiss_drain_bytes_total", "counter", "Bytes archived and verified."),
     Metric("hiss_drain_failures_total", "counter", "Drain attempts that failed."),

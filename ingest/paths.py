@@ -96,6 +96,10 @@ class NodePaths:
         """While a node runs: which kernels fail in this worker (JSON)."""
         return self.run / f"kernels-{slot:02d}.json"
 
+    def bridge_socket(self, scheme: str) -> Path:
+        """Where the process that writes to ``epics`` or ``tango`` targets listens."""
+        return self.run / f"{scheme}.sock"
+
     def segment_file(self, slot: int, segment: int) -> Path:
         return self.segments / f"{slot:02d}" / f"{segment:06d}.seg"
 

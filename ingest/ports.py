@@ -360,7 +360,8 @@ class KernelRefused(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FeedbackEvent:
-    """One ``emit`` of a kernel. ``time_ns``: when the gateway read it."""
+    """One ``emit`` of a kernel. ``time_ns``: when the gateway read it. ``live``: the frame was judged as it arrived; False
+    for one read back from disk, which is old news that must not move anything."""
 
     bucket: str
     key: bytes
@@ -369,10 +370,21 @@ class FeedbackEvent:
     code: int
     value: float
     time_ns: int
+    live: bool = True
 
 
 class FeedbackSink(Protocol):
+    """Takes what kernels emit. Calls come from the event loop and return at once."""
+
     def publish(self, events: Sequence[FeedbackEvent]) -> None: ...
+
+    def stream_opened(self, bucket: str, kernels: Sequence[str]) -> None:
+        """A body with frames for these kernels begins to arrive: from now on silence means something."""
+        ...
+
+    def stream_closed(self, bucket: str, kernels: Sequence[str]) -> None:
+        """It has arrived, or was aborted."""
+        ...
 
 
 class FilePiece(Protocol):

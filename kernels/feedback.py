@@ -1,8 +1,9 @@
 """Kernels' feedback on its way to the control process: a stream socket, a bounded queue, a rate limit for each kernel.
 
-In: ``publish`` from the event loop, at once and never blocking. Out: messages on ``run/feedback.sock``, each a 4-byte
-little-endian length and a msgpack list of ``FeedbackEvent`` maps (decode with ``DECODER``). What always holds: a kernel
-that emits too much, or a control process that is slow or away, costs events (counted), never memory and never a frame.
+In: ``publish``, ``stream_opened`` and ``stream_closed`` from the event loop, at once and never blocking. Out: messages on
+``run/feedback.sock``, each a 4-byte little-endian length and msgpack: ``Events``, or ``Streams``, which of the worker's
+streams run now (decode with ``DECODER``). What always holds: a kernel that emits too much, or a control process that is
+slow or away, costs events (counted), never memory and never a frame; every new connection begins with ``Streams``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -27,8 +28,22 @@ MESSAGE_EVENTS_MAX = 512
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 BUCKETS_OF_RATE_MAX = 4096
+STREAMS_EVERY_S = 0.05
+"""Openings and closings within this time are told together: a stream that is over sooner is never told of."""
+STREAMS_TOLD_MAX = 4096
 
-DECODER = msgspec.msgpack.Decoder(list[FeedbackEvent])
+
+class Events(msgspec.Struct, tag="events"):
+    events: list[FeedbackEvent]
+
+
+class Streams(msgspec.Struct, tag="streams"):
+    """(bucket, kernel) of every stream of the sender that is arriving now, each pair once."""
+
+    running: list[tuple[str, str]]
+
+
+DECODER = msgspec.msgpack.Decoder(Events | Streams)
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -71,7 +86,7 @@ class _Wire(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.room = True
-        self._sender.flush()
+        self._sender.room_again()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.room = False
@@ -97,6 +112,9 @@ class SocketFeedback:
         self._burst = burst
         self._queue_events_max = queue_events_max
         self._queue: deque[FeedbackEvent] = deque()
+        self._streams: Counter[tuple[str, str]] = Counter()
+        self._streams_told: list[tuple[str, str]] = []
+        self._streams_timer: asyncio.TimerHandle | None = None
         self._allowances: dict[tuple[str, str], Allowance] = {}
         self._taken = counters.cell("hiss_feedback_events_total")
         self._dropped = counters.cell("hiss_feedback_dropped_total")
@@ -111,7 +129,10 @@ class SocketFeedback:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if self._streams_timer is not None:
+            self._streams_timer.cancel()
         self.flush()
+        self._tell_streams()
         if self._wire is not None and self._wire.transport is not None:
             self._wire.transport.close()
 
@@ -127,12 +148,45 @@ class SocketFeedback:
         self._queue.extend(events[:accepted])
         self.flush()
 
+    def stream_opened(self, bucket: str, kernels: Sequence[str]) -> None:
+        """See ``FeedbackSink``."""
+        self._streams.update((bucket, kernel) for kernel in kernels)
+        self._tell_streams_soon()
+
+    def stream_closed(self, bucket: str, kernels: Sequence[str]) -> None:
+        """See ``FeedbackSink``."""
+        for kernel in kernels:
+            self._streams[bucket, kernel] -= 1
+            if self._streams[bucket, kernel] <= 0:
+                del self._streams[bucket, kernel]
+        self._tell_streams_soon()
+
     def flush(self) -> None:
-        wire = self._wire
-        while self._queue and wire is not None and wire.room and wire.transport is not None:
+        while self._queue and self._wire is not None and self._wire.room:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), MESSAGE_EVENTS_MAX))]
-            body = _ENCODER.encode(batch)
-            wire.transport.write(len(body).to_bytes(4, "little") + body)
+            self._send(Events(batch))
+
+    def room_again(self) -> None:
+        self.flush()
+        self._tell_streams()
+
+    def _tell_streams_soon(self) -> None:
+        if self._streams_timer is None:
+            self._streams_timer = asyncio.get_running_loop().call_later(STREAMS_EVERY_S, self._tell_streams)
+
+    def _tell_streams(self) -> None:
+        """Events first: what a stream emitted is known before its end is."""
+        self._streams_timer = None
+        running = sorted(self._streams)[:STREAMS_TOLD_MAX]
+        if running != self._streams_told and not self._queue and self._wire is not None and self._wire.room:
+            self._streams_told = running
+            self._send(Streams(running))
+
+    def _send(self, message: Events | Streams) -> None:
+        assert self._wire is not None
+        assert self._wire.transport is not None
+        body = _ENCODER.encode(message)
+        self._wire.transport.write(len(body).to_bytes(4, "little") + body)
 
     def _allowance(self, event: FeedbackEvent) -> Allowance:
         owner = (event.bucket, event.kernel)
@@ -156,6 +210,8 @@ class SocketFeedback:
                 continue
             backoff_s = BACKOFF_FIRST_S
             self._wire = wire
+            self._streams_told = sorted(self._streams)[:STREAMS_TOLD_MAX]
+            self._send(Streams(self._streams_told))
             self.flush()
             await wire.closed.wait()
             self._wire = None

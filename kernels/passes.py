@@ -204,7 +204,7 @@ class KernelPass:
         # A frame that is judged again (its state was lost) has told the instrument already.
         again = self._answered if self._answered.total else None
         events = [
-            FeedbackEvent(self._bucket, self._key, self.attachment.kernel.name, frame, code, value, now_ns)
+            FeedbackEvent(self._bucket, self._key, self.attachment.kernel.name, frame, code, value, now_ns, run.live)
             for frame, code, value in reply.feedback
             if again is None or not again.covers(frame, 1)
         ]

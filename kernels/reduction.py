@@ -99,6 +99,7 @@ class Reduction:
         self._amending = asyncio.Lock()
         self._unfinished = len(self.attachments)
         self._over = False
+        self._arriving = False
         self.is_committed = False
         self.finished = asyncio.Event()
         domain.hold()
@@ -118,7 +119,17 @@ class Reduction:
         found = sniff(head, self.info.key, self.info.metadata, complete=complete)
         if isinstance(found, int):
             return found
-        return self.settle(found)
+        geometry = self.settle(found)
+        if geometry is not None:
+            self._arriving = True
+            self._host.context.feedback.stream_opened(self.info.bucket, self.kernels)
+        return geometry
+
+    def _arrived(self) -> None:
+        """No further frame is to come: whoever listens to the feedback must not take silence for a failure."""
+        if self._arriving:
+            self._arriving = False
+            self._host.context.feedback.stream_closed(self.info.bucket, self.kernels)
 
     def settle(self, found: FrameGeometry | NotFrames) -> FrameGeometry | None:
         """The geometry is known (or known to be none): open a pass for each kernel."""
@@ -218,6 +229,7 @@ class Reduction:
         if self._over:
             return
         self.is_committed = True
+        self._arrived()
         # Whatever the stream did not announce is read back, too.
         self._lagging(0, self._received)
         for row, attachment in enumerate(self.attachments):
@@ -239,6 +251,7 @@ class Reduction:
         if self._over:
             return
         self._over = True
+        self._arrived()
         for kernel_pass in self._passes:
             kernel_pass.leave()
         self.domain.drop()

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Header, HTTPException, Query, Request
+from fastapi import FastAPI, Header, HTTPException, Query
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket
 
 from archive.dav.auth import Authenticator
-from gateway.control.auth import User, require_read
-from gateway.control.feedback import FeedbackHub, TooManySubscribers
+from gateway.control.auth import User, require_read, signed_in
+from gateway.control.feedback import websocket
+from gateway.control.feedback.director import ActionDirector
+from gateway.control.feedback.hub import FeedbackHub, TooManySubscribers
+from gateway.control.feedback.ring import Filter
+from gateway.control.feedback.sse import SSE
+from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
 from gateway.control.kernels import kernels
 from gateway.control.runs import run_status
@@ -28,7 +35,11 @@ from ingest.ports import Catalog
 
 _Bucket = Annotated[str, Query(min_length=3, max_length=63, description="Name of the bucket.")]
 _Prefix = Annotated[str, Query(max_length=1024, description="Key prefix, e.g. a run with its closing slash.")]
+_Kernel = Annotated[str, Query(max_length=256, description="Only this kernel's events.")]
 _Sent = Annotated[int | None, Query(ge=0, description="What the sender knows it has sent.")]
+
+
+_TOO_MANY = "too many feedback streams are open"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class ControlContext:
     feedback: FeedbackHub
     run_folder: Path
     """Where the node's processes say how they are."""
+    actions: ActionDirector
 
 
 def create_app(context: ControlContext) -> FastAPI:
@@ -54,10 +66,11 @@ def create_app(context: ControlContext) -> FastAPI:
     _add_open_routes(app, context)
     _add_node_routes(app, context)
     _add_bucket_routes(app, context)
+    _add_feedback_routes(app, context)
     return app
 
 
-async def _catalog_error(_: Request, error: Exception) -> Response:
+async def _catalog_error(_: HTTPConnection, error: Exception) -> Response:
     if isinstance(error, NoSuchBucket):
         return JSONResponse({"detail": "there is no such bucket"}, 404)
     return JSONResponse({"detail": "the catalogue does not answer; try again"}, 503, {"Retry-After": "2"})
@@ -107,22 +120,57 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
             media_type="application/json",
         )
 
+
+def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
     @app.get("/v1/feedback", response_class=StreamingResponse, summary="Kernel feedback as server-sent events")
     async def get_feedback(
         user: User,
         bucket: _Bucket,
-        kernel: Annotated[str, Query(max_length=256)] = "",
+        kernel: _Kernel = "",
         key_prefix: _Prefix = "",
         last_event_id: Annotated[str, Header(max_length=64)] = "",
     ) -> StreamingResponse:
         require_read(user, bucket, key_prefix.encode())
         await context.catalog.bucket(bucket)
+        wanted = Filter(kernel, key_prefix.encode())
         try:
-            events = context.feedback.subscribe(
-                bucket, kernel=kernel, key_prefix=key_prefix.encode(), last_event_id=last_event_id
-            )
+            events = context.feedback.subscribe(bucket, wanted, SSE, last_event_id=last_event_id)
         except TooManySubscribers:
-            raise HTTPException(503, "too many feedback streams are open", {"Retry-After": "5"}) from None
+            raise HTTPException(503, _TOO_MANY, {"Retry-After": "5"}) from None
         # Proxies that would collect events into larger answers are asked not to.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+    @app.websocket("/v1/feedback")
+    async def follow_feedback(
+        socket: WebSocket,
+        bucket: _Bucket,
+        kernel: _Kernel = "",
+        key_prefix: _Prefix = "",
+        last_event_id: Annotated[str, Query(max_length=64)] = "",
+    ) -> None:
+        try:
+            user = await signed_in(socket, websocket.credentials(socket.headers, socket.scope["subprotocols"]))
+            require_read(user, bucket, key_prefix.encode())
+            await context.catalog.bucket(bucket)
+            wanted = Filter(kernel, key_prefix.encode())
+            events = context.feedback.subscribe(bucket, wanted, WEBSOCKET, last_event_id=last_event_id)
+        except HTTPException as refusal:
+            await refuse(socket, JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers))
+        except CatalogError as error:
+            await refuse(socket, await _catalog_error(socket, error))
+        except TooManySubscribers:
+            await refuse(socket, JSONResponse({"detail": _TOO_MANY}, 503, {"Retry-After": "5"}))
+        else:
+            await websocket.pump(socket, events)
+
+    @app.get("/v1/feedback/actions", summary="Named actions of a bucket, and what became of their values")
+    async def get_actions(user: User, bucket: _Bucket) -> dict[str, Any]:
+        require_read(user, bucket)
+        await context.catalog.bucket(bucket)
+        return {"actions": await context.actions.document(bucket), "bridges": context.actions.bridges()}
+
+
+async def refuse(socket: WebSocket, answer: Response) -> None:
+    """Answer a handshake with an ordinary HTTP error (ASGI's websocket.http.response extension)."""
+    await socket.send_denial_response(answer)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security.http import HTTPBase
+from starlette.requests import HTTPConnection
 
 from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
 from ingest.records import UserRecord
@@ -36,8 +37,12 @@ _SCHEME = HTTPBase(scheme="basic", scheme_name="S3 key pair", auto_error=False)
 
 
 async def _signed_in(request: Request, _: Annotated[object, Depends(_SCHEME)]) -> UserRecord:
-    authenticate: Authenticator = request.app.state.context.authenticate
-    credentials = basic_credentials(request.headers.get("authorization", ""))
+    return await signed_in(request, basic_credentials(request.headers.get("authorization", "")))
+
+
+async def signed_in(connection: HTTPConnection, credentials: tuple[str, str] | None) -> UserRecord:
+    """The user of these credentials; raises 401."""
+    authenticate: Authenticator = connection.app.state.context.authenticate
     user = await authenticate(*credentials) if credentials else None
     if user is None:
         message = "sign in with an access key and its secret key"

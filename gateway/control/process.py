@@ -19,6 +19,8 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from gateway.control.feedback import websocket
+
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
@@ -26,6 +28,9 @@ CONNECTIONS_MAX = 1024
 FIRST_BYTE_TIMEOUT_S = 10.0
 TLS_HANDSHAKE_TIMEOUT_S = 20.0
 KEEP_ALIVE_S = 75
+STALL_S = 60.0
+"""How long a client may leave what was sent to it unread: TCP's own limit, so that also a closed connection's rest ends."""
+SEND_BUFFER_BYTES = 256 << 10
 _DESCRIPTOR_PAUSE_S = 0.2
 
 _TLS_HANDSHAKE = b"\x16"
@@ -55,10 +60,17 @@ async def serve(
 ) -> None:
     """Serve until ``stop`` is set. ``ready`` is called once requests are accepted; ``stopping`` is awaited before the
     server waits for open answers: it ends the endless ones. The listening socket is closed at the end."""
+    # Accepted connections inherit both: a subscriber that takes nothing holds little memory, and is gone after a while.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALL_S * 1000))
     config = uvicorn.Config(
         app,
         http="httptools",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=websocket.MESSAGE_BYTES_MAX,
+        ws_ping_interval=websocket.PING_S,
+        ws_ping_timeout=websocket.PONG_TIMEOUT_S,
+        ws_per_message_deflate=False,
         lifespan="off",
         log_config=None,
         access_log=False,

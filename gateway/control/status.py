@@ -12,7 +12,7 @@ import collections
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,10 @@ class StatusSource:
         settings: Mapping[str, object],
         version: str,
         sandbox: SandboxFile,
+        outlets: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
+        """``outlets``: where feedback leaves the node, as the control process knows it."""
+        self._outlets = outlets
         self._reader = reader
         self._rates = rates
         self._processes = processes
@@ -175,6 +178,12 @@ class StatusSource:
                 "errors": numbers("hiss_kernel_errors_total"),
                 "feedback_events": number("hiss_feedback_events_total"),
                 "feedback_dropped": number("hiss_feedback_dropped_total"),
+            },
+            "feedback": {
+                "subscribers": numbers("hiss_feedback_subscribers"),
+                "lost_by_slow_subscribers": numbers("hiss_feedback_lost_total"),
+                "actions": numbers("hiss_feedback_actions_total"),
+                **self._outlets(),
             },
             "errors": {
                 "http": numbers("hiss_http_errors_total"),

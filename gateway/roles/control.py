@@ -6,7 +6,6 @@ It reads what others do (counters, DATA/run/processes.json, the catalogue) and c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import signal
 import socket
@@ -18,12 +17,15 @@ from gateway.boot import Boot
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator
-from gateway.control.feedback import FeedbackHub
+from gateway.control.feedback.director import ActionDirector
+from gateway.control.feedback.hub import FeedbackHub
+from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from gateway.node_key import NodeKey
 from gateway.roles.catalogue import NODE
+from gateway.settings import Settings
 from gateway.supervisor.slot import SlotState
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CONTROL, Counters
@@ -47,26 +49,47 @@ async def _serve(boot: Boot) -> None:
     reader = Reader(counters)
     rates = Rates(reader)
     processes = ProcessFile(boot.paths.processes)
-    feedback = FeedbackHub(counters)
     kernels = SandboxFile(boot.paths.sandbox, settings.kernels)
+    publisher = _publisher(settings, counters)
     version = importlib.metadata.version(DISTRIBUTION)
     async with CatalogClient(boot.paths, node=NODE) as catalog:
+        actions = ActionDirector(
+            catalog,
+            counters,
+            globs=settings.feedback_target_globs,
+            schemes=settings.feedback_schemes,
+            paths=boot.paths,
+        )
+        feedback = FeedbackHub(counters, director=actions, publisher=publisher)
+        actions.notify = feedback.notice
         users = CatalogUsers(catalog, NodeKey.load(boot.paths.node_key).open_secret)
         context = ControlContext(
             version=version,
             catalog=catalog,
             authenticate=authenticator(users),
             check=health_check(processes, catalog, kernels),
-            status=StatusSource(reader, rates, processes, catalog, settings.as_dict(), version, kernels),
+            status=StatusSource(
+                reader,
+                rates,
+                processes,
+                catalog,
+                settings.as_dict(),
+                version,
+                kernels,
+                lambda: outlets(actions, publisher),
+            ),
             metrics=Exposition(NodeCollector(counters, version, processes.rows)),
             feedback=feedback,
+            actions=actions,
             run_folder=boot.paths.run,
         )
         tls = None
         if settings.tls_cert is not None and settings.tls_key is not None:
             tls = process.tls_context(settings.tls_cert, settings.tls_key)
         await feedback.listen(boot.paths.feedback_socket)
-        sampling = asyncio.create_task(rates.run(), name="rates")
+        work = [asyncio.create_task(rates.run(), name="rates"), asyncio.create_task(actions.run(), name="actions")]
+        if publisher is not None:
+            work.append(asyncio.create_task(publisher.run(), name="zmq"))
         try:
             await process.serve(
                 create_app(context),
@@ -77,9 +100,26 @@ async def _serve(boot: Boot) -> None:
                 stopping=feedback.close,
             )
         finally:
-            sampling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sampling
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+
+def _publisher(settings: Settings, counters: Counters) -> ZmqPublisher | None:
+    if not settings.feedback_zmq:
+        return None
+    return ZmqPublisher(
+        settings.feedback_zmq,
+        counters,
+        key_file=settings.feedback_zmq_key,
+        clients=settings.feedback_zmq_clients,
+    )
+
+
+def outlets(actions: ActionDirector, publisher: ZmqPublisher | None) -> dict[str, Any]:
+    """Where feedback leaves the node, for ``/v1/status``."""
+    published = {"endpoint": publisher.endpoint or None, "error": publisher.error or None} if publisher else None
+    return {"zmq": published, "bridges": actions.bridges()}
 
 
 def health_check(processes: ProcessFile, catalog: Catalog, kernels: SandboxFile) -> HealthCheck:

@@ -43,10 +43,14 @@ class Role:
 def node_roles(settings: Settings) -> tuple[Role, ...]:
     """The node's table, in start order."""
     zygote = Role("zygote", (ZYGOTE_SLOT,), stop_stage=3, essential=False, holds_lock=False)
+    slots = {"epics": counters.EPICS, "tango": counters.TANGO}
+    # Stopped after the control process, whose last safe values they still write.
+    bridges = (Role(name, (slots[name],), 3, essential=False, holds_lock=False) for name in settings.feedback_schemes)
     return (
         Role("catalogue", (counters.CATALOGUE,), stop_stage=4, barrier=True),
         *((zygote,) if settings.kernels != "off" else ()),
         Role("worker", tuple(range(settings.workers)), 0, listeners=frozenset({"s3", "dav"}), arena=True),
         Role("drain", (DRAIN_SLOT,), stop_stage=1, essential=False),
+        *bridges,
         Role("control", (counters.CONTROL,), stop_stage=2, listeners=frozenset({"control"})),
     )

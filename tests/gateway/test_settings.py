@@ -70,6 +70,10 @@ def test_a_child_process_gets_the_same_settings_without_reading_anything(monkeyp
         ({"workers": 8, "arena_bytes": "1GiB"}, "arena_bytes = 1073741824: allowed is at least 2147483648 (2 GiB)"),
         ({"arena_region_bytes": "48MiB"}, "arena_region_bytes = 50331648: allowed is a power of two"),
         ({"s3_port": 5, "dav_port": 5}, "allowed are three different ports"),
+        ({"feedback_zmq": "9003"}, "feedback_zmq = '9003': allowed is tcp://ADDRESS:PORT or ipc://PATH"),
+        ({"feedback_zmq": "tcp://0.0.0.0:9003"}, "allowed without feedback_zmq_key is a loopback address"),
+        ({"feedback_zmq_key": "/proc/version"}, "feedback_zmq_key and feedback_zmq_clients come together"),
+        ({"feedback_targets": "BL1:SHUTTER"}, "'BL1:SHUTTER': allowed are globs that begin with epics: or tango:"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_names_itself_its_value_and_what_is_allowed(flags: dict[str, object], message: str) -> None:
@@ -95,7 +99,7 @@ def test_every_row_has_a_unit_a_line_of_help_and_limits_where_it_is_a_number() -
     for row in table():
         assert row.unit, row.name
         assert row.help.endswith("."), row.name
-        if row.unit not in ("path", "name", "address", "host name"):
+        if row.unit not in ("path", "name", "address", "host name", "endpoint", "globs"):
             assert row.minimum is not None, row.name
             assert row.maximum is not None, row.name
 

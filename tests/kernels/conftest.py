@@ -271,9 +271,17 @@ class Feedback:
     """A ``FeedbackSink`` that remembers."""
 
     events: list[FeedbackEvent] = dataclasses.field(default_factory=list)
+    streams: list[tuple[str, str, tuple[str, ...]]] = dataclasses.field(default_factory=list)
+    """(opened or closed, bucket, kernels), in order."""
 
     def publish(self, events: Sequence[FeedbackEvent]) -> None:
         self.events.extend(events)
+
+    def stream_opened(self, bucket: str, kernels: Sequence[str]) -> None:
+        self.streams.append(("opened", bucket, tuple(kernels)))
+
+    def stream_closed(self, bucket: str, kernels: Sequence[str]) -> None:
+        self.streams.append(("closed", bucket, tuple(kernels)))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from ingest.counters import Counters
 from ingest.ports import FeedbackEvent
-from kernels.feedback import DECODER, MESSAGE_EVENTS_MAX, Allowance, SocketFeedback
+from kernels.feedback import DECODER, MESSAGE_EVENTS_MAX, Allowance, SocketFeedback, Streams
 
 Until = Callable[..., object]
 
@@ -27,6 +27,7 @@ class Listener:
         self.path = path
         self.events: list[FeedbackEvent] = []
         self.messages = 0
+        self.streams: list[list[tuple[str, str]]] = []
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -38,8 +39,12 @@ class Listener:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
                 while True:
                     length = int.from_bytes(await reader.readexactly(4), "little")
-                    self.events += DECODER.decode(await reader.readexactly(length))
-                    self.messages += 1
+                    message = DECODER.decode(await reader.readexactly(length))
+                    if isinstance(message, Streams):
+                        self.streams.append(message.running)
+                    else:
+                        self.events += message.events
+                        self.messages += 1
             writer.close()
 
         server = await asyncio.start_unix_server(serve, str(self.path))
@@ -110,6 +115,25 @@ async def test_one_kernel_cannot_use_up_anothers_rate(listener: Listener, counte
         await until(lambda: len(listener.events) == 25)
     assert [item.kernel for item in listener.events].count("quiet") == 5
     assert counters.cell("hiss_feedback_dropped_total").value() == 80
+
+
+async def test_running_streams_are_told_once_they_change_and_to_every_new_listener(
+    listener: Listener, counters: Counters, until: Until
+) -> None:
+    async with sending(listener, counters) as feedback:
+        feedback.stream_opened("scan42", ["hits", "rings"])
+        feedback.stream_opened("scan42", ["hits"])
+        async with listener.open():
+            await until(lambda: listener.streams == [[("scan42", "hits"), ("scan42", "rings")]])
+            feedback.stream_closed("scan42", ["hits", "rings"])
+            await until(lambda: listener.streams[1:] == [[("scan42", "hits")]])
+            feedback.publish([event(0)])
+            feedback.stream_closed("scan42", ["hits"])
+            await until(lambda: listener.streams[2:] == [[]])
+            assert len(listener.events) == 1, "what a stream emitted comes before its end"
+        await until(lambda: feedback._wire is None)
+        async with listener.open():
+            await until(lambda: listener.streams[3:] == [[]])
 
 
 def test_an_allowance_refills_with_time_up_to_its_burst() -> None:

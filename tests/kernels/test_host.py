@@ -222,10 +222,12 @@ async def test_frames_in_product_and_feedback_out(node: Node, frames: np.ndarray
     stream = await node.open(b"run/a.raw", frames)
     assert stream.reduction.kernels == ("count",)
     assert stream.sniff().shape == (8, 12)
+    assert node.feedback.streams == [("opened", BUCKET, ("count",))]
     for first in range(0, 40, 10):
         stream.offer(first, 10)
     await until(lambda: len(node.feedback.events) == 40)
     record = stream.commit()
+    assert node.feedback.streams[1:] == [("closed", BUCKET, ("count",))]
     await until(lambda: node.has_product("count", b"run/a.raw"))
     hits = (frames >= 9).sum(axis=(1, 2))
     kept = int((hits >= 10).sum())
@@ -236,6 +238,7 @@ async def test_frames_in_product_and_feedback_out(node: Node, frames: np.ndarray
         assert file["entry/source/object_id"].asstr()[()] == record.object_id.hex()
     assert [event.value for event in node.feedback.events] == hits.tolist()
     assert [event.frame for event in node.feedback.events] == list(range(40))
+    assert all(event.live for event in node.feedback.events)
     # Amended only where it differs from what was known at the commit.
     ledger = node.store.ledgers.get(record.object_id, record.ledger)
     assert (ledger.received, ledger.kept, ledger.dropped, ledger.unreduced) == (40, kept, 40 - kept, 0)
@@ -288,6 +291,7 @@ async def test_a_killed_sandbox_costs_nothing(node: Node, frames: np.ndarray, un
     check_count(node, b"a.raw", frames)
     assert node.count("hiss_kernel_errors_total", "crash") == 1
     assert sorted(event.frame for event in node.feedback.events) == list(range(40)), "each frame is told of once"
+    assert all(event.live == (event.frame < 20) for event in node.feedback.events) or not after_commit
 
 
 async def test_an_endless_loop_costs_its_product_only(

@@ -21,7 +21,9 @@ import uvloop
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator
-from gateway.control.feedback import FeedbackHub
+from gateway.control.feedback.director import ActionDirector
+from gateway.control.feedback.hub import FeedbackHub
+from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from ingest.catalog import server as catalogue
@@ -45,6 +47,7 @@ class ControlNode:
     paths: NodePaths
     catalog: CatalogClient
     hub: FeedbackHub
+    actions: ActionDirector
     rates: Rates
     counters_fd: int
     port: int
@@ -89,7 +92,7 @@ Start = Callable[..., Awaitable[ControlNode]]
 
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """``await start(tls=False, **hub settings)``: a running control port; everything ends with the test."""
+    """``await start(tls=…, globs=…, schemes=…, publisher=…, **hub settings)``: a running control port; it ends with the test."""
     paths = NodePaths(tmp_path / "node")
     ready, stop_catalogue = asyncio.Event(), asyncio.Event()
     writer = asyncio.create_task(
@@ -98,14 +101,29 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     await ready.wait()
     counters_fd = Counters.create()
     running: list[tuple[ControlNode, asyncio.Task[None]]] = []
+    work: list[asyncio.Task[None]] = []
     async with CatalogClient(paths) as catalog:
 
-        async def make(*, tls: tuple[Path, Path] | None = None, **hub_settings: Any) -> ControlNode:
+        async def make(
+            *,
+            tls: tuple[Path, Path] | None = None,
+            globs: tuple[str, ...] = (),
+            schemes: tuple[str, ...] = (),
+            publisher: Callable[[Counters], ZmqPublisher] | None = None,
+            **hub_settings: Any,
+        ) -> ControlNode:
             counters = Counters(counters_fd, CONTROL)
-            hub = FeedbackHub(counters, **hub_settings)
+            actions = ActionDirector(catalog, counters, globs=globs, schemes=schemes, paths=paths)
+            zmq = publisher(counters) if publisher is not None else None
+            hub = FeedbackHub(counters, director=actions, publisher=zmq, **hub_settings)
+            actions.notify = hub.notice
+            work.append(asyncio.create_task(actions.run()))
+            if zmq is not None:
+                work.append(asyncio.create_task(zmq.run()))
             await hub.listen(paths.feedback_socket)
             listener = socket.create_server(("127.0.0.1", 0))
-            node = ControlNode(paths, catalog, hub, Rates(Reader(counters)), counters_fd, listener.getsockname()[1])
+            rates = Rates(Reader(counters))
+            node = ControlNode(paths, catalog, hub, actions, rates, counters_fd, listener.getsockname()[1])
             if tls is not None:
                 node.tls = ssl.create_default_context(cafile=tls[0])
             await node.add_user(ROOT, root=True)
@@ -136,6 +154,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 metrics=Exposition(NodeCollector(counters, "1.2.3", processes.rows)),
                 feedback=hub,
                 run_folder=paths.run,
+                actions=actions,
             )
             accepting = asyncio.Event()
             served = process.serve(
@@ -154,6 +173,10 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         for node, task in running:
             node.stop.set()
             await asyncio.wait_for(task, 15)
+        for task in work:
+            task.cancel()
+        for ended in await asyncio.gather(*work, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError), ended
     stop_catalogue.set()
     await writer
     os.close(counters_fd)

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.control.feedback import Ring
+from gateway.control.feedback.hub import entry_of
+from gateway.control.feedback.ring import Ring
 from ingest.counters import CONTROL, Counters
 from ingest.paths import socket_address
 from ingest.ports import FeedbackEvent
@@ -209,8 +210,8 @@ async def test_latency_from_worker_to_subscriber(scan: Any, worker: SocketFeedba
 async def test_many_subscribers_have_a_limit_and_are_counted(
     scan: Any, monkeypatch: pytest.MonkeyPatch, poll: Any
 ) -> None:
-    monkeypatch.setattr("gateway.control.feedback.SUBSCRIBERS_MAX", 3)
-    gauge = Counters(scan.counters_fd, CONTROL).cell("hiss_feedback_subscribers")
+    monkeypatch.setattr("gateway.control.feedback.hub.SUBSCRIBERS_MAX", 3)
+    gauge = Counters(scan.counters_fd, CONTROL).cell("hiss_feedback_subscribers", "sse")
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(3):
             await stack.enter_async_context(subscribed(scan))
@@ -222,7 +223,7 @@ async def test_many_subscribers_have_a_limit_and_are_counted(
 
 
 async def test_quiet_buckets_make_room_and_listened_ones_stay(scan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.control.feedback.RINGS_MAX", 3)
+    monkeypatch.setattr("gateway.control.feedback.hub.RINGS_MAX", 3)
     async with subscribed(scan) as subscription:
         for number in range(10):
             scan.hub.publish([event(number, bucket=f"bucket-{number}")])
@@ -271,8 +272,8 @@ async def test_a_key_that_is_not_utf8_is_told_in_full(scan: Any) -> None:
 def test_a_ring_keeps_the_last_events_without_holes() -> None:
     ring = Ring(4)
     for number in range(1, 11):
-        ring.append([event(number)])
+        ring.append(entry_of(event(number), None))
         assert ring.next == number + 1
         assert ring.oldest == max(1, number - 3)
-        held = [json.loads(data)["frame"] for _, _, _, data in ring.since(ring.oldest)]
+        held = [json.loads(entry.data)["frame"] for _, entry in ring.since(ring.oldest)]
         assert held == list(range(ring.oldest, ring.next))

@@ -1,0 +1,244 @@
+"""Carries named actions out: looks up what a bucket's codes mean, has actions.py decide, and hands orders to the bridges.
+
+In: events and running streams from the hub; bucket settings from the catalogue; the targets the operator allows. Out: orders on
+the links, notices to the bucket's subscribers (expired, failed), counts. What always holds: ``take`` never waits; settings are at
+most one catalogue generation old; without the catalogue what was known last stays in force; a worker that dies while a stream
+runs leaves its actions armed, so they expire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from gateway.control.feedback.actions import Action, BucketActions, Expired, Order
+from gateway.control.feedback.hub import Notice
+from gateway.control.feedback.link import Link
+from ingest import action_settings, bucket_settings
+from ingest.counters import ACTION_OUTCOMES, Counters
+from ingest.errors import CatalogError, NoSuchBucket
+from ingest.paths import NodePaths
+from ingest.ports import Catalog, FeedbackEvent
+
+logger = logging.getLogger(__name__)
+
+BUCKETS_MAX = 1024
+LOOK_EVERY_S = 1.0
+"""How soon changed settings count for a stream whose kernel says nothing."""
+
+Pair = tuple[str, str]
+
+
+@dataclasses.dataclass(slots=True)
+class _Known:
+    generation: int
+    actions: BucketActions
+
+
+class ActionDirector:
+    """Implements ``hub.Director``. ``notify`` is set by the composition root before ``run``."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        counters: Counters,
+        *,
+        globs: Sequence[str] = (),
+        schemes: Sequence[str] = (),
+        paths: NodePaths,
+    ) -> None:
+        """``schemes``: those that have a bridge process."""
+        self._catalog = catalog
+        self._globs = tuple(globs)
+        self._links = {scheme: Link(scheme, paths.bridge_socket(scheme), self._done) for scheme in schemes}
+        self._cells = {outcome: counters.cell("hiss_feedback_actions_total", outcome) for outcome in ACTION_OUTCOMES}
+        self._known: dict[str, _Known] = {}
+        self._running: dict[object, tuple[Pair, ...]] = {}
+        self._orphans: set[Pair] = set()
+        self._wake = asyncio.Event()
+        self.notify: Callable[[Notice], None] = lambda _: None
+
+    # -- the hub's side
+
+    async def prepare(self, buckets: Iterable[str]) -> None:
+        for bucket in buckets:
+            try:
+                generation = self._catalog.generation()
+                known = self._known.get(bucket)
+                if known is None or known.generation != generation:
+                    await self._look(bucket, generation)
+            except CatalogError as error:
+                logger.warning("the actions of bucket %s cannot be looked up: %s", bucket, error)
+
+    async def _look(self, bucket: str, generation: int) -> None:
+        try:
+            settings = bucket_settings.parse((await self._catalog.bucket(bucket)).tags).actions
+        except (NoSuchBucket, bucket_settings.BadSetting):
+            settings = ()
+        actions = BucketActions(bucket, settings, permitted=self._permitted, counted=self._counted)
+        old = self._known.pop(bucket, None)
+        if old is not None:
+            actions.keep(old.actions)
+        elif len(self._known) >= BUCKETS_MAX:
+            self._forget_one()
+        self._known[bucket] = _Known(generation, actions)
+        self._arm(bucket)
+
+    def _permitted(self, target: str) -> bool:
+        return self._scheme(target) in self._links and action_settings.allowed(target, self._globs)
+
+    def _counted(self, outcome: str) -> None:
+        self._cells[outcome].add()
+
+    def _forget_one(self) -> None:
+        """The bucket heard of longest ago whose actions wait for nothing."""
+        for bucket, known in self._known.items():
+            if math.isinf(known.actions.due_s()):
+                del self._known[bucket]
+                return
+
+    def take(self, event: FeedbackEvent) -> Mapping[str, str] | None:
+        known = self._known.get(event.bucket)
+        concerned = known.actions.of(event.kernel, event.code) if known is not None else ()
+        if not concerned:
+            return None
+        now_s = time.monotonic()
+        # The event's clock is the wall's, the deciding one does not jump: only the age is carried over.
+        born_s = now_s - max(0.0, (time.time_ns() - event.time_ns) / 1e9)
+        outcomes = {}
+        for action in concerned:
+            outcome, order = action.take(event.value, fresh=event.live, born_s=born_s, now_s=now_s)
+            if order is not None and not self._send(action, order):
+                outcome = "unavailable"
+            outcomes[action.settings.name] = outcome
+        self._wake.set()
+        return outcomes
+
+    def streams(self, worker: object, running: Sequence[Pair]) -> None:
+        before = self._running.get(worker, ())
+        self._running[worker] = tuple(running)
+        for bucket in {bucket for bucket, _ in (*before, *running)}:
+            self._arm(bucket)
+        self._wake.set()
+
+    def lost(self, worker: object) -> None:
+        # Streams that were arriving end unheard: their silence must count.
+        self._orphans.update(self._running.pop(worker, ()))
+        self._wake.set()
+
+    def _arm(self, bucket: str) -> None:
+        known = self._known.get(bucket)
+        if known is not None:
+            pairs = [*self._orphans, *(pair for pairs in self._running.values() for pair in pairs)]
+            known.actions.arm((kernel for name, kernel in pairs if name == bucket), time.monotonic())
+
+    # -- time
+
+    async def run(self) -> None:
+        """Links, deferred values and dead-man times, for ever."""
+        async with asyncio.TaskGroup() as group:
+            for link in self._links.values():
+                group.create_task(link.run())
+            while True:
+                self._wake.clear()
+                now_s = time.monotonic()
+                for known in list(self._known.values()):
+                    if known.actions.due_s() <= now_s:
+                        self._due(known.actions, now_s)
+                self._bury()
+                next_s = min((known.actions.due_s() for known in self._known.values()), default=math.inf)
+                arriving = {bucket for pairs in self._running.values() for bucket, _ in pairs}
+                wait_s = min(next_s - time.monotonic(), LOOK_EVERY_S if arriving else math.inf)
+                try:
+                    async with asyncio.timeout(None if math.isinf(wait_s) else max(0.0, wait_s)):
+                        await self._wake.wait()
+                except TimeoutError:
+                    await self.prepare(arriving)
+
+    def _due(self, actions: BucketActions, now_s: float) -> None:
+        for action in actions.actions.values():
+            found = action.due(now_s)
+            if isinstance(found, Expired):
+                self._expire(action, actions.bucket, found.order)
+            elif found is not None:
+                self._send(action, found)
+
+    def _expire(self, action: Action, bucket: str, order: Order | None) -> None:
+        settings = action.settings
+        value = order.value if order is not None else None
+        reason = f"nothing heard for {settings.deadman_s:g} s while a stream runs"
+        logger.warning("action %s of bucket %s: %s", settings.name, bucket, reason)
+        if order is not None:
+            self._send(action, order)
+        self.notify(
+            Notice("expired", bucket, settings.name, time.time_ns(), value=value, reason=reason, kernel=settings.kernel)
+        )
+
+    def _bury(self) -> None:
+        """Streams of dead workers are forgotten once no action listens to their silence any more."""
+        for bucket, kernel in list(self._orphans):
+            known = self._known.get(bucket)
+            actions = known.actions.actions.values() if known is not None else ()
+            if not any(one.of(kernel) and one.settings.deadman_s is not None and not one.expired for one in actions):
+                self._orphans.discard((bucket, kernel))
+                self._arm(bucket)
+
+    # -- the bridges' side
+
+    def _send(self, action: Action, order: Order) -> bool:
+        if self._links[self._scheme(order.target)].send(order):
+            return True
+        action.count("unavailable", "the bridge process is not there")
+        return False
+
+    def _done(self, order: Order, outcome: str, error: str) -> None:
+        known = self._known.get(order.bucket)
+        action = known.actions.actions.get(order.action) if known is not None else None
+        if action is not None:
+            action.count(outcome, error)
+        else:
+            self._counted(outcome)  # its settings are gone by now
+        if outcome == "failed":
+            kernel = action.settings.kernel if action is not None else ""
+            logger.warning("action %s of bucket %s: %s: %s", order.action, order.bucket, order.target, error)
+            self.notify(
+                Notice(
+                    "failed", order.bucket, order.action, time.time_ns(), value=order.value, reason=error, kernel=kernel
+                )
+            )
+
+    @staticmethod
+    def _scheme(target: str) -> str:
+        return target.partition(":")[0]
+
+    # -- status
+
+    def bridges(self) -> dict[str, str]:
+        return {scheme: "connected" if link.connected else "away" for scheme, link in self._links.items()}
+
+    async def document(self, bucket: str) -> list[dict[str, Any]]:
+        """The bucket's actions: settings, whether the operator allows them, counts since this process started."""
+        await self.prepare([bucket])
+        known = self._known.get(bucket)
+        return [_shown(action) for action in known.actions.actions.values()] if known is not None else []
+
+
+def _shown(action: Action) -> dict[str, Any]:
+    return {
+        "name": action.settings.name,
+        "settings": action.settings.text(),
+        "target": action.settings.target or None,
+        "permitted": action.permitted,
+        "streams_running": action.armed,
+        "expired": action.expired,
+        "last_value": action.last.value if action.last is not None else None,
+        "last_age_s": round(time.monotonic() - action.last.born_s, 3) if action.last is not None else None,
+        "last_outcome": action.last_outcome or None,
+        "last_error": action.last_error or None,
+        "counts": dict(action.counts),
+    }
