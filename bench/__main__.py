@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from bench import bare
-from bench.cases import CASES, Bench, Figure
+from bench.cases import CASES
+from bench.figure import Bench, Figure
 from bench.node import running
 from bench.wire import Endpoint
 

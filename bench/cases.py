@@ -5,113 +5,23 @@ A case takes what it needs from ``Bench`` and returns a ``Figure``; ``CASES`` is
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 from bench import bare, load
 from bench.feedback import feedback_latency_ms
-from bench.load import Outcome, Plan
-from bench.node import Node
+from bench.figure import MIB, Bench, Figure, Rounds
+from bench.kernel_cases import KERNEL_CASES
+from bench.load import Plan
 from bench.wire import Connection, Endpoint, head
 
-MIB = 1 << 20
 LARGE_BYTES = 64 * MIB
 ROUND_OBJECTS = 10
 """Objects of 64 MiB in a round: it has to fit the arena of one worker for ``memory`` to be what is measured."""
 
-KERNEL = b"""
-PARAMS = {"threshold": ("uint16", 1000)}
-STATE = {"total": ("uint64", (1,), "sum"), "above": ("int64", (1,), "sum")}
-
-def frame(frame, params, state, index, out, feedback):
-    total = 0
-    above = 0
-    for y in range(frame.shape[0]):
-        for x in range(frame.shape[1]):
-            value = frame[y, x]
-            total += value
-            above += value >= params.threshold
-    state.total[0] += total
-    state.above[0] += above
-    return KEEP
-"""
-FRAME_HEADERS = {"x-amz-meta-frame-dtype": "<u2", "x-amz-meta-frame-shape": "1024,1024"}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Figure:
-    """One row of the table. ``value`` and ``ceiling`` in ``unit``; ``wanted`` is the least (or most) ratio or value."""
-
-    name: str
-    unit: str
-    value: float
-    ceiling: float | None
-    ceiling_name: str
-    ratio: float | None
-    wanted: float
-    met: bool
-    rounds: int
-    cpu_s_per_gb: float | None = None
-    cpu_s_per_gb_wanted: float | None = None
-    note: str = ""
-
-
-@dataclasses.dataclass(slots=True)
-class Bench:
-    """What the cases share: one node, the bare servers, a folder on the disk under test."""
-
-    node: Node
-    receiver: Endpoint
-    folder: Path
-    rounds: int
-    serial: int = 0
-
-    def prefix(self, bucket: str) -> str:
-        """Keys nobody used before; a path that starts with the bucket."""
-        self.serial += 1
-        return f"/{bucket}/{self.serial:04d}-"
-
-    def put(self, bucket: str, size_bytes: int, count: int, connections: int = 1, **more: object) -> Outcome:
-        prefix = self.prefix(bucket)
-        return load.run(Plan(self.node.endpoint, "PUT", prefix, size_bytes, count, connections, **more))  # type: ignore[arg-type]
-
-    def bare_put(self, size_bytes: int, count: int, connections: int = 1) -> Outcome:
-        return load.run(Plan(self.receiver, "PUT", "/bare/", size_bytes, count, connections))
-
-
-@dataclasses.dataclass(slots=True)
-class _Rounds:
-    values: list[float] = dataclasses.field(default_factory=list)
-    ceilings: list[float] = dataclasses.field(default_factory=list)
-    cpu: list[float] = dataclasses.field(default_factory=list)
-
-    def figure(self, name: str, unit: str, scale: float, ceiling_name: str, wanted: float, **more: object) -> Figure:
-        """Median of the ratios pair by pair: the machine's speed drifts, a pair drifts together."""
-        ratio = statistics.median(value / ceiling for value, ceiling in zip(self.values, self.ceilings, strict=True))
-        cpu = statistics.median(self.cpu) if self.cpu else None
-        cpu_wanted = more.get("cpu_s_per_gb_wanted")
-        met = ratio >= wanted and (cpu is None or cpu_wanted is None or cpu <= float(str(cpu_wanted)))
-        return Figure(
-            name=name,
-            unit=unit,
-            value=statistics.median(self.values) / scale,
-            ceiling=statistics.median(self.ceilings) / scale,
-            ceiling_name=ceiling_name,
-            ratio=ratio,
-            wanted=wanted,
-            met=met,
-            rounds=len(self.values),
-            cpu_s_per_gb=cpu,
-            **more,  # type: ignore[arg-type]
-        )
-
 
 def put_large_memory(bench: Bench) -> Figure:
-    rounds = _Rounds()
+    rounds = Rounds()
     bench.put("memory", LARGE_BYTES, ROUND_OBJECTS)
     for _ in range(bench.rounds):
         bench.node.settle()
@@ -124,7 +34,7 @@ def put_large_memory(bench: Bench) -> Figure:
 
 
 def put_large_disk(bench: Bench) -> Figure:
-    rounds = _Rounds()
+    rounds = Rounds()
     bench.put("disk", LARGE_BYTES, ROUND_OBJECTS)
     for _ in range(bench.rounds):
         bench.node.settle()
@@ -142,7 +52,7 @@ def put_large_disk(bench: Bench) -> Figure:
 
 def put_small(connections: int) -> Callable[[Bench], Figure]:
     def case(bench: Bench) -> Figure:
-        rounds = _Rounds()
+        rounds = Rounds()
         bench.put("memory", MIB, 100, connections)
         for _ in range(bench.rounds):
             bench.node.settle()
@@ -154,7 +64,7 @@ def put_small(connections: int) -> Callable[[Bench], Figure]:
 
 
 def get_large(bench: Bench) -> Figure:
-    rounds = _Rounds()
+    rounds = Rounds()
     prefix = bench.prefix("disk")
     load.run(Plan(bench.node.endpoint, "PUT", prefix, LARGE_BYTES, 1))
     with tempfile.NamedTemporaryFile(dir=bench.folder) as file:
@@ -170,24 +80,6 @@ def get_large(bench: Bench) -> Figure:
                     rounds.ceilings.append(bare_rate)
                     rounds.values.append(rate)
     return rounds.figure("GET 64 MiB, warm", "GB/s", 1e9, "bare sendfile server", 0.90)
-
-
-def put_with_kernel(bench: Bench) -> Figure:
-    """One stream of 1 Mpixel frames of uint16 with a threshold-and-sum kernel, against the same stream without."""
-    rounds = _Rounds()
-    bench.node.bucket("kernel", "disk")
-    bench.node.call("PUT", "/kernel/_kernels/threshold.py", KERNEL)
-    bench.put("kernel", LARGE_BYTES, 2, headers=FRAME_HEADERS)
-    time.sleep(2)
-    for _ in range(bench.rounds):
-        bench.node.settle()
-        rounds.ceilings.append(bench.put("disk", LARGE_BYTES, ROUND_OBJECTS, headers=FRAME_HEADERS).bytes_per_s)
-        bench.node.settle()
-        rounds.values.append(bench.put("kernel", LARGE_BYTES, ROUND_OBJECTS, headers=FRAME_HEADERS).bytes_per_s)
-    judged = bench.node.metric("hiss_kernel_frames_total")
-    caught_up = bench.node.metric("hiss_kernel_catchup_frames_total")
-    note = f"{judged:.0f} frames judged, {caught_up:.0f} of them from disk"
-    return rounds.figure("PUT with a threshold-and-sum kernel", "GB/s", 1e9, "the same without", 0.80, note=note)
 
 
 def feedback(bench: Bench) -> Figure:
@@ -249,7 +141,7 @@ CASES: dict[str, Callable[[Bench], Figure]] = {
     "put-1m-1": put_small(1),
     "put-1m-8": put_small(8),
     "get-warm": get_large,
-    "kernel": put_with_kernel,
     "feedback": feedback,
     "resident": resident,
+    **KERNEL_CASES,
 }

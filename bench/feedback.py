@@ -33,7 +33,7 @@ def frame(frame, params, state, index, out, feedback):
 """
 
 
-class _Subscriber(threading.Thread):
+class Subscriber(threading.Thread):
     """Arrival times by frame number."""
 
     def __init__(self, node: Node, bucket: str) -> None:
@@ -67,7 +67,7 @@ def feedback_latency_ms(node: Node, *, frames: int, frames_per_s: float) -> tupl
     while node.metric("hiss_kernel_sandboxes") < sandboxes and time.monotonic() < deadline:
         _stream(node, "warm", 5, frames_per_s, headers)
     time.sleep(2)
-    subscriber = _Subscriber(node, "feedback")
+    subscriber = Subscriber(node, "feedback")
     subscriber.start()
     sent = _stream(node, "timed", frames, frames_per_s, headers)
     deadline = time.monotonic() + 10

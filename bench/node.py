@@ -45,9 +45,16 @@ class Node:
                 total += int(fields[11]) + int(fields[12])
         return total / _TICKS_PER_S
 
+    def sandboxes(self) -> list[int]:
+        """Process ids of the kernels' sandboxes."""
+        return self._children([pid for pid, role in self.processes().items() if role == "zygote"])
+
     def _grandchildren(self) -> list[int]:
+        return self._children(list(self.processes()))
+
+    def _children(self, parents: list[int]) -> list[int]:
         pids = []
-        for pid in self.processes():
+        for pid in parents:
             for task in Path(f"/proc/{pid}/task").glob("*/children"):
                 with contextlib.suppress(OSError):
                     pids += [int(child) for child in task.read_text().split()]

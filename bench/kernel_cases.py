@@ -1,0 +1,226 @@
+"""The figures of kernels: what running one costs a stream, and what the gateway costs a kernel."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import alone
+from bench.feedback import Subscriber
+from bench.figure import MIB, Bench, Figure, Rounds
+
+OBJECT_BYTES = 64 * MIB
+OBJECTS = 10
+SIDE = alone.SIDE
+FRAME_BYTES = SIDE * SIDE * 2
+FRAME_HEADERS = {"x-amz-meta-frame-dtype": "<u2", "x-amz-meta-frame-shape": f"{SIDE},{SIDE}"}
+
+FAST = b"""
+PARAMS = {"threshold": ("uint16", 1000)}
+STATE = {"total": ("uint64", (1,), "sum"), "above": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    total = 0
+    above = 0
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            value = frame[y, x]
+            total += value
+            above += value >= params.threshold
+    state.total[0] += total
+    state.above[0] += above
+    return KEEP
+"""
+HEAVY = b"""
+STATE = {"logarithms": ("float64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    total = 0.0
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            total += np.log1p(np.sqrt(np.float64(frame[y, x]) + total * 1e-9))
+    state.logarithms[0] += total
+    return KEEP
+"""
+"""Each pixel waits for the one before: about 30 ms a megapixel, nothing that a wider core would hide."""
+ECHO = b"""
+STATE = {"n": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    state.n[0] += 1
+    emit(feedback, 1, frame[0, 0])
+    return KEEP
+"""
+ENDLESS = b"""
+STATE = {"n": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    while state.n[0] >= 0:
+        state.n[0] += 1
+    return KEEP
+"""
+
+
+def _attach(bench: Bench, bucket: str, kernel: bytes, durability: str = "disk") -> None:
+    """Its sandboxes are started and warm on return."""
+    bench.node.bucket(bucket, durability)
+    bench.node.call("PUT", f"/{bucket}/_kernels/kernel.py", kernel)
+    workers = list(bench.node.processes().values()).count("worker")
+    deadline = time.monotonic() + 30
+    wanted = bench.node.metric("hiss_kernel_sandboxes") + workers
+    while bench.node.metric("hiss_kernel_sandboxes") < wanted and time.monotonic() < deadline:
+        bench.put(bucket, 2 * FRAME_BYTES, workers, workers, headers=FRAME_HEADERS)
+        time.sleep(0.2)
+
+
+def put_with_kernel(bench: Bench) -> Figure:
+    """One stream of megapixel frames with a 10 GB/s-class kernel, against the same stream without."""
+    rounds = Rounds()
+    plain_cpu: list[float] = []
+    _attach(bench, "kernel", FAST)
+    for _ in range(bench.rounds):
+        for bucket, rates, cpu in (("disk", rounds.ceilings, plain_cpu), ("kernel", rounds.values, rounds.cpu)):
+            bench.node.settle()
+            before_s = bench.node.cpu_s()
+            outcome = bench.put(bucket, OBJECT_BYTES, OBJECTS, headers=FRAME_HEADERS)
+            rates.append(outcome.bytes_per_s)
+            cpu.append((bench.node.cpu_s() - before_s) / (outcome.bytes / 1e9))
+    judged = bench.node.metric("hiss_kernel_frames_total")
+    caught_up = bench.node.metric("hiss_kernel_catchup_frames_total")
+    note = (
+        f"without a kernel {statistics.median(plain_cpu):.2f} CPU-s/GB; {judged:.0f} frames judged, "
+        f"{caught_up:.0f} of them from disk"
+    )
+    return rounds.figure(
+        "PUT with a threshold-and-sum kernel", "GB/s", 1e9, "the same without", 0.80, note=note, cpu_s_per_gb_wanted=1.0
+    )
+
+
+def compute_bound(bench: Bench) -> Figure:
+    """Frames/s of a kernel that is slower than the stream, until the last frame is judged, against the kernel alone."""
+    rounds = Rounds()
+    cores = os.cpu_count() or 1
+    _attach(bench, "heavy", HEAVY)
+    per_stream = OBJECT_BYTES // FRAME_BYTES * 2
+    frames = per_stream * cores
+    for _ in range(bench.rounds):
+        rounds.ceilings.append(alone.frames_per_s(HEAVY, per_stream, cores))
+        bench.node.settle()
+        done = bench.node.metric("hiss_kernel_frames_total") + frames
+        started_s = time.perf_counter()
+        bench.put("heavy", per_stream * FRAME_BYTES, cores, cores, headers=FRAME_HEADERS)
+        while bench.node.metric("hiss_kernel_frames_total") < done:
+            if time.perf_counter() - started_s > 300:
+                raise RuntimeError("frames are left that no kernel judged")
+            time.sleep(0.05)
+        rounds.values.append(frames / (time.perf_counter() - started_s))
+    return rounds.figure("compute-bound kernel", "frames/s", 1, f"the kernel alone on {cores} cores", 0.90)
+
+
+def acknowledgement(bench: Bench) -> Figure:
+    """Seconds from a PUT of eight frames to its answer, one after the other, with a kernel and without."""
+    rounds = Rounds()
+    _attach(bench, "kernel-ack", FAST, "memory")
+    for _ in range(bench.rounds):
+        for bucket, rates in (("memory", rounds.ceilings), ("kernel-ack", rounds.values)):
+            bench.node.settle()
+            outcome = bench.put(bucket, 8 * FRAME_BYTES, 30, headers=FRAME_HEADERS)
+            rates.append(outcome.requests_per_s)
+    added_ms = statistics.median(
+        1e3 / value - 1e3 / ceiling for value, ceiling in zip(rounds.values, rounds.ceilings, strict=True)
+    )
+    note = f"{added_ms:+.2f} ms an object of 16 MiB"
+    return rounds.figure("PUTs in turn with a kernel", "requests/s", 1, "the same without", 0.90, note=note)
+
+
+def first_frame(bench: Bench) -> Figure:
+    """From the PUT of a new kernel to the first event of a frame, while objects arrive twenty times a second."""
+    waits = []
+    for number in range(bench.rounds):
+        bucket = f"attach-{number}"
+        bench.node.bucket(bucket, "memory")
+        bench.put(bucket, 2 * FRAME_BYTES, 2, headers=FRAME_HEADERS)
+        subscriber = Subscriber(bench.node, bucket)
+        subscriber.start()
+        started_s = time.perf_counter()
+        bench.node.call("PUT", f"/{bucket}/_kernels/echo.py", ECHO)
+        while not subscriber.arrived and time.perf_counter() - started_s < 30:
+            bench.put(bucket, 2 * FRAME_BYTES, 4, headers=FRAME_HEADERS)
+        waits.append(min(subscriber.arrived.values(), default=float("inf")) - started_s)
+    value = statistics.median(waits)
+    return Figure(
+        name="a new kernel's PUT to its first judged frame",
+        unit="s",
+        value=value,
+        ceiling=None,
+        ceiling_name="",
+        ratio=None,
+        wanted=1.5,
+        met=value <= 1.5,
+        rounds=len(waits),
+        note=f"longest {max(waits):.2f} s",
+    )
+
+
+def idle_memory(bench: Bench) -> Figure:
+    """Private memory of a sandbox that has judged frames and waits for more."""
+    before = set(bench.node.sandboxes())
+    _attach(bench, "kernel-idle", FAST)
+    sizes = [_private_bytes(pid) for pid in set(bench.node.sandboxes()) - before]
+    peak = max(sizes)
+    return Figure(
+        name="idle attached kernel: private memory",
+        unit="MB",
+        value=peak / 1e6,
+        ceiling=None,
+        ceiling_name="",
+        ratio=None,
+        wanted=60.0,
+        met=peak <= 60e6,
+        rounds=len(sizes),
+    )
+
+
+def _private_bytes(pid: int) -> int:
+    rows = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return sum(int(row[1]) * 1024 for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:"))
+
+
+def hostile(bench: Bench) -> Figure:
+    """A stream without kernels, while another bucket's kernel loops for ever on every frame it gets."""
+    rounds = Rounds()
+    bench.node.bucket("hostile", "disk")
+    for number in range(bench.rounds):
+        bench.node.settle()
+        rounds.ceilings.append(bench.put("disk", OBJECT_BYTES, OBJECTS).bytes_per_s)
+        # New text every round: a kernel that failed three times is disabled for good.
+        bench.node.call("PUT", "/hostile/_kernels/endless.py", b"# round %d\n" % number + ENDLESS)
+        stop = threading.Event()
+        attacker = threading.Thread(target=_feed, args=(bench, "hostile", stop))
+        attacker.start()
+        time.sleep(1.0)
+        bench.node.settle()
+        rounds.values.append(bench.put("disk", OBJECT_BYTES, OBJECTS).bytes_per_s)
+        stop.set()
+        attacker.join()
+    return rounds.figure("PUT beside a kernel that loops for ever", "GB/s", 1e9, "the same without", 0.90)
+
+
+def _feed(bench: Bench, bucket: str, stop: threading.Event) -> None:
+    while not stop.is_set():
+        bench.put(bucket, 2 * FRAME_BYTES, 2, headers=FRAME_HEADERS)
+        stop.wait(0.5)
+
+
+KERNEL_CASES: dict[str, Callable[[Bench], Figure]] = {
+    "kernel": put_with_kernel,
+    "kernel-compute": compute_bound,
+    "kernel-ack": acknowledgement,
+    "kernel-attach": first_frame,
+    "kernel-memory": idle_memory,
+    "kernel-hostile": hostile,
+}
