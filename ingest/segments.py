@@ -478,16 +478,21 @@ class SegmentStore:
         segment.open_extents += 1
         zeros = AlignedBuffer(PREWRITE_BYTES)
         loop = asyncio.get_running_loop()
+        writing: asyncio.Future[None] | None = None
         try:
             offset = BLOCK_BYTES
             while offset < segment.size_bytes and not busy():
                 step = min(PREWRITE_BYTES, segment.size_bytes - offset)
-                await loop.run_in_executor(self.executor, write_fully, segment.fd, [zeros.view[:step]], offset)
+                writing = loop.run_in_executor(self.executor, write_fully, segment.fd, [zeros.view[:step]], offset)
+                await asyncio.shield(writing)
                 offset += step
         except OSError:
             self.retire(segment)
             return
         finally:
+            if writing is not None and not writing.done():
+                # Cancelled: the thread still reads from what is about to be closed.
+                await asyncio.wait([writing])
             zeros.close()
             segment.open_extents -= 1
         self._free.append(segment)

@@ -150,6 +150,19 @@ class SandboxProcess:
             return None
         return message.status if isinstance(message, wire.Exited) else None
 
+    def step_back(self) -> None:
+        """Compute only when nobody else wants the core (SCHED_IDLE), until ``step_forward``."""
+        self._schedule(os.SCHED_IDLE)
+
+    def step_forward(self) -> None:
+        """As it began. An unprivileged gateway may not undo ``step_back``: then the process stays in the background."""
+        self._schedule(os.SCHED_BATCH)
+
+    def _schedule(self, policy: int) -> None:
+        if not self.ended:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(self.pid, policy, os.sched_param(0))
+
     def signal_kill(self) -> None:
         if not self._released:
             with contextlib.suppress(ProcessLookupError):

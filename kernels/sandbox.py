@@ -57,6 +57,8 @@ class SandboxLimits:
 
 
 _NICE_MAX = 19
+STEP_BACK_S = 0.5
+"""A batch that takes longer goes on in idle time only: it must not cost the streams of others."""
 _CLOSED = "the sandbox is closed"
 _DEFAULT_LIMITS = SandboxLimits()
 
@@ -207,6 +209,7 @@ class Sandbox:
         )
         output.verdicts.fill(wire.NO_VERDICT)
         timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s
+        late = asyncio.get_running_loop().call_later(STEP_BACK_S, self._process.step_back)
         try:
             if not self._process.send(run.pack() + batch.table):
                 raise SandboxFailed("crash", await self._process.kill())
@@ -226,6 +229,10 @@ class Sandbox:
             # Only the end of the event loop cancels an exchange; nobody will read its reply.
             self._process.signal_kill()
             raise
+        finally:
+            if late.when() <= asyncio.get_running_loop().time():
+                self._process.step_forward()
+            late.cancel()
 
     @staticmethod
     def _where(output: Output, batch: Batch, timeout_s: float) -> str:
