@@ -34,6 +34,8 @@ class BucketSettings:
     """Seconds an archived version stays buffered at least, watermarks permitting."""
     raw_filter: str = "refuse"
     """``refuse`` or ``allow``: whether kernels may filter raw data after the ACK."""
+    run_timeout_s: int = 600
+    """A run without new members for so long is closed; 0: never."""
     archive_mode: int = 0o640
     archive_group: int | None = None
     """Numeric group id of archived files; None keeps the archive process's own."""
@@ -75,6 +77,7 @@ _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
     "hiss.drain-after-s": ("drain_after_s", _whole(0, 52 * _WEEK_S)),
     "hiss.evict-after-s": ("evict_after_s", _whole(0, 52 * _WEEK_S)),
     "hiss.raw-filter": ("raw_filter", _choice("refuse", "allow")),
+    "hiss.run-timeout-s": ("run_timeout_s", _whole(0, 52 * _WEEK_S)),
     "hiss.archive-mode": ("archive_mode", _whole(0o400, 0o777, 8)),
     "hiss.archive-group": ("archive_group", _whole(0, 2**32 - 2)),
     "hiss.archive-owner": ("archive_owner", _whole(0, 2**32 - 2)),

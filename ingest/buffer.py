@@ -432,6 +432,14 @@ class Buffer:
         finally:
             await stream.abort()
 
+    async def read(self, record: ObjectRecord) -> bytearray:
+        """See ``ingest.ports.LandingPad``."""
+        body = bytearray()
+        async with await self.open_reader(record, 0, record.length) as reader:
+            async for chunk in reader.chunks(1 << 20):
+                body += chunk
+        return body
+
     async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> Loaded:
         """Read stored bytes into one contiguous piece of the domain's memory, past the page cache where alignment allows."""
         assert isinstance(domain, ArenaDomain)

@@ -284,6 +284,10 @@ class LandingPad(Protocol):
         in by the buffer. Raises IngestError, e.g. StaleVersion when ``reduces`` names a deleted version."""
         ...
 
+    async def read(self, record: ObjectRecord) -> bytearray:
+        """All bytes of a small object of our own. Raises ObjectOffline, NoSuchKey, DataLost, CatalogUnavailable."""
+        ...
+
     async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
         """Read body bytes [start, start+length) past the page cache into one contiguous piece of the domain."""
         ...

@@ -21,8 +21,17 @@ import numpy as np
 
 from ingest.counters import Counters
 from ingest.errors import BufferFull, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Catalog, Domain, FeedbackSink, FrameReduction, KernelRefused, LandingPad, StreamInfo
-from ingest.records import FrameGeometry, ObjectRecord
+from ingest.ports import (
+    Catalog,
+    Domain,
+    FeedbackSink,
+    FrameBatch,
+    FrameReduction,
+    KernelRefused,
+    LandingPad,
+    StreamInfo,
+)
+from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, Registry, attach, is_internal, kernel_name
 from kernels.clearance import Clearance
 from kernels.contract import Kernel
@@ -32,7 +41,11 @@ from kernels.lane import Lane, LaneKey
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
+from kernels.runs.gather import Gatherer, is_single
+from kernels.runs.keeper import RunKeeper
+from kernels.runs.ledger import OneFrame, prior_of
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
+from kernels.sharing import SharedBatch
 from kernels.standing import Verdict
 from kernels.strikes import Strikes
 from kernels.tally import Tally
@@ -51,6 +64,8 @@ GAUGE_S = 1.0
 class HostLimits:
     """Bounds of one worker's kernel room."""
 
+    workers: int = 1
+    """Workers of the node, each with a host like this: they share out the runs."""
     processes_max: int = 8
     """Sandboxes at once; a further kernel waits for an idle one to be closed (its frames lag meanwhile)."""
     idle_s: float = 120.0
@@ -120,18 +135,24 @@ class KernelHost:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
+        self._gatherer = Gatherer(self)
+        self._keeper = RunKeeper(self, slot, limits.workers)
 
     async def start(self) -> None:
         """Find out whether kernels may run here, and begin to pay what is owed. Returns at once."""
         self.spawn(self._clearance.obtain(), "self-test of the sandbox")
         self.spawn(self._sweep(), "kernel sweep")
+        self.spawn(self._keeper.run(), "keeper of runs")
         for _ in range(self._limits.catchups_max):
             self.spawn(self._pay(), "catch up")
 
     async def close(self, timeout_s: float = 2.0) -> None:
         """Let committed reductions finish for so long, then end every process; the rest stays owed in the catalogue."""
         self._closed = True
-        finishing = [asyncio.ensure_future(r.finished.wait()) for r in self._reductions if r.is_committed]
+        finishing: list[asyncio.Future[object]] = [
+            asyncio.ensure_future(r.finished.wait()) for r in self._reductions if r.is_committed
+        ]
+        finishing.append(asyncio.ensure_future(self._gatherer.close(timeout_s)))
         if finishing:
             await asyncio.wait(finishing, timeout=timeout_s)
         for waiter in finishing:
@@ -193,7 +214,7 @@ class KernelHost:
 
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
         """Reduce a stored version in the background. Beyond ``backlog_max`` the sweep finds it later."""
-        wanted = tuple(name for name in kernels if (record.object_id, name) not in self._owing)
+        wanted = tuple(name for name in kernels if not self._is_at(record.object_id, name))
         if wanted and not self._closed and len(self._backlog) < self._limits.backlog_max:
             self._owing.update((record.object_id, name) for name in wanted)
             self._backlog.append((record, wanted))
@@ -298,6 +319,28 @@ class KernelHost:
         """Products are built one at a time: they are large, and HDF5 has one lock anyway."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
+    def gather(
+        self,
+        record: ObjectRecord,
+        attachments: Sequence[Attachment],
+        geometry: FrameGeometry,
+        domain: Domain,
+        frame: FrameBatch | None,
+    ) -> None:
+        """See ``ReductionHost``."""
+        names = {attachment.kernel.name for attachment in attachments}
+        every = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
+        trailing = record.length - geometry.origin - geometry.frame_bytes
+        ledger = OneFrame(names, trailing, prior_of(record, complete=every <= names))
+        shares: Sequence[FrameBatch | None] = [None] * len(attachments)
+        if frame is not None:
+            shares = SharedBatch(frame, len(attachments)).shares
+        for attachment, share in zip(attachments, shares, strict=True):
+            self._gatherer.add(record, attachment, geometry, domain, ledger, share)
+
+    def _is_at(self, object_id: bytes, kernel: str) -> bool:
+        return (object_id, kernel) in self._owing or self._gatherer.holds(object_id, kernel)
+
     def done(self, reduction: Reduction) -> None:
         self._reductions.discard(reduction)
         self._owing.difference_update((reduction.info.object_id, name) for name in reduction.kernels)
@@ -338,7 +381,7 @@ class KernelHost:
         grace_s = 0.0
         while True:
             self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
-            if loop.time() >= due_s:
+            if loop.time() >= due_s or await self._released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:
                     self._pool.sweep()
@@ -351,15 +394,25 @@ class KernelHost:
                     log.exception("a sweep of the kernel host failed")
             await asyncio.sleep(min(GAUGE_S, self._limits.sweep_s))
 
+    async def _released(self) -> bool:
+        """Whether versions of this slot are owed again, because a member of their partial is gone."""
+        try:
+            return await self.catalog.released_reductions(self._slot)
+        except IngestError:
+            return False
+
     async def _find_owed(self, grace_s: float) -> None:
         owed: dict[bytes, tuple[ObjectRecord, list[str]]] = {}
         jobs = await self.catalog.pending_reductions(self._slot, self._limits.backlog_max)
         now_s = asyncio.get_running_loop().time()
-        due = {(job.record.object_id, job.kernel): _Due(now_s + grace_s, self._limits.sweep_s) for job in jobs}
+        due = {
+            (job.record.object_id, job.kernel): _Due(now_s + (0.0 if job.released else grace_s), self._limits.sweep_s)
+            for job in jobs
+        }
         self._due = {identity: self._due.get(identity, fresh) for identity, fresh in due.items()}
         for job in jobs:
             identity = (job.record.object_id, job.kernel)
-            if identity in self._owing or self._due[identity].time_s > now_s:
+            if self._is_at(*identity) or self._due[identity].time_s > now_s:
                 continue
             if job.attempts >= self._limits.attempts_max:
                 await self._give_up(job.record, job.kernel, f"given up after {job.attempts} attempts")
@@ -423,9 +476,17 @@ class KernelHost:
             record.headers.get("content-type", ""),
             record.metadata,
         )
-        reduction = self._begin(info, tuple(attachments), domain)
+        domain.hold()
         try:
             found = record.geometry or await self._geometry(record, domain)
+            readable = isinstance(found, FrameGeometry) and found.frame_bytes + BLOCK_BYTES <= domain.region_bytes
+            if isinstance(found, FrameGeometry) and readable and is_single(found, record.length):
+                self.gather(record, attachments, found, domain, None)
+                return
+            reduction = self._begin(info, tuple(attachments), domain)
+        finally:
+            domain.drop()
+        try:
             matching = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
             reduction.begin_stored(record, found, partial=not matching <= set(names))
             await reduction.finished.wait()

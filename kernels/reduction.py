@@ -19,7 +19,16 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import Catalog, Domain, FrameBatch, LandingPad, StreamInfo
-from ingest.records import BLOCK_BYTES, CommitObject, FrameGeometry, FrameLedger, ObjectRecord
+from ingest.records import (
+    BLOCK_BYTES,
+    CommitObject,
+    FrameGeometry,
+    FrameLedger,
+    ObjectRecord,
+    PartialMember,
+    PartialOf,
+)
+from ingest.runs import run_of
 from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.formats import NotFrames, sniff
@@ -27,6 +36,8 @@ from kernels.lane import TRANSIENT, Lane
 from kernels.lineage import Input, Lineage, StageSettings
 from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
 from kernels.ranges import Ranges
+from kernels.runs.gather import is_single
+from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
 from kernels.sharing import SharedBatch
 from kernels.verdicts import Verdicts
 
@@ -35,7 +46,6 @@ log = logging.getLogger("hiss.kernels")
 FRAMES_MAX = 1 << 26
 """Frames of one version (a verdict of each is kept in memory)."""
 PRODUCT_BYTES_MAX = 512 << 20
-KEY_BYTES_MAX = 1024
 STORE_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
 """Waits between attempts to store a product; then the sweep tries again later."""
 
@@ -58,6 +68,17 @@ class ReductionHost(Protocol):
         ...
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
+    def gather(
+        self,
+        record: ObjectRecord,
+        attachments: Sequence[Attachment],
+        geometry: FrameGeometry,
+        domain: Domain,
+        frame: FrameBatch | None,
+    ) -> None:
+        """The version is one frame: it goes into its run's state (kernels/runs). ``frame`` is released in any case."""
+        ...
+
     def done(self, reduction: Reduction) -> None: ...
 
 
@@ -75,6 +96,23 @@ def _contained(
             return None
 
     return guarded
+
+
+class Single:
+    """The one frame of a version, held until the version exists (the arena may take it back)."""
+
+    def __init__(self) -> None:
+        self._frame: FrameBatch | None = None
+
+    def hold(self, frame: FrameBatch, over: bool) -> None:
+        if over or self._frame is not None:
+            frame.release()
+        else:
+            self._frame = frame
+
+    def give(self) -> FrameBatch | None:
+        frame, self._frame = self._frame, None
+        return frame
 
 
 class Reduction:
@@ -98,6 +136,7 @@ class Reduction:
         self._started_ns = time.time_ns()
         self._amending = asyncio.Lock()
         self._unfinished = len(self.attachments)
+        self._single: Single | None = None
         self._over = False
         self._arriving = False
         self.is_committed = False
@@ -139,6 +178,9 @@ class Reduction:
             self._trouble = Hopeless("format", found.reason)
             return None
         self._geometry = found
+        if self.info.length is not None and is_single(found, self.info.length):
+            self._single = Single()
+            return found
         for row, attachment in enumerate(self.attachments):
             lane = self._host.lane(self.info.bucket, attachment, found, self.domain)
             self._passes.append(
@@ -164,6 +206,9 @@ class Reduction:
         return found
 
     def offer(self, batch: FrameBatch) -> None:
+        if self._single is not None:
+            self._single.hold(batch, self._over)
+            return
         shared = SharedBatch(batch, max(1, len(self._passes)))
         if self._over or not self._passes or not self._fits(batch.first_frame + batch.count) or self._trouble:
             shared.expire()
@@ -230,6 +275,12 @@ class Reduction:
             return
         self.is_committed = True
         self._arrived()
+        if self._single is not None:
+            assert self._geometry is not None
+            frame = self._single.give()
+            self._host.gather(record, self.attachments, self._geometry, self.domain, frame)
+            self._end()
+            return
         # Whatever the stream did not announce is read back, too.
         self._lagging(0, self._received)
         for row, attachment in enumerate(self.attachments):
@@ -252,6 +303,8 @@ class Reduction:
             return
         self._over = True
         self._arrived()
+        if self._single is not None and (frame := self._single.give()) is not None:
+            frame.release()
         for kernel_pass in self._passes:
             kernel_pass.leave()
         self.domain.drop()
@@ -390,10 +443,16 @@ class Reduction:
                 "hiss-source-object-id": record.object_id.hex(),
             },
             reduces=(record.object_id, kernel.name),
+            partial=None if isinstance(found, str) else self._partial_of(attachment, record),
         )
         crashpoint("product-before")
         await self._commit(request, body)
         self._host.context.tally.product()
+
+    @staticmethod
+    def _partial_of(attachment: Attachment, record: ObjectRecord) -> PartialOf:
+        member = PartialMember(record.object_id)
+        return PartialOf(attachment.kernel.name, run_of(record.key), group_of(attachment), (member,))
 
     async def _commit(self, request: CommitObject, body: memoryview) -> None:
         for wait_s in STORE_BACKOFF_S:
@@ -409,9 +468,9 @@ class Reduction:
 
 
 def product_key(kernel: str, key: bytes) -> bytes:
-    """``_products/<kernel>/<key>.nxs``; a key too long for that is named by its SHA-256 under ``.long/``."""
+    """``_products/<kernel>/<key>.nxs``; one too long, or like a run's product, is named by its SHA-256 under ``.long/``."""
     prefix = PRODUCT_PREFIX + kernel.encode() + b"/"
     plain = prefix + key + b".nxs"
-    if len(plain) <= KEY_BYTES_MAX:
+    if len(plain) <= KEY_BYTES_MAX and not clashes(key):
         return plain
     return prefix + b".long/" + hashlib.sha256(key).hexdigest().encode() + b".nxs"

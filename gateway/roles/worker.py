@@ -129,7 +129,7 @@ async def _kernels(
         feedback,
         counters,
         boot.slot,
-        HostLimits(sandbox=sandbox),
+        HostLimits(sandbox=sandbox, workers=settings.workers),
         _clearance(boot, settings, counters),
         boot.paths.strikes_file(boot.slot),
     )

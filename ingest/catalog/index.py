@@ -143,7 +143,8 @@ class Index:
         transition(record.state, Event.DELETE)
         of = {"object_id": record.object_id}
         self._db.execute(statements.DELETE_OBJECT, {"sequence": version})
-        self._db.execute(statements.DELETE_REDUCTIONS_OF, of)
+        if self._db.execute(statements.DELETE_REDUCTIONS_OF, of).rowcount > 0:
+            self._runs.debt_gone(sequence, record)
         self._runs.removed(sequence, record.object_id)
         if not record.settled:
             self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)

@@ -41,6 +41,11 @@ class RunIndex:
             self._lost_member(sequence, partial, object_id)
         self._forget(sequence, object_id)
 
+    def debt_gone(self, sequence: int, record: ObjectRecord) -> None:
+        """A member went that was still owed: its run may be complete now."""
+        of = {"of_bucket": record.bucket, "of_run": run_of(record.key), "changed": sequence}
+        self._db.execute(statements.RUN_CHANGED, of)
+
     def bucket_deleted(self, name: str) -> None:
         self._db.execute(statements.DELETE_RUNS, {"name": name})
         self._db.execute(statements.DELETE_RUN_PRODUCTS, {"name": name})
@@ -81,7 +86,9 @@ class RunIndex:
                 "batch": int(partial.batch),
             },
         )
-        self.changed(sequence, record.bucket, partial.run, partial.kernel)
+        if partial.members:
+            # Compaction changes no result.
+            self.changed(sequence, record.bucket, partial.run, partial.kernel)
 
     def _lost_member(self, sequence: int, partial: bytes, gone: bytes) -> None:
         row = self._db.execute(statements.PARTIAL, {"of": partial}).fetchone()

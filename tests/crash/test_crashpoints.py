@@ -152,6 +152,9 @@ FULL: dict[str, Callable[[Scene], None]] = {
     "recall-written": Scene.recalls,
 }
 
+PRODUCTS = {"product-before", "partial-before", "run-product-before"}
+"""Points of the kernel room: below, and in tests/kernels/test_runs.py."""
+
 
 @contextlib.contextmanager
 def scene_of(folder: Path, **settings: str) -> Iterator[Scene]:
@@ -175,7 +178,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def test_every_point_has_its_test() -> None:
-    assert {*PLAIN, *FULL, "product-before"} == set(POINTS)
+    assert {*PLAIN, *FULL, *PRODUCTS} == set(POINTS)
 
 
 @pytest.mark.parametrize("point", PLAIN)

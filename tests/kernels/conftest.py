@@ -25,15 +25,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ingest.errors import IngestError, StaleVersion
+from ingest.errors import IngestError, MembersGone, StaleVersion
 from ingest.ports import Domain, FeedbackEvent
 from ingest.records import (
+    BucketRecord,
     CommitObject,
     FrameLedger,
     ListedObject,
     ObjectRecord,
     ObjectState,
+    PartialOf,
     ReductionJob,
+    RunProductRecord,
 )
 
 REGION_BYTES = 8 << 20
@@ -177,7 +180,26 @@ class Store:
         if request.reduces is not None:
             self._live(request.reduces[0])
             self.owed.pop(request.reduces, None)
+        if request.partial is not None:
+            self._pay(request.partial)
         return self.commit_now(request, bytes(body))
+
+    def _pay(self, partial: PartialOf) -> None:
+        identities = [(member.object_id, partial.kernel) for member in partial.members]
+        if partial.batch and (gone := [one.hex() for one, kernel in identities if (one, kernel) not in self.owed]):
+            raise MembersGone(" ".join(gone))
+        for identity in identities:
+            self.owed.pop(identity, None)
+        self.ledgers.update({m.object_id: m.ledger for m in partial.members if m.ledger is not None})
+
+    async def released_reductions(self, slot: int) -> bool:
+        return False
+
+    async def run_products_due(self, limit: int) -> Sequence[RunProductRecord]:
+        return []
+
+    async def buckets(self) -> Sequence[BucketRecord]:
+        return []
 
     # -- Catalog
 

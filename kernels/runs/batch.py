@@ -1,0 +1,451 @@
+"""One batch: objects of one frame, judged in one state of one lane, stored as one partial.
+
+In: members while it is open; outcomes from the lane. Out: a stored partial, or members that are left to others: gone, owed,
+or given up with a reason. What always holds: the stored state covers exactly the members that the partial names. When the
+catalogue refuses some of them (deleted or replaced while the batch was judged), the others are judged again.
+
+Of kernels with floating-point sums each member has a state of its own (a ``Cell`` with one member), because the order
+of their merge is known only once the run closes; of all others one state holds the whole batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ingest.crashpoints import crashpoint
+from ingest.errors import IngestError, MembersGone, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.ports import Domain, FeedbackEvent, FrameBatch
+from ingest.records import CommitObject, FrameGeometry, ObjectRecord, PartialMember, PartialOf
+from kernels.attach import Attachment
+from kernels.contract import DROP, REPLACE, merge
+from kernels.lane import TRANSIENT, Lane, StateArrays
+from kernels.passes import Gone, Hopeless, LoadedBatch, Postponed, load
+from kernels.runs import partial as partials
+from kernels.runs.ledger import OneFrame
+from kernels.runs.names import exact, partial_key
+from kernels.sandbox import Reply
+from kernels.scheduler import Run
+
+if TYPE_CHECKING:
+    from kernels.runs.gather import RunHost
+
+log = logging.getLogger("hiss.kernels")
+
+AGE_S = 1.0
+"""How long a batch takes members."""
+MEMBERS_MAX = 1024
+"""Bounds what one overwritten member costs: the others of its partial are judged again."""
+EACH_BYTES_MAX = 64 << 20
+"""State of a batch whose members have one each (one member always fits)."""
+LOADS_MAX = 2
+"""Frames of one batch being read back at once."""
+STORE_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """A member on its way. ``verdict`` None: not judged in the state at hand."""
+
+    record: ObjectRecord
+    geometry: FrameGeometry
+    ledger: OneFrame
+    verdict: int | None = None
+    told: bool = False
+    gone: bool = False
+    """It is in no state here; who is to care for it knows."""
+
+
+class _Numbered:
+    """A frame under its number in a cell (``FrameBatch``)."""
+
+    __slots__ = ("_frame", "count", "first_frame", "offset", "region")
+
+    def __init__(self, frame: FrameBatch, number: int) -> None:
+        self.region = frame.region
+        self.offset = frame.offset
+        self.first_frame = number
+        self.count = 1
+        self._frame = frame
+
+    @property
+    def revoked(self) -> bool:
+        return self._frame.revoked
+
+    def dispatched(self) -> bool:
+        return self._frame.dispatched()
+
+    def release(self) -> None:
+        self._frame.release()
+
+
+class Cell:
+    """One stream of a lane, one state (``LaneClient``)."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.entries: list[Entry] = []
+        self.state: StateArrays | None = None
+        self.final = False
+        self._batch = batch
+        self._stream = batch.lane.join(self, alone=True)
+
+    def add(self, entry: Entry, frame: FrameBatch | None) -> None:
+        number = len(self.entries)
+        self.entries.append(entry)
+        if frame is not None:
+            self._batch.lane.offer(self._stream, _Numbered(frame, number), live=True)
+        else:
+            self._batch.lane.lag(self._stream, number, 1)
+            self._batch.changed.set()
+
+    def finish(self) -> None:
+        self._batch.lane.finish(self._stream)
+
+    def leave(self) -> None:
+        self._batch.lane.leave(self._stream)
+
+    def take(self) -> int | None:
+        """The number of a member whose frame must be read back; it is being loaded from now on."""
+        head = self._batch.lane.load(self._stream, 1)
+        return None if head is None else head[0]
+
+    def loaded(self, frame: LoadedBatch) -> None:
+        self._batch.lane.offer(self._stream, frame, live=False)
+
+    def without(self, number: int) -> None:
+        self.entries[number].gone = True
+        self._batch.lane.forget(self._stream, number, 1)
+
+    # -- LaneClient
+
+    def judged(self, run: Run, reply: Reply) -> None:
+        batch = self._batch
+        entries = self.entries[run.first_frame : run.first_frame + run.count]
+        if reply.feedback:
+            now_ns = time.time_ns()
+            events = [
+                FeedbackEvent(entry.record.bucket, entry.record.key, batch.kernel.name, 0, code, value, now_ns)
+                for number, code, value in reply.feedback
+                if not (entry := self.entries[number]).told
+            ]
+            batch.feedback_events += len(events)
+            batch.host.context.feedback.publish(events)
+        for entry, verdict in zip(entries, reply.verdicts.tolist(), strict=True):
+            entry.told = True
+            entry.verdict = verdict
+        if reply.dropped_feedback:
+            batch.host.context.tally.feedback_dropped(reply.dropped_feedback)
+        batch.host.context.tally.judged(reply.verdicts, live=run.live)
+
+    def voided(self, first: int, count: int) -> None:
+        for entry in self.entries[first : first + count]:
+            entry.verdict = None
+
+    def merge(self, state: StateArrays) -> None:
+        if self.state is None:
+            self.state = state
+            return
+        for spec in self._batch.kernel.state:
+            merge(spec, self.state[spec.name], state[spec.name])
+
+    def banked(self, final: bool) -> None:
+        if final:
+            self.final = True
+            self._batch.changed.set()
+
+    def lagged(self) -> None:
+        self._batch.changed.set()
+
+    def refused(self, kind: str, reason: str) -> None:
+        self._batch.refuse(kind, reason)
+
+
+class Batch:
+    """Made open; ``filled``, then ``end``, then ``abandon`` whatever happened."""
+
+    def __init__(
+        self,
+        host: RunHost,
+        run: bytes,
+        group: str,
+        attachment: Attachment,
+        lane: Lane,
+        domain: Domain,
+        done: Callable[[bytes, str], None],
+    ) -> None:
+        self.host = host
+        self.run = run
+        self.group = group
+        self.attachment = attachment
+        self.kernel = attachment.kernel
+        self.lane = lane
+        self.domain = domain
+        self.feedback_events = 0
+        self.changed = asyncio.Event()
+        self.over = asyncio.Event()
+        self._done = done
+        self._each = not exact(self.kernel)
+        self._members_max = MEMBERS_MAX
+        if self._each:
+            size = sum(spec.size_bytes for spec in self.kernel.state)
+            self._members_max = max(1, min(MEMBERS_MAX, EACH_BYTES_MAX // size))
+        self._cells: list[Cell] = []
+        self._entries: list[Entry] = []
+        self._refusal: Hopeless | None = None
+        self._closed = False
+        self._loading: set[asyncio.Task[None]] = set()
+        self._started_ns = time.time_ns()
+        self._deadline_s = asyncio.get_running_loop().time() + AGE_S
+        domain.hold()
+
+    @property
+    def full(self) -> bool:
+        return len(self._entries) >= self._members_max
+
+    def add(self, entry: Entry, frame: FrameBatch | None) -> None:
+        self._entries.append(entry)
+        if self._refusal is not None:
+            if frame is not None:
+                frame.release()
+            return
+        if self._each or not self._cells:
+            self._cells.append(Cell(self))
+        self._cells[-1].add(entry, frame)
+
+    def close(self) -> None:
+        """No member comes any more. Idempotent."""
+        self._closed = True
+        self.changed.set()
+
+    def refuse(self, kind: str, reason: str) -> None:
+        if self._refusal is None:
+            self._refusal = Hopeless(kind, reason)
+            self.changed.set()
+
+    # -- its life
+
+    async def filled(self, busy: Callable[[], bool]) -> None:
+        """Read back what lags until no member comes any more: closed, or old enough and not ``busy``."""
+        loop = asyncio.get_running_loop()
+        while not self._closed and self._refusal is None:
+            self.changed.clear()
+            self._catch_up()
+            wait_s = self._deadline_s - loop.time()
+            if wait_s <= 0:
+                if not busy():
+                    return
+                wait_s = AGE_S / 10
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.changed.wait()
+            except TimeoutError:
+                continue
+
+    async def end(self) -> list[Entry]:
+        """Have every member judged, store the partial; the entries that must be judged again, with others."""
+        self._closed = True
+        for cell in self._cells:
+            if self._refusal is None:
+                cell.finish()
+        while not all(cell.final for cell in self._cells):
+            self.changed.clear()
+            if self._refusal is not None:
+                await self._refused(self._refusal)
+                return []
+            self._catch_up()
+            if not all(cell.final for cell in self._cells):
+                await self.changed.wait()
+        return await self._store()
+
+    def abandon(self) -> None:
+        """Leave the lane and forget the members; what was not stored stays owed."""
+        for task in self._loading:
+            task.cancel()
+        for cell in self._cells:
+            cell.leave()
+        for entry in self._entries:
+            self._done(entry.record.object_id, self.kernel.name)
+        if not self.over.is_set():
+            self.domain.drop()
+        self.over.set()
+
+    # -- frames read back from disk
+
+    def _catch_up(self) -> None:
+        for cell in self._cells:
+            while len(self._loading) < LOADS_MAX and self._refusal is None:
+                number = cell.take()
+                if number is None:
+                    break
+                task = asyncio.get_running_loop().create_task(self._bring_back(cell, number))
+                self._loading.add(task)
+                task.add_done_callback(self._brought)
+
+    def _brought(self, task: asyncio.Task[None]) -> None:
+        self._loading.discard(task)
+        self.changed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a frame could not be read back", exc_info=error)
+            self.refuse("internal", "internal error of the kernel host")
+
+    async def _bring_back(self, cell: Cell, number: int) -> None:
+        entry = cell.entries[number]
+        record, geometry = entry.record, entry.geometry
+        await self.lane.admitted()
+        pieces = self.host.context.pieces
+        await pieces.acquire()
+        try:
+            loaded = await load(self.host.pad, record, geometry.origin, geometry.frame_bytes, self.domain)
+        except BaseException as error:
+            pieces.release()
+            if self.over.is_set() or not isinstance(error, Gone | Postponed | Hopeless):
+                raise
+            cell.without(number)
+            await self._lost(entry, error)
+            return
+        batch = LoadedBatch(loaded, number, 1, (pieces,))
+        if self.over.is_set() or self._refusal is not None:
+            batch.release()
+        else:
+            cell.loaded(batch)
+
+    async def _lost(self, entry: Entry, why: Exception) -> None:
+        """One member's frame cannot be had: the others go on without it."""
+        if isinstance(why, Postponed):
+            await self.host.postpone(entry.record, self.kernel.name, why)
+        elif isinstance(why, Hopeless):
+            await self._failed(entry, f"{why.kind}: {why}", give_up=True)
+
+    # -- the end
+
+    async def _refused(self, why: Hopeless) -> None:
+        """The lane serves nobody. The kernel's own failures are the answer to each member; ours are tried again."""
+        tally = self.host.context.tally
+        given_up = why.kind not in TRANSIENT
+        log.warning("kernel %s cannot reduce %d objects of %r: %s", self.kernel.name, len(self._entries), self.run, why)
+        if given_up:
+            tally.given_up(len(self._entries))
+        for entry in self._entries:
+            if given_up or why.kind == "internal":
+                await self._failed(entry, f"{why.kind}: {why}", give_up=given_up)
+            if not given_up:
+                await self.host.postpone(entry.record, self.kernel.name, Postponed(str(why)))
+
+    async def _failed(self, entry: Entry, reason: str, *, give_up: bool) -> None:
+        catalog = self.host.catalog
+        try:
+            await catalog.reduction_failed(entry.record.object_id, self.kernel.name, reason[:1000], give_up=give_up)
+        except (StaleVersion, NoSuchKey, NoSuchBucket):
+            return
+        except IngestError as error:
+            log.warning(
+                "kernel %s: the failure over %r was not recorded: %s", self.kernel.name, entry.record.key, error
+            )
+
+    async def _store(self) -> list[Entry]:
+        entries = [entry for entry in self._entries if not entry.gone]
+        if not entries:
+            return []
+        for entry in entries:
+            entry.ledger.record(self.kernel.name, entry.verdict)
+        body = await self.host.in_thread(lambda: memoryview(partials.encode(self._partial())))
+        try:
+            await self._commit(body, entries)
+        except MembersGone as refusal:
+            gone = set(str(refusal).split())
+            left = [entry for entry in entries if entry.record.object_id.hex() not in gone]
+            for entry in left:
+                entry.verdict = None
+                entry.ledger.record(self.kernel.name, None)
+            return left
+        except (StaleVersion, NoSuchKey, NoSuchBucket):
+            return []
+        except IngestError as error:
+            for entry in entries:
+                await self.host.postpone(entry.record, self.kernel.name, Postponed(f"{type(error).__name__}: {error}"))
+            return []
+        self.host.succeeded(entries[0].record.bucket, self.attachment)
+        return []
+
+    async def _commit(self, body: memoryview, entries: list[Entry]) -> None:
+        first = entries[0].record
+        for wait_s in (*STORE_BACKOFF_S, None):
+            object_id = secrets.token_bytes(16)
+            request = CommitObject(
+                bucket=first.bucket,
+                key=partial_key(self.kernel.name, self.run, object_id),
+                object_id=object_id,
+                length=len(body),
+                etag="",
+                crc64nvme=0,
+                owner=first.owner,
+                extents=(),
+                headers={"content-type": partials.CONTENT_TYPE},
+                partial=PartialOf(
+                    kernel=self.kernel.name,
+                    run=self.run,
+                    group=self.group,
+                    members=tuple(PartialMember(entry.record.object_id, entry.ledger.ledger()) for entry in entries),
+                    batch=True,
+                ),
+            )
+            crashpoint("partial-before")
+            try:
+                await self.host.pad.store(request, body)
+                return
+            except (StaleVersion, NoSuchKey, NoSuchBucket):
+                raise
+            except IngestError as error:
+                # Where the outcome is unknown and it was stored, the next attempt is told that nothing is owed.
+                log.warning("a partial was not stored (%s: %s)", type(error).__name__, error)
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+
+    def _partial(self) -> partials.Partial:
+        """In a thread. Members and their states in key order."""
+        cells = [cell for cell in self._cells if any(not entry.gone for entry in cell.entries)]
+        entries = [entry for cell in cells for entry in cell.entries if not entry.gone]
+        order = sorted(range(len(entries)), key=lambda at: entries[at].record.key)
+        state: StateArrays
+        if self._each:
+            state = {spec.name: np.stack([_state(cells[at])[spec.name] for at in order]) for spec in self.kernel.state}
+        else:
+            (cell,) = cells
+            state = _state(cell)
+        return partials.Partial(
+            origin=partials.Origin(
+                self.kernel.name, self.kernel.source, self.attachment.match, dict(self.attachment.params)
+            ),
+            members=tuple(_member(entries[at]) for at in order),
+            state=partials.state_bytes(state),
+            each=self._each,
+            started_ns=self._started_ns,
+            ended_ns=time.time_ns(),
+            feedback_events=self.feedback_events,
+        )
+
+
+def _state(cell: Cell) -> StateArrays:
+    assert cell.state is not None
+    return cell.state
+
+
+def _member(entry: Entry) -> partials.Member:
+    verdict = entry.verdict
+    return partials.member_of(
+        entry.record,
+        entry.geometry,
+        frames=1,
+        kept=int(verdict not in (None, DROP, REPLACE)),
+        dropped=int(verdict == DROP),
+        replaced=int(verdict == REPLACE),
+        unreduced=int(verdict is None),
+    )

@@ -1,0 +1,131 @@
+"""The merge of a run's partials. Pure: partials in, one state and its members out.
+
+Exact kernels (integers, min, max, or) merge in any order, each partial once, as it comes. Floating-point sums depend on the
+order, so theirs are merged anew each time, one member after the other in the order of their keys: whatever was retried,
+overwritten or judged late, the same members give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels.contract import Kernel, merge
+from kernels.runs.names import exact
+from kernels.runs.partial import Member, Partial, StateArrays
+
+
+def initial(kernel: Kernel) -> StateArrays:
+    return {spec.name: np.full(spec.shape, spec.identity, spec.dtype) for spec in kernel.state}
+
+
+def fold(kernel: Kernel, into: StateArrays, partial: Partial) -> None:
+    """Merge all of a partial into a state, in the order of its members. Raises BadPartial."""
+    arrays = partial.arrays(kernel)
+    for spec in kernel.state:
+        for part in arrays[spec.name] if partial.each else (arrays[spec.name],):
+            merge(spec, into[spec.name], part)
+
+
+def in_key_order(kernel: Kernel, partials: Collection[Partial]) -> StateArrays:
+    """Every member's own state merged by key (bytewise). Partials must have one state a member."""
+    total = initial(kernel)
+    for arrays, number in _by_key(kernel, partials):
+        for spec in kernel.state:
+            merge(spec, total[spec.name], arrays[spec.name][number])
+    return total
+
+
+def _by_key(kernel: Kernel, partials: Collection[Partial]) -> Iterator[tuple[StateArrays, int]]:
+    places = [
+        (member.key, partial.arrays(kernel), number)
+        for partial in partials
+        if partial.each
+        for number, member in enumerate(partial.members)
+    ]
+    for _, arrays, number in sorted(places, key=lambda place: place[0]):
+        yield arrays, number
+
+
+def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
+    """One partial in the place of several of the same group: members in key order. Raises BadPartial."""
+    found = list(partials)
+    order = sorted(
+        ((member.key, at, number) for at, one in enumerate(found) for number, member in enumerate(one.members)),
+        key=lambda place: place[0],
+    )
+    members = tuple(found[at].members[number] for _, at, number in order)
+    state: StateArrays
+    if exact(kernel):
+        state = initial(kernel)
+        for one in found:
+            fold(kernel, state, one)
+    else:
+        arrays = [one.arrays(kernel) for one in found]
+        state = {
+            spec.name: np.stack([arrays[at][spec.name][number] for _, at, number in order]) for spec in kernel.state
+        }
+    return Partial(
+        origin=found[0].origin,
+        members=members,
+        state={name: array.tobytes() for name, array in state.items()},
+        each=not exact(kernel),
+        started_ns=min(one.started_ns for one in found),
+        ended_ns=max(one.ended_ns for one in found),
+        feedback_events=sum(one.feedback_events for one in found),
+    )
+
+
+class Total:
+    """The state of one group while its partials come. Keeps what merging anew would need, and no more."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._exact = exact(kernel)
+        self._state = initial(kernel)
+        self._partials: dict[bytes, Partial] = {}
+        self.members: dict[bytes, tuple[Member, ...]] = {}
+        """By partial."""
+        self.started_ns = 0
+        self.ended_ns = 0
+        self.feedback_events = 0
+
+    def add(self, identity: bytes, partial: Partial) -> None:
+        """Each once. Raises BadPartial; then nothing has changed."""
+        if self._exact:
+            partial.arrays(self.kernel)
+            fold(self.kernel, self._state, partial)
+        else:
+            partial.arrays(self.kernel)
+            self._partials[identity] = partial
+        self.members[identity] = partial.members
+        self.started_ns = min(self.started_ns or partial.started_ns, partial.started_ns)
+        self.ended_ns = max(self.ended_ns, partial.ended_ns)
+        self.feedback_events += partial.feedback_events
+
+    def replace(self, old: Collection[bytes], new: bytes, partial: Partial) -> None:
+        """The same members are in one partial now."""
+        for identity in old:
+            del self.members[identity]
+            self._partials.pop(identity, None)
+        self.members[new] = partial.members
+        if not self._exact:
+            self._partials[new] = partial
+
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
+        if not self._exact:
+            return in_key_order(self.kernel, self._partials.values())
+        return {name: array.copy() for name, array in self._state.items()}
+
+    def all_members(self) -> list[Member]:
+        """In key order."""
+        return sorted((member for group in self.members.values() for member in group), key=lambda one: one.key)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes, about."""
+        members = sum(len(group) for group in self.members.values())
+        kept = sum(len(data) for one in self._partials.values() for data in one.state.values())
+        return sum(array.nbytes for array in self._state.values()) + 400 * members + kept

@@ -1,0 +1,61 @@
+"""Keys, groups and owners of runs. Pure.
+
+``_products/<kernel>/<run>_run.nxs`` is the product of the newest group, ``_run.<8 hex>.nxs`` of an older one, and
+``.partials/`` beside it holds what they are made of. ``<run>`` ends with ``/`` or is empty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+import msgspec
+
+from kernels.attach import PRODUCT_PREFIX, Attachment
+from kernels.contract import FLOAT_DTYPES, Kernel
+
+KEY_BYTES_MAX = 1024
+PARTIALS = b".partials/"
+PARTIAL_SUFFIX = b".partial"
+_LONGEST_NAME = 64
+"""Room for the longest name below a run's folder."""
+
+
+def folder(kernel: str, run: bytes) -> bytes:
+    """Where a run's products lie; a prefix too long for that is named by its SHA-256 under ``.long/``."""
+    base = PRODUCT_PREFIX + kernel.encode() + b"/"
+    if len(base) + len(run) + _LONGEST_NAME <= KEY_BYTES_MAX:
+        return base + run
+    return base + b".long/" + hashlib.sha256(run).hexdigest().encode() + b"/"
+
+
+def run_key(kernel: str, run: bytes, group: str | None = None) -> bytes:
+    """``group``: of an older group's product."""
+    name = b"_run.nxs" if group is None else b"_run." + group[:8].encode() + b".nxs"
+    return folder(kernel, run) + name
+
+
+def partial_key(kernel: str, run: bytes, object_id: bytes) -> bytes:
+    return folder(kernel, run) + PARTIALS + object_id.hex().encode() + PARTIAL_SUFFIX
+
+
+def clashes(key: bytes) -> bool:
+    """Whether an object's own product would have the name of a run's product, or lie among partials."""
+    name = key.rpartition(b"/")[2]
+    return name == b"_run" or name.startswith(b"_run.") or PARTIALS in b"/" + key
+
+
+def group_of(attachment: Attachment) -> str:
+    """What decides a state beside the frames: states with different groups are never merged."""
+    said = (attachment.kernel.name, attachment.kernel.sha256, sorted(attachment.params.items()))
+    return hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:32]
+
+
+def exact(kernel: Kernel) -> bool:
+    """Whether partial states may be merged in any order: all but floating-point sums."""
+    return not any(spec.merge == "sum" and spec.dtype in FLOAT_DTYPES for spec in kernel.state)
+
+
+def owner(bucket: str, run: bytes, kernel: str, workers: int) -> int:
+    """The worker that keeps the product: every process computes the same."""
+    return zlib.crc32(b"\0".join((bucket.encode(), kernel.encode(), run))) % workers

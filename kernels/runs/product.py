@@ -1,0 +1,166 @@
+"""The product of a run: a NeXus/HDF5 file, laid out like the product of one object (kernels/product.py).
+
+In: a ``RunFindings``. Out: its bytes. What is different from an object's product:
+
+    /entry/run                NXcollection: bucket, prefix, status (open, closing, closed), closed_by, closed_at, group, members,
+                              members_in_other_groups, pending (owed and not judged yet), failed, as_of (catalogue sequence)
+    /entry/run/failures       (key, reason) of members that the kernel failed on; the first few
+    /entry/members            one row a member, ordered by key: key, object_id, crc64nvme, frames, kept, dropped, replaced,
+                              unreduced
+    /entry/frames             sums over the members; gaps as (member, first frame, frames missing)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from ingest.records import OwedInRun, RunRecord
+from kernels import nexus, provenance
+from kernels.contract import Kernel
+from kernels.lineage import Input, Lineage, StageSettings, environment, location
+from kernels.runs.partial import Member, Origin
+
+CONTENT_TYPE = "application/x-hdf5"
+_COUNTS = ("frames", "kept", "dropped", "replaced", "unreduced")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunFindings:
+    """``members`` in key order; all of them, or the first ``listed`` of ``count``."""
+
+    run: RunRecord
+    kernel: Kernel
+    origin: Origin
+    group: str
+    state: Mapping[str, npt.NDArray[np.generic]]
+    members: Sequence[Member]
+    count: int
+    elsewhere: int
+    """Members of the run in other groups."""
+    owed: OwedInRun
+    as_of: int
+    started_ns: int
+    ended_ns: int
+    feedback_events: int
+    sums: Mapping[str, int]
+
+    @property
+    def status(self) -> str:
+        if not self.run.closed_ns:
+            return "open"
+        return "closing" if self.owed.pending else "closed"
+
+
+def sums_of(members: Sequence[Member]) -> dict[str, int]:
+    return {name: sum(getattr(member, name) for member in members) for name in _COUNTS}
+
+
+def build(findings: RunFindings) -> memoryview:
+    """The file. Blocks for as long as gzip takes."""
+    target = io.BytesIO()
+    with h5py.File(target, "w", libver=("v110", "v110"), track_order=False) as file:
+        entry = _entry(file, f"{findings.kernel.name} over {location(findings.run.bucket, findings.run.run)[5:]}")
+        nexus.text(entry, "start_time", nexus.time_text(findings.started_ns))
+        nexus.text(entry, "end_time", nexus.time_text(findings.ended_ns))
+        _state(entry, findings)
+        _run(entry, findings)
+        _frames(entry, findings)
+        _members(entry, findings.members)
+        provenance.write(entry, _lineage(findings))
+    return target.getbuffer()
+
+
+def build_failure(run: RunRecord, kernel: str, owed: OwedInRun, as_of: int) -> memoryview:
+    """A run whose members all failed: the product says why there is no state."""
+    target = io.BytesIO()
+    with h5py.File(target, "w", libver=("v110", "v110"), track_order=False) as file:
+        entry = _entry(file, f"{kernel} over {location(run.bucket, run.run)[5:]}")
+        reasons = sorted({reason for _, reason in owed.failures})
+        nexus.text(entry, "error", "; ".join(reasons) or "no member was reduced")
+        group = nexus.group(entry, "run", "NXcollection")
+        _about(group, run, "closed" if run.closed_ns else "open", owed, as_of)
+    return target.getbuffer()
+
+
+def _entry(file: h5py.File, title: str) -> h5py.Group:
+    file.attrs["NX_class"] = "NXroot"
+    file.attrs["default"] = "entry"
+    file.attrs["creator"] = f"hiss {environment().hiss}"
+    entry = nexus.group(file, "entry", "NXentry")
+    nexus.text(entry, "title", title)
+    return entry
+
+
+def _state(entry: h5py.Group, findings: RunFindings) -> None:
+    states = nexus.group(entry, "state", "NXcollection")
+    plots = []
+    for spec in findings.kernel.state:
+        values = findings.state[spec.name]
+        dataset = nexus.array(states, spec.name, values)
+        dataset.attrs["merge"] = spec.merge
+        if values.size > 1:
+            plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
+    if plots:
+        entry.attrs["default"] = plots[0]
+
+
+def _run(entry: h5py.Group, findings: RunFindings) -> None:
+    group = nexus.group(entry, "run", "NXcollection")
+    _about(group, findings.run, findings.status, findings.owed, findings.as_of)
+    nexus.text(group, "group", findings.group)
+    nexus.number(group, "members", findings.count)
+    nexus.number(group, "members_listed", len(findings.members))
+    nexus.number(group, "members_in_other_groups", findings.elsewhere)
+
+
+def _about(group: h5py.Group, run: RunRecord, status: str, owed: OwedInRun, as_of: int) -> None:
+    nexus.text(group, "bucket", run.bucket)
+    nexus.text(group, "prefix", nexus.key_text(run.run))
+    nexus.text(group, "status", status)
+    if run.closed_ns:
+        nexus.text(group, "closed_by", run.closed_by)
+        nexus.text(group, "closed_at", nexus.time_text(run.closed_ns))
+    nexus.number(group, "pending", owed.pending)
+    nexus.number(group, "failed", owed.failed)
+    failures = nexus.group(group, "failures", "NXcollection")
+    nexus.texts(failures, "key", [nexus.key_text(key) for key, _ in owed.failures])
+    nexus.texts(failures, "reason", [reason for _, reason in owed.failures])
+    nexus.number(group, "as_of", as_of)
+
+
+def _frames(entry: h5py.Group, findings: RunFindings) -> None:
+    group = nexus.group(entry, "frames", "NXcollection")
+    for name in _COUNTS:
+        nexus.number(group, "received" if name == "frames" else name, findings.sums[name])
+    gaps = [(number, first, count) for number, member in enumerate(findings.members) for first, count in member.gaps]
+    dataset = nexus.array(group, "gaps", np.array(gaps, np.int64).reshape(-1, 3))
+    dataset.attrs["columns"] = "member, first frame, frames missing"
+    nexus.number(group, "feedback_events", findings.feedback_events)
+
+
+def _members(entry: h5py.Group, members: Sequence[Member]) -> None:
+    group = nexus.group(entry, "members", "NXcollection")
+    nexus.texts(group, "key", [nexus.key_text(member.key) for member in members])
+    nexus.words(group, "object_id", [member.object_id.hex() for member in members])
+    nexus.words(group, "crc64nvme", [f"{member.crc64nvme:016x}" for member in members])
+    for name in _COUNTS:
+        nexus.array(group, name, np.array([getattr(member, name) for member in members], np.int64))
+
+
+def _lineage(findings: RunFindings) -> Lineage:
+    bucket = findings.run.bucket
+    return Lineage(
+        kernel=findings.kernel,
+        match=findings.origin.match,
+        settings=((StageSettings(findings.origin.params),),),
+        inputs=tuple(Input(member.record(bucket), member.geometry, member.frames) for member in findings.members),
+        started_ns=findings.started_ns,
+        ended_ns=findings.ended_ns,
+        run=findings.run.run,
+    )

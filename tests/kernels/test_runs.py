@@ -1,0 +1,253 @@
+"""Runs on a real node: whatever happens to the members, the product of a run equals numpy over what is finally stored."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.crash.harness import S3, Node, running, until
+
+SHAPE = (24, 32)
+BUCKET = "disk"
+RUN = "scan/7/"
+
+COUNT = """
+PARAMS = {"low": ("int64", 500)}
+STATE = {"total": ("int64", (24, 32), "sum"), "hits": ("int64", (1,), "sum"), "most": ("int64", (1,), "max"),
+         "index": ("int64", (1,), "max")}
+
+def frame(frame, params, state, index, out, feedback):
+    n = 0
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            value = np.int64(frame[y, x])
+            state.total[y, x] += value
+            state.most[0] = max(state.most[0], value)
+            n += value >= params.low
+    state.hits[0] += n
+    state.index[0] = max(state.index[0], index)
+    return KEEP if n > 380 else DROP
+"""
+
+
+def frame(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1000, SHAPE, np.uint16)
+
+
+def npy(values: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    np.save(target, values)
+    return target.getvalue()
+
+
+class Scene:
+    """A node, a client, and what should be stored: key -> frames (n, y, x)."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.client = S3(node)
+        self.stored: dict[str, np.ndarray] = {}
+
+    def kernel(self, name: str, source: str) -> None:
+        answer = self.client.put(BUCKET, f"_kernels/{name}.py", source.encode())
+        assert answer.ok, answer
+
+    def put(self, key: str, values: np.ndarray) -> None:
+        answer = self.client.put(BUCKET, key, npy(values))
+        assert answer.ok, answer
+        self.stored[key] = values.reshape(-1, *values.shape[-2:])
+
+    def delete(self, key: str) -> None:
+        assert self.client.delete(BUCKET, key).ok
+        del self.stored[key]
+
+    def members(self, run: str = RUN) -> list[str]:
+        return sorted(key for key in self.stored if key.rpartition("/")[0] + "/" == run)
+
+    def product(self, name: str, run: str = RUN, key: str = "_run.nxs") -> h5py.File | None:
+        answer = self.client.get(BUCKET, f"_products/{name}/{run}{key}")
+        return h5py.File(io.BytesIO(answer.body), "r") if answer.status == 200 else None
+
+    def wait(self, name: str, good: Callable[[h5py.File], Any], what: str, run: str = RUN) -> h5py.File:
+        found: list[h5py.File] = []
+
+        def look() -> bool:
+            file = self.product(name, run)
+            if file is not None and good(file):
+                found.append(file)
+                return True
+            time.sleep(0.1)
+            return False
+
+        until(look, lambda: f"{what}: {self.seen(name, run)}\n{self.node.tail(25)}", 60)
+        return found[0]
+
+    def seen(self, name: str, run: str) -> str:
+        file = self.product(name, run)
+        if file is None:
+            return "no product"
+        said = {key: value[()] for key, value in file["entry/run"].items() if isinstance(value, h5py.Dataset)}
+        return f"{said}, members {list(file['entry/members/key'].asstr()) if 'entry/members' in file else None}"
+
+    def complete(self, name: str, run: str = RUN) -> h5py.File:
+        """Wait until the product names exactly the stored versions, and is what numpy makes of them."""
+
+        def right(file: h5py.File) -> bool:
+            return "entry/members" in file and self._named(file) == self._wanted(run)
+
+        file = self.wait(name, right, f"the product names {len(self.members(run))} members", run)
+        check_count(file, self.frames(run))
+        return file
+
+    def frames(self, run: str = RUN) -> np.ndarray:
+        return np.concatenate([self.stored[key] for key in self.members(run)])
+
+    def _named(self, file: h5py.File) -> list[tuple[str, str]]:
+        group = file["entry/members"]
+        return list(zip(group["key"].asstr(), group["object_id"].asstr(), strict=True))
+
+    def _wanted(self, run: str) -> list[tuple[str, str]]:
+        ids = {record.key.decode(): record.object_id.hex() for record in self.node.records() if record.bucket == BUCKET}
+        return [(key, ids[key]) for key in self.members(run)]
+
+    def partials(self, name: str, run: str = RUN) -> list[str]:
+        prefix = f"_products/{name}/{run}.partials/"
+        return [key for key in self.client.listed(BUCKET) if key.startswith(prefix)]
+
+
+def check_count(file: h5py.File, frames: np.ndarray) -> None:
+    """COUNT's state over ``frames``, bit for bit."""
+    state = file["entry/state"]
+    hits = (frames >= 500).sum(axis=(1, 2))
+    assert np.array_equal(state["total"][()], frames.sum(axis=0, dtype=np.int64))
+    assert state["hits"][0] == hits.sum()
+    assert state["most"][0] == frames.max()
+    counts = file["entry/frames"]
+    assert counts["received"][()] == len(frames)
+    assert counts["kept"][()] == (hits > 380).sum()
+    assert counts["dropped"][()] == (hits <= 380).sum()
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with running(tmp_path_factory.mktemp("runs"), kernels="on", workers="2") as node:
+        yield node
+
+
+@pytest.fixture
+def scene(node: Node) -> Iterator[Scene]:
+    scene = Scene(node)
+    scene.client.make_buckets()
+    yield scene
+    for key in scene.client.listed(BUCKET):
+        scene.client.delete(BUCKET, key)
+    scene.client.close()
+
+
+def test_frames_of_their_own_objects_have_one_product(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    for number in range(60):
+        scene.put(f"{RUN}{number:04}.npy", frame(number))
+    file = scene.complete("count")
+    assert file["entry/state/index"][0] == 0, "each is frame 0 of its object"
+    assert file["entry/run/status"].asstr()[()] == "open"
+    named = scene.client.listed(BUCKET)
+    assert not [key for key in named if key.startswith("_products/") and key.endswith(".npy.nxs")]
+    ledgers = [record.ledger for record in scene.node.records() if record.key.startswith(RUN.encode())]
+    assert all(ledger and (ledger.received, ledger.unreduced) == (1, 0) for ledger in ledgers)
+    hits = (scene.frames() >= 500).sum(axis=(1, 2))
+    assert sum(ledger.kept for ledger in ledgers if ledger) == (hits > 380).sum()
+
+
+def test_stacks_and_single_frames_are_merged(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    scene.put(f"{RUN}a.npy", np.stack([frame(number) for number in range(5)]))
+    for number in range(10, 20):
+        scene.put(f"{RUN}b{number}.npy", frame(number))
+    scene.put(f"{RUN}c.npy", np.stack([frame(number) for number in range(30, 33)]))
+    scene.put("scan/8/a.npy", frame(99))
+    scene.put("scan/7/deeper/a.npy", frame(98))
+    scene.complete("count")
+    scene.complete("count", "scan/8/")
+    scene.complete("count", "scan/7/deeper/")
+
+
+def test_overwritten_and_deleted_members_are_merged_anew(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    scene.put(f"{RUN}stack.npy", np.stack([frame(number) for number in range(4)]))
+    for number in range(30):
+        scene.put(f"{RUN}{number:04}.npy", frame(100 + number))
+    scene.complete("count")
+    # The maximum must go down again, which nothing but a new merge can do.
+    scene.put(f"{RUN}0007.npy", frame(100 + 7) // 2)
+    scene.delete(f"{RUN}0003.npy")
+    scene.put(f"{RUN}stack.npy", np.stack([frame(7), frame(8)]))
+    scene.complete("count")
+    scene.delete(f"{RUN}stack.npy")
+    scene.complete("count")
+    for key in scene.members():
+        scene.delete(key)
+    until(lambda: scene.product("count") is None, "a run without members has no product", 60)
+    until(lambda: not scene.partials("count"), "nor partials")
+
+
+def test_a_client_that_sends_a_frame_again_counts_once(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    for number in range(12):
+        for _ in range(3):
+            scene.put(f"{RUN}{number:04}.npy", frame(number))
+    file = scene.complete("count")
+    assert file["entry/frames/received"][()] == 12
+
+
+def test_uploads_that_break_off_leave_nothing(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    body = npy(frame(1))
+    for number in range(5):
+        with contextlib.suppress(OSError):
+            _put_half(scene.node, f"/{BUCKET}/{RUN}half{number}.npy", body)
+    for number in range(5):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.complete("count")
+
+
+def _put_half(node: Node, path: str, body: bytes) -> None:
+    import socket
+
+    from tests.crash.harness import _sign
+
+    with socket.create_connection(("127.0.0.1", node.port()), timeout=10) as wire:
+        headers = _sign("PUT", path, "", {"host": f"127.0.0.1:{node.port()}"}) | {"content-length": str(len(body))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        wire.sendall(f"PUT {path} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+
+
+def test_other_parameters_are_another_group(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    for number in range(6):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    first = scene.complete("count")
+    old = first["entry/run/group"].asstr()[()]
+    scene.kernel("count", COUNT.replace("500", "501"))
+    for number in range(6, 10):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    file = scene.wait("count", lambda f: f["entry/run/members"][()] == 4, "the new group's product")
+    assert file["entry/run/members_in_other_groups"][()] == 6
+    newer = np.stack([frame(number) for number in range(6, 10)])
+    assert file["entry/state/hits"][0] == (newer >= 501).sum()
+    older = scene.product("count", key=f"_run.{old[:8]}.nxs")
+    assert older is not None
+    check_count(older, np.stack([frame(number) for number in range(6)]))
+    assert older["entry/run/members_in_other_groups"][()] == 4
+    # Sent again, the old members are judged by what the kernel is now, and the old group is gone.
+    for number in range(6):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.wait("count", lambda f: f["entry/run/members"][()] == 10, "all members in one group")
+    until(lambda: scene.product("count", key=f"_run.{old[:8]}.nxs") is None, "the old group's product is deleted")
