@@ -1,4 +1,4 @@
-"""What a kernel is once admitted: its parameters, its state arrays, its verdicts, and how partial states merge.
+"""What a kernel is once admitted: its parameters, arrays, state, verdicts, and how partial states merge.
 
 In: the declarations that the gate (kernels/gate.py) read from a kernel's source. Out: plain frozen values that the
 sandbox, the host and the products share, and ``merge``, the trusted half of a reduction. Nothing here compiles or runs
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,35 @@ class Kernel:
         return f"{self.name}.py"
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """One kernel of a chain with what it is given; see resolve_params and resolve_arrays."""
+
+    kernel: Kernel
+    params: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, npt.NDArray[np.generic]] = dataclasses.field(default_factory=dict)
+
+
+Geometry = tuple[str, tuple[int, ...]]
+"""dtype and shape of one frame."""
+
+
+def out_geometry(kernel: Kernel, frame: Geometry) -> Geometry | None:
+    """Of ``out``, for such frames; None where the kernel has none."""
+    if kernel.out is None:
+        return None
+    dtype, shape = frame
+    return kernel.out.dtype or np.dtype(dtype).name, kernel.out.shape or shape
+
+
+def chain_geometries(kernels: Sequence[Kernel], frame: Geometry) -> list[Geometry]:
+    """What each kernel of a chain gets as its frame: the ``out`` of the one before, where that has one."""
+    geometries = [frame]
+    for kernel in kernels[:-1]:
+        geometries.append(out_geometry(kernel, geometries[-1]) or geometries[-1])
+    return geometries
+
+
 def fits(dtype: str, value: object) -> bool:
     """Whether a number can be stored in ``dtype`` without changing its meaning (floats may round, never overflow)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -180,6 +209,49 @@ def resolve_params(kernel: Kernel, given: Mapping[str, int | float]) -> dict[str
             raise KernelRefused(kernel.file, 1, f"parameter {name!r}: {value!r} is not a value of {spec.dtype}")
         values[name] = value
     return values
+
+
+def resolve_arrays(
+    kernel: Kernel, given: Mapping[str, npt.NDArray[np.generic]], shape: tuple[int, ...]
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Every array parameter as the kernel declares it, C-ordered; ``shape`` is that of a frame. Raises KernelRefused.
+
+    An array is taken when its dtype converts to the declared one without any loss (numpy's "safe" casting: uint8 to
+    uint16, bool to uint8, float32 to float64, any byte order) and its shape fits.
+    """
+    specs = {spec.name: spec for spec in kernel.arrays}
+    for name in given:
+        if name not in specs:
+            declared = ", ".join(specs) or "none"
+            raise KernelRefused(kernel.file, 1, f"array {name!r} is not in PARAMS (arrays declared: {declared})")
+    resolved = {name: _fitted(kernel, spec, given.get(name), shape) for name, spec in specs.items()}
+    if sum(array.nbytes for array in resolved.values()) > MAX_ARRAY_BYTES:
+        raise KernelRefused(kernel.file, 1, f"the arrays of PARAMS need more than {MAX_ARRAY_BYTES >> 20} MiB")
+    return resolved
+
+
+def _fitted(
+    kernel: Kernel, spec: ArraySpec, array: npt.NDArray[np.generic] | None, frame_shape: tuple[int, ...]
+) -> npt.NDArray[np.generic]:
+    if array is None:
+        raise KernelRefused(
+            kernel.file, 1, f"array {spec.name!r} is missing: upload it as _kernels/{kernel.name}/{spec.name}.npy"
+        )
+    wanted = frame_shape if spec.shape is None else spec.shape
+    fitting = len(wanted) == array.ndim and all(w in (-1, s) for w, s in zip(wanted, array.shape, strict=True))
+    if not fitting or array.size == 0:
+        declared = f"{FRAME!r}, here {frame_shape}" if spec.shape is None else f"{spec.shape}"
+        raise KernelRefused(
+            kernel.file, 1, f"array {spec.name!r} has shape {array.shape}, PARAMS declares {declared} (-1: any size)"
+        )
+    if not np.can_cast(array.dtype, spec.dtype, "safe"):
+        raise KernelRefused(
+            kernel.file,
+            1,
+            f"array {spec.name!r} is {array.dtype}, PARAMS declares {spec.dtype}: upload it as {spec.dtype}, or as a dtype "
+            "that converts to it without loss",
+        )
+    return np.ascontiguousarray(array, np.dtype(spec.dtype))
 
 
 def merge(spec: StateSpec, into: npt.NDArray[np.generic], other: npt.NDArray[np.generic]) -> None:

@@ -112,7 +112,7 @@ class ForkServer:
             spec = self._decoder.decode(data).spec
         except msgspec.MsgspecError as error:
             return f"malformed request: {error}"
-        if len(fds) != 2 + spec.region_count or not spec.layouts:
+        if len(fds) != 2 + bool(spec.arrays_bytes) + spec.region_count or not spec.layouts or not spec.stages:
             return "the request does not match its descriptors"
         if not self._free_lanes:
             return "too many sandboxes are running"
@@ -177,7 +177,7 @@ class ForkServer:
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int], int]:
     fds = array.array("i")
-    space = socket.CMSG_SPACE((2 + wire.MAX_REGIONS) * fds.itemsize)
+    space = socket.CMSG_SPACE((3 + wire.MAX_REGIONS) * fds.itemsize)
     data, ancillary, flags, _ = connection.recvmsg(wire.MAX_FORK_REQUEST_BYTES, space)
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -24,6 +24,7 @@ from ingest.counters import Counters
 from ingest.ports import Domain, FrameBatch, KernelRefused
 from ingest.records import FrameGeometry
 from kernels.attach import Attachment
+from kernels.contract import Stage
 from kernels.sandbox import Batch, Reply, Sandbox, SandboxFailed, SandboxLimits
 from kernels.scheduler import Collect, Reset, Run, Schedule
 from kernels.wire import MAX_BATCH
@@ -262,8 +263,7 @@ class Lane:
             try:
                 return await Sandbox.start(
                     self._owner.zygote_socket,
-                    self.attachment.kernel,
-                    self.attachment.params,
+                    [Stage(self.attachment.kernel, self.attachment.params)],
                     dtype=self.key.dtype,
                     shape=self.key.shape,
                     region_fds=self._domain.region_fds,

@@ -1,9 +1,9 @@
-"""The gateway's side of one sandboxed kernel: start it, give it batches, take its results, be sure that it is gone.
+"""The gateway's side of one sandboxed kernel, or chain: start it, give it batches, take its results, be sure that it is gone.
 
-In: an admitted kernel, the layout of frames, descriptors of the regions the frames lie in. Out: verdicts and feedback for
-each batch, and copies of the state arrays. What always holds: nothing the process writes is trusted (values are copied
-out once, then validated); a process that hangs, dies or lies is killed and costs one ``SandboxFailed``; after ``close``
-has returned, or ``SandboxFailed`` was raised, the process has ended and maps no region any more.
+In: admitted kernels, the layout of frames, descriptors of the regions the frames lie in. Out: verdicts, feedback, rows and
+transformed frames for each batch, and copies of the state arrays. What always holds: nothing the process writes is trusted
+(values are copied out once, then validated); a process that hangs, dies or lies is killed and costs one ``SandboxFailed``;
+after ``close`` has returned, or ``SandboxFailed`` was raised, the process has ended and maps no region any more.
 """
 
 from __future__ import annotations
@@ -12,17 +12,30 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ingest.ports import KernelRefused
+from kernels import arrays as array_memory
 from kernels import wire
-from kernels.contract import DTYPES, MAX_FRAME_NDIM, Kernel, resolve_params
-from kernels.output import Output, Reply, validated
+from kernels.contract import (
+    DTYPES,
+    MAX_FRAME_NDIM,
+    MAX_OUT_BYTES,
+    Geometry,
+    Kernel,
+    Stage,
+    chain_geometries,
+    out_geometry,
+    resolve_arrays,
+    resolve_params,
+)
+from kernels.memory import OutputLayout, frame_bytes
+from kernels.output import Output, Reply, finished, validated
 from kernels.process import SandboxFailed, SandboxProcess
 
 __all__ = ["Batch", "Reply", "Sandbox", "SandboxFailed", "SandboxLimits", "check"]
@@ -43,6 +56,7 @@ class SandboxLimits:
     batch_timeout_s: float = 2.0
     frame_timeout_s: float = 0.1
     """A batch may take ``batch_timeout_s + count * frame_timeout_s``."""
+    finish_timeout_s: float = 10.0
     nice: int = 5
     """Of a worker's first sandbox; see ``among``."""
     batch_scheduling: bool = True
@@ -60,7 +74,13 @@ _NICE_MAX = 19
 STEP_BACK_S = 0.5
 """A batch that takes longer goes on in idle time only: it must not cost the streams of others."""
 _CLOSED = "the sandbox is closed"
+_ARRAYS_ON_LOOP_BYTES_MAX = 1 << 20
 _DEFAULT_LIMITS = SandboxLimits()
+_Result = TypeVar("_Result")
+
+
+def _nothing(_: object) -> None:
+    pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,28 +97,19 @@ class Batch:
     alone: bool = False
     """See wire.Run."""
     table: bytes = b""
+    collect_out: bool = False
+    """Answer with the ``out`` of every frame; ``count`` is then at most the sandbox's ``out_frames``."""
 
 
 class Sandbox:
     """One sandboxed process. Belongs to one event loop; ``run`` calls queue up."""
 
-    def __init__(
-        self,
-        process: SandboxProcess,
-        output: Output,
-        *,
-        frame_bytes: int,
-        region_count: int,
-        region_bytes: int,
-        slots: int,
-        limits: SandboxLimits,
-    ) -> None:
+    def __init__(self, process: SandboxProcess, output: Output, spec: wire.SandboxSpec, limits: SandboxLimits) -> None:
         self._process = process
         self._output: Output | None = output
-        self._frame_bytes = frame_bytes
-        self._region_count = region_count
-        self._region_bytes = region_bytes
-        self._slots = slots
+        self._spec = spec
+        self._files = [stage.kernel.file for stage in spec.stages]
+        self._frame_bytes = frame_bytes(spec.layouts[0])
         self._limits = limits
         self._sequence = 0
         self._turn = asyncio.Lock()
@@ -108,8 +119,7 @@ class Sandbox:
     async def start(
         cls,
         zygote_socket: str,
-        kernel: Kernel,
-        params: Mapping[str, int | float],
+        stages: Sequence[Stage],
         *,
         dtype: str,
         shape: tuple[int, ...],
@@ -117,32 +127,55 @@ class Sandbox:
         region_bytes: int,
         slots: int = 8,
         limits: SandboxLimits = _DEFAULT_LIMITS,
+        out_frames: int = 0,
     ) -> Sandbox:
         """Fork, lock down and compile for C-ordered frames of ``dtype`` and ``shape``.
 
-        ``region_fds``: memfds sealed against future writing and shrinking, ``region_bytes`` each. Raises KernelRefused
-        (does not compile; the line is the user's), SandboxFailed, or ValueError for arguments out of their limits.
+        ``stages``: the chain, first kernel first; verdicts, state, feedback, rows and out are those of the last.
+        ``region_fds``: memfds sealed against future writing and shrinking, ``region_bytes`` each. ``out_frames``: how many
+        frames of ``out`` one batch may ask for. Raises KernelRefused (a parameter or array does not fit, or it does not
+        compile: the line is the user's), SandboxFailed, or ValueError for arguments out of their limits.
         """
-        frame_bytes = _check_geometry(dtype, shape)
+        _check_geometry(dtype, shape)
         if not 1 <= slots <= wire.MAX_SLOTS or len(region_fds) > wire.MAX_REGIONS:
             raise ValueError(f"at most {wire.MAX_SLOTS} slots and {wire.MAX_REGIONS} regions")
+        if not 0 <= out_frames <= wire.MAX_BATCH:
+            raise ValueError(f"{out_frames} frames of out: a batch has at most {wire.MAX_BATCH}")
         for fd in region_fds:
             _check_seals(fd)
-        spec = _spec(kernel, params, ((dtype, shape),), len(region_fds), region_bytes, slots, limits)
-        process, output, refusals = await _launch(zygote_socket, spec, region_fds, limits)
+        kernels = _checked_chain([stage.kernel for stage in stages])
+        inputs = chain_geometries(kernels, (dtype, shape))
+        for kernel, geometry in zip(kernels, inputs, strict=True):
+            _check_out(kernel, geometry)
+        arrays = [
+            resolve_arrays(stage.kernel, stage.arrays, geometry[1])
+            for stage, geometry in zip(stages, inputs, strict=True)
+        ]
+        places, arrays_bytes = array_memory.place(arrays)
+        spec = _spec(
+            [
+                wire.StageSpec(stage.kernel, resolve_params(stage.kernel, stage.params), placed)
+                for stage, placed in zip(stages, places, strict=True)
+            ],
+            ((dtype, shape),),
+            limits,
+            region_count=len(region_fds),
+            region_bytes=region_bytes,
+            arrays_bytes=arrays_bytes,
+            slots=slots,
+            out_frames=out_frames,
+        )
+        with contextlib.ExitStack() as stack:
+            fds = list(region_fds)
+            if arrays_bytes:
+                fds.insert(0, await _written(arrays, places, arrays_bytes))
+                stack.callback(os.close, fds[0])
+            process, output, refusals = await _launch(zygote_socket, spec, fds, limits)
         if refusals:
             await process.kill()
             output.close()
-            raise _refusal(kernel, refusals[0])
-        return cls(
-            process,
-            output,
-            frame_bytes=frame_bytes,
-            region_count=len(region_fds),
-            region_bytes=region_bytes,
-            slots=slots,
-            limits=limits,
-        )
+            raise _refusal(kernels, refusals[0])
+        return cls(process, output, spec, limits)
 
     @property
     def alive(self) -> bool:
@@ -160,16 +193,17 @@ class Sandbox:
         """
         self._check_batch(batch)
         async with self._turn:
-            exchange = asyncio.ensure_future(self._exchange(batch))
-            try:
-                return await asyncio.shield(exchange)
-            except asyncio.CancelledError:
-                while not exchange.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait((exchange,))
-                if not exchange.cancelled():
-                    exchange.exception()
-                raise
+            return await _to_its_end(self._judge(batch))
+
+    async def finish(self, state: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        """The state arrays after the kernel's ``finish(state, params)`` worked on a copy of ``state``.
+
+        Raises SandboxFailed as ``run`` does, and ValueError for a kernel without finish() or a state that is not its own.
+        """
+        if not self._spec.stages[-1].kernel.has_finish:
+            raise ValueError("the kernel has no finish()")
+        async with self._turn:
+            return await _to_its_end(self._conclude(state))
 
     def reset(self, slot: int) -> None:
         """Set the slot's state arrays to the identities of their merges."""
@@ -192,9 +226,9 @@ class Sandbox:
         if output is not None:
             output.close()
 
-    # -- one batch
+    # -- one request
 
-    async def _exchange(self, batch: Batch) -> Reply:
+    async def _judge(self, batch: Batch) -> Reply:
         output = self._opened()
         self._sequence += 1
         run = wire.Run(
@@ -205,21 +239,46 @@ class Sandbox:
             batch.frame_bytes,
             batch.first_frame,
             batch.count,
-            batch.alone,
+            alone=batch.alone,
+            collect_out=batch.collect_out,
         )
         output.verdicts.fill(wire.NO_VERDICT)
         timeout_s = self._limits.batch_timeout_s + batch.count * self._limits.frame_timeout_s
-        late = asyncio.get_running_loop().call_later(STEP_BACK_S, self._process.step_back)
+        return await self._exchange(
+            run.pack() + batch.table,
+            timeout_s,
+            lambda reply: validated(reply, run, output, self._files, encoded=bool(batch.table)),
+            lambda: self._where(output, batch, timeout_s),
+        )
+
+    async def _conclude(self, state: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        output = self._opened()
+        output.place_finish(state)
+        self._sequence += 1
+        run = wire.Run(self._sequence, 0, 0, 0, 0, 0, 0, operation=wire.OP_FINISH)
+        timeout_s = self._limits.finish_timeout_s
+        return await self._exchange(
+            run.pack(),
+            timeout_s,
+            lambda reply: finished(reply, run, output, self._files),
+            lambda: f"finish() did not end within {timeout_s:g} s",
+        )
+
+    async def _exchange(
+        self, request: bytes, timeout_s: float, taken: Callable[[wire.RawReply], _Result], late: Callable[[], str]
+    ) -> _Result:
+        """One request, one answer; ``taken`` copies and checks. Whatever goes wrong ends the process."""
+        backing = asyncio.get_running_loop().call_later(STEP_BACK_S, self._process.step_back)
         try:
-            if not self._process.send(run.pack() + batch.table):
+            if not self._process.send(request):
                 raise SandboxFailed("crash", await self._process.kill())
             try:
                 reply = await self._process.receive(timeout_s)
             except TimeoutError:
-                raise SandboxFailed("timeout", self._where(output, batch, timeout_s)) from None
+                raise SandboxFailed("timeout", late()) from None
             if reply is None:
                 raise SandboxFailed("crash", await self._process.kill())
-            return validated(reply, run, output, encoded=bool(batch.table))
+            return taken(reply)
         except SandboxFailed:
             await self._end()
             if self._closing:
@@ -230,9 +289,9 @@ class Sandbox:
             self._process.signal_kill()
             raise
         finally:
-            if late.when() <= asyncio.get_running_loop().time():
+            if backing.when() <= asyncio.get_running_loop().time():
                 self._process.step_forward()
-            late.cancel()
+            backing.cancel()
 
     @staticmethod
     def _where(output: Output, batch: Batch, timeout_s: float) -> str:
@@ -249,19 +308,21 @@ class Sandbox:
         return self._output
 
     def _check_slot(self, slot: int) -> int:
-        if not 0 <= slot < self._slots:
-            raise ValueError(f"slot {slot} of {self._slots}")
+        if not 0 <= slot < self._spec.slots:
+            raise ValueError(f"slot {slot} of {self._spec.slots}")
         return slot
 
     def _check_batch(self, batch: Batch) -> None:
         self._check_slot(batch.slot)
         if not 1 <= batch.count <= wire.MAX_BATCH:
             raise ValueError(f"{batch.count} frames: a batch has 1 to {wire.MAX_BATCH}")
+        if batch.collect_out and batch.count > self._spec.out_frames:
+            raise ValueError(f"{batch.count} frames of out: the sandbox was started for {self._spec.out_frames}")
         if batch.frame_bytes != self._frame_bytes:
             raise ValueError(f"frames of {batch.frame_bytes} bytes, compiled for {self._frame_bytes}")
-        if not 0 <= batch.region < self._region_count:
-            raise ValueError(f"region {batch.region} of {self._region_count}")
-        if batch.offset < 0 or batch.offset + batch.count * batch.frame_bytes > self._region_bytes:
+        if not 0 <= batch.region < self._spec.region_count:
+            raise ValueError(f"region {batch.region} of {self._spec.region_count}")
+        if batch.offset < 0 or batch.offset + batch.count * batch.frame_bytes > self._spec.region_bytes:
             raise ValueError("the batch does not lie within its region")
         if not 0 <= batch.first_frame < 1 << 62:
             raise ValueError(f"first frame {batch.first_frame}")
@@ -281,27 +342,29 @@ async def check(
     layouts = tuple((dtype, (2,) * ndim) for dtype, ndim in dtypes)
     for dtype, shape in layouts:
         _check_geometry(dtype, shape)
-    spec = _spec(kernel, {}, layouts, 0, 0, 1, limits)
+        _check_out(kernel, (dtype, shape))
+    spec = _spec([wire.StageSpec(kernel, resolve_params(kernel, {}), ())], layouts, limits, compile_only=True)
     process, output, refusals = await _launch(zygote_socket, spec, (), limits)
     await process.kill()
     output.close()
     if refusals and len({refusal.index for refusal in refusals}) >= len(layouts):
-        raise _refusal(kernel, refusals[0])
+        raise _refusal([kernel], refusals[0])
     return {
-        layouts[refusal.index][0]: str(_refusal(kernel, refusal))
+        layouts[refusal.index][0]: str(_refusal([kernel], refusal))
         for refusal in refusals
         if refusal.index < len(layouts)
     }
 
 
 async def _launch(
-    zygote_socket: str, spec: wire.SandboxSpec, region_fds: Sequence[int], limits: SandboxLimits
+    zygote_socket: str, spec: wire.SandboxSpec, fds: Sequence[int], limits: SandboxLimits
 ) -> tuple[SandboxProcess, Output, list[wire.RawReply]]:
     """A process that has compiled, or has refused for every layout; raises SandboxFailed with the process gone."""
-    output = Output(wire.OutputLayout(spec.kernel.state, spec.slots))
+    kernels = [stage.kernel for stage in spec.stages]
+    output = Output(OutputLayout(kernels, spec.layouts[0], spec.slots, spec.out_frames))
     try:
         try:
-            process = await SandboxProcess.fork(zygote_socket, spec, output.fd, region_fds)
+            process = await SandboxProcess.fork(zygote_socket, spec, output.fd, fds)
         finally:
             output.close_fd()
         return process, output, await _compile_or_kill(process, len(spec.layouts), limits.compile_timeout_s)
@@ -346,22 +409,50 @@ async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> 
         refusals.append(reply)
 
 
+async def _written(
+    arrays: Sequence[array_memory.Arrays], places: Sequence[Sequence[wire.ArrayPlace]], size_bytes: int
+) -> int:
+    """Descriptor of the memory of arrays."""
+    if size_bytes <= _ARRAYS_ON_LOOP_BYTES_MAX:
+        return array_memory.write(arrays, places, size_bytes)
+    return await _to_its_end(asyncio.to_thread(array_memory.write, arrays, places, size_bytes), os.close)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, _Result], undo: Callable[[_Result], object] = _nothing) -> _Result:
+    """Await, also when cancelled: then the work still ends first, and ``undo`` gets its result."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((task,))
+        if not task.cancelled() and task.exception() is None:
+            undo(task.result())
+        raise
+
+
 def _spec(
-    kernel: Kernel,
-    params: Mapping[str, int | float],
-    layouts: tuple[tuple[str, tuple[int, ...]], ...],
-    region_count: int,
-    region_bytes: int,
-    slots: int,
+    stages: Sequence[wire.StageSpec],
+    layouts: tuple[Geometry, ...],
     limits: SandboxLimits,
+    *,
+    compile_only: bool = False,
+    region_count: int = 0,
+    region_bytes: int = 0,
+    arrays_bytes: int = 0,
+    slots: int = 1,
+    out_frames: int = 0,
 ) -> wire.SandboxSpec:
     return wire.SandboxSpec(
-        kernel=kernel,
-        params=resolve_params(kernel, params),
+        stages=tuple(stages),
         layouts=layouts,
+        compile_only=compile_only,
         region_count=region_count,
         region_bytes=region_bytes,
+        arrays_bytes=arrays_bytes,
         slots=slots,
+        out_frames=out_frames,
         memory_bytes=limits.memory_bytes,
         nice=limits.nice,
         batch_scheduling=limits.batch_scheduling,
@@ -369,13 +460,36 @@ def _spec(
     )
 
 
-def _refusal(kernel: Kernel, refusal: wire.RawReply) -> KernelRefused:
+def _refusal(kernels: Sequence[Kernel], refusal: wire.RawReply) -> KernelRefused:
+    kernel = kernels[min(refusal.stage, len(kernels) - 1)]
     lines = kernel.source.count("\n") + 1
-    return KernelRefused(kernel.file, min(max(refusal.detail, 1), lines), refusal.text or "does not compile")
+    return KernelRefused(kernel.file, min(max(refusal.line, 1), lines), refusal.text or "does not compile")
 
 
-def _check_geometry(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one frame. Raises ValueError for frames no kernel can be compiled for."""
+def _checked_chain(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+    """Raises ValueError for a chain that no sandbox takes, KernelRefused for one whose sources are too large."""
+    if not 1 <= len(kernels) <= wire.MAX_STAGES:
+        raise ValueError(f"a chain of {len(kernels)} kernels: 1 to {wire.MAX_STAGES} are possible")
+    total = sum(len(kernel.source.encode()) for kernel in kernels)
+    if total > wire.MAX_CHAIN_SOURCE_BYTES:
+        raise KernelRefused(
+            kernels[-1].file,
+            1,
+            f"the chain's sources have {total} bytes, at most {wire.MAX_CHAIN_SOURCE_BYTES} are allowed",
+        )
+    return kernels
+
+
+def _check_out(kernel: Kernel, frame: Geometry) -> None:
+    out = out_geometry(kernel, frame)
+    if out is not None and frame_bytes(out) > MAX_OUT_BYTES:
+        raise KernelRefused(
+            kernel.file, 1, f"OUT has more than {MAX_OUT_BYTES >> 20} MiB for frames of shape {frame[1]}"
+        )
+
+
+def _check_geometry(dtype: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for frames no kernel can be compiled for."""
     try:
         parsed = np.dtype(dtype)
     except TypeError:
@@ -384,7 +498,6 @@ def _check_geometry(dtype: str, shape: tuple[int, ...]) -> int:
         raise ValueError(f"frames of {dtype!r} are not supported: little-endian {', '.join(DTYPES)} are")
     if not 1 <= len(shape) <= MAX_FRAME_NDIM or min(shape) < 1:
         raise ValueError(f"frames of shape {shape} are not supported: 1 to {MAX_FRAME_NDIM} dimensions, none empty")
-    return math.prod(shape) * parsed.itemsize
 
 
 def _check_seals(fd: int) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from ingest.ports import KernelRefused
 from kernels import lockdown, probes, wire
-from kernels.contract import DROP, KEEP, Kernel, StateSpec
+from kernels.contract import DROP, KEEP, Kernel, Stage, StateSpec
+from kernels.memory import OutputLayout
 from kernels.process import SandboxFailed, SandboxProcess
 from kernels.sandbox import Batch, Sandbox, SandboxLimits
 
@@ -103,12 +104,14 @@ async def _attempt(zygote_socket: str, probe: str, region_fd: int) -> str:
     """The probe's own account if its process survived, else how that ended."""
     limits = SandboxLimits()
     spec = wire.SandboxSpec(
-        kernel=_KERNEL,
-        params={},
+        stages=(wire.StageSpec(_KERNEL, {}, ()),),
         layouts=(("<u2", (2, 2)),),
+        compile_only=False,
         region_count=1,
         region_bytes=_REGION_BYTES,
+        arrays_bytes=0,
         slots=1,
+        out_frames=0,
         memory_bytes=limits.memory_bytes,
         nice=limits.nice,
         batch_scheduling=limits.batch_scheduling,
@@ -117,7 +120,7 @@ async def _attempt(zygote_socket: str, probe: str, region_fd: int) -> str:
     )
     output_fd = os.memfd_create("hiss-self-test", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(output_fd, wire.OutputLayout(_KERNEL.state, 1).size_bytes)
+        os.ftruncate(output_fd, OutputLayout([_KERNEL], spec.layouts[0], 1).size_bytes)
         process = await SandboxProcess.fork(zygote_socket, spec, output_fd, [region_fd])
     except SandboxFailed as failure:
         return _UNASKED + failure.message
@@ -139,8 +142,7 @@ async def _compute(zygote_socket: str, region_fd: int) -> str:
     try:
         sandbox = await Sandbox.start(
             zygote_socket,
-            _KERNEL,
-            {},
+            [Stage(_KERNEL)],
             dtype="<u2",
             shape=(2, 3),
             region_fds=[region_fd],

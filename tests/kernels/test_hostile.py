@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from ingest.ports import KernelRefused
-from kernels.contract import KEEP, Kernel, StateSpec
+from kernels.contract import KEEP, Kernel, Stage, StateSpec
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxFailed, SandboxLimits
 
@@ -61,8 +61,7 @@ async def launch(zygote_socket: str, region: Any, until: Callable[..., Any]) -> 
         )
         return await Sandbox.start(
             path,
-            kernel,
-            {},
+            [Stage(kernel)],
             dtype="<u2",
             shape=(8, 8),
             region_fds=region_fds or region.region_fds,
@@ -255,7 +254,7 @@ RUNNING = {
         "    far = np.lib.stride_tricks.as_strided(state.a, (2,), (1 << 40,))\n    far[1] = 7\n    return 1\n",
         "memory that is not its own",
     ),
-    "index out of bounds": ("    return 1 if frame[index + 8, 0] > 0 else 0\n", "frame 0: IndexError"),
+    "index out of bounds": ("    return 1 if frame[index + 8, 0] > 0 else 0\n", "frame 0: hostile.py:3: IndexError"),
     "large array": ("    return 1 if np.zeros(1 << 34).sum() > 0 else 0\n", "frame 0: MemoryError"),
 }
 
@@ -314,9 +313,9 @@ async def test_c_functions_called_from_a_frame(launch: Launch, function: str, ty
 async def test_a_late_compilation_cannot_make_code(launch: Launch) -> None:
     """After the second filter nothing becomes executable: not even numba's own new specialisation."""
     source = (
-        "import kernels.child as child, numba\n"
+        "import kernels.session as session, numba\n"
         "def wake(run):\n    numba.njit(lambda x: x + 1)(1.5)\n"
-        "child._Session._judge = lambda self, frames, run, start: wake(run)\n" + HARMLESS
+        "session.Session._judge = lambda self, frames, run, start: wake(run)\n" + HARMLESS
     )
     sandbox = await launch(source)
     with pytest.raises(SandboxFailed, match="forbidden system call"):
@@ -324,39 +323,38 @@ async def test_a_late_compilation_cannot_make_code(launch: Launch) -> None:
 
 
 # A real peer that lies: the module rewrites the sandbox's own loop before it starts.
-LIE = "import dataclasses, os\nimport kernels.child as child\nfrom kernels import wire\nhonest = child._say\n"
+LIE = "import dataclasses, os\nimport kernels.session as session\nfrom kernels import wire\nhonest = session.say\n"
 LIES = {
-    "another sequence": "child._say = lambda r: honest(dataclasses.replace(r, sequence=r.sequence + (r.kind == 2)))\n",
-    "another count": "child._say = lambda r: honest(dataclasses.replace(r, index=r.index + (r.kind == 2)))\n",
-    "too much feedback": "child._say = lambda r: honest(dataclasses.replace(r, feedback_count=257 * (r.kind == 2)))\n",
-    "endless feedback": "child._say = lambda r: honest(dataclasses.replace(r, dropped_feedback=(1 << 63) * (r.kind == 2)))\n",
+    "another sequence": "session.say = lambda r: honest(dataclasses.replace(r, sequence=r.sequence + (r.kind == 2)))\n",
+    "another count": "session.say = lambda r: honest(dataclasses.replace(r, index=r.index + (r.kind == 2)))\n",
+    "too much feedback": "session.say = lambda r: honest(dataclasses.replace(r, feedback_count=257 * (r.kind == 2)))\n",
+    "endless feedback": "session.say = lambda r: honest(dataclasses.replace(r, dropped_feedback=(1 << 63) * (r.kind == 2)))\n",
     "feedback of other frames": (
         "def say(r):\n"
         "    if r.kind == 2:\n"
-        "        session = child.session\n"
-        "        session._feedback.entries[0] = (99, 1, 1.0)\n"
+        "        session.own._arguments[0][2].entries[0] = (99, 1, 1.0)\n"
         "        r = dataclasses.replace(r, feedback_count=1)\n"
         "    honest(r)\n"
-        "child._say = say\n"
-        "serve = child._Session.serve\n"
-        "def remember(self):\n    child.session = self\n    serve(self)\n"
-        "child._Session.serve = remember\n"
+        "session.say = say\n"
+        "serve = session.Session.serve\n"
+        "def remember(self):\n    session.own = self\n    serve(self)\n"
+        "session.Session.serve = remember\n"
     ),
-    "no verdicts": "child._Session._judge = lambda self, frames, run, start: None\n",
+    "no verdicts": "session.Session._judge = lambda self, frames, run, start: run.count\n",
     "invalid verdicts": (
-        "def judge(self, frames, run, start):\n    self._verdicts[:] = 7\n    self._counters[:] = 0\n"
-        "child._Session._judge = judge\n"
+        "def judge(self, frames, run, start):\n    self._verdicts[:] = 7\n    return run.count\n"
+        "session.Session._judge = judge\n"
     ),
-    "short datagram": "child._say = lambda r: os.write(3, b'x') if r.kind == 2 else honest(r)\n",
-    "long datagram": "child._say = lambda r: os.write(3, bytes(60000)) if r.kind == 2 else honest(r)\n",
-    "unknown kind": "child._say = lambda r: honest(dataclasses.replace(r, kind=99 if r.kind == 2 else r.kind))\n",
-    "text where none belongs": "child._say = lambda r: honest(dataclasses.replace(r, text='x' * (r.kind == 2)))\n",
-    "ready again": "child._say = lambda r: honest(dataclasses.replace(r, kind=1))\n",
-    "refused late": "child._say = lambda r: honest(dataclasses.replace(r, kind=3 if r.kind == 2 else r.kind))\n",
+    "short datagram": "session.say = lambda r: os.write(3, b'x') if r.kind == 2 else honest(r)\n",
+    "long datagram": "session.say = lambda r: os.write(3, bytes(60000)) if r.kind == 2 else honest(r)\n",
+    "unknown kind": "session.say = lambda r: honest(dataclasses.replace(r, kind=99 if r.kind == 2 else r.kind))\n",
+    "text where none belongs": "session.say = lambda r: honest(dataclasses.replace(r, text='x' * (r.kind == 2)))\n",
+    "ready again": "session.say = lambda r: honest(dataclasses.replace(r, kind=1))\n",
+    "refused late": "session.say = lambda r: honest(dataclasses.replace(r, kind=3 if r.kind == 2 else r.kind))\n",
     "raised elsewhere": (
-        "child._say = lambda r: honest(dataclasses.replace(r, kind=4, index=10**6) if r.kind == 2 else r)\n"
+        "session.say = lambda r: honest(dataclasses.replace(r, kind=4, index=10**6) if r.kind == 2 else r)\n"
     ),
-    "two answers": "child._say = lambda r: (honest(r), honest(r)) if r.kind == 2 else honest(r)\n",
+    "two answers": "session.say = lambda r: (honest(r), honest(r)) if r.kind == 2 else honest(r)\n",
 }
 
 
@@ -370,8 +368,8 @@ async def test_lies_are_noticed(launch: Launch, lie: str) -> None:
 
 
 EARLY_LIES = {
-    "flood of refusals": "for n in range(100):\n    honest(wire.RawReply(3, 0, 0, 0, 1, 0, 'no'))\n",
-    "answers before the first batch": "honest(wire.RawReply(2, 1, 1, 0, 0, 0))\n",
+    "flood of refusals": "for n in range(100):\n    honest(wire.RawReply(3, line=1, text='no'))\n",
+    "answers before the first batch": "honest(wire.RawReply(2, 1, 1))\n",
     "garbage": "os.write(3, b'garbage')\n",
 }
 
@@ -384,7 +382,7 @@ async def test_lies_before_the_first_batch(launch: Launch, lie: str) -> None:
 
 
 async def test_ready_before_compiling_gains_nothing(launch: Launch) -> None:
-    sandbox = await launch(LIE + "honest(wire.RawReply(1, 0, 0, 0, 0, 0))\nwhile True:\n    pass\n" + HARMLESS, SHORT)
+    sandbox = await launch(LIE + "honest(wire.RawReply(1))\nwhile True:\n    pass\n" + HARMLESS, SHORT)
     with pytest.raises(SandboxFailed) as caught:
         await judge(sandbox)
     assert caught.value.kind == "timeout"
@@ -392,7 +390,7 @@ async def test_ready_before_compiling_gains_nothing(launch: Launch) -> None:
 
 async def test_a_flood_of_answers_stays_in_the_socket(launch: Launch) -> None:
     """The gateway reads one datagram a batch; a process that sends more blocks itself."""
-    source = LIE + "def say(r):\n    while True:\n        honest(r)\nchild._say = say\n" + HARMLESS
+    source = LIE + "def say(r):\n    while True:\n        honest(r)\nsession.say = say\n" + HARMLESS
     sandbox = await launch(source)
     await asyncio.sleep(0)
     with pytest.raises(SandboxFailed, match=r"does not fit|instead of") as caught:
@@ -401,7 +399,7 @@ async def test_a_flood_of_answers_stays_in_the_socket(launch: Launch) -> None:
 
 
 async def test_text_for_the_scientist_is_plain(launch: Launch) -> None:
-    source = LIE + "honest(wire.RawReply(3, 0, 0, 0, 1 << 31, 0, chr(27) + '[2J' + chr(0) + 'x' * 5000))\nos._exit(0)\n"
+    source = LIE + "honest(wire.RawReply(3, line=1 << 31, text=chr(27) + '[2J' + chr(0) + 'x' * 5000))\nos._exit(0)\n"
     with pytest.raises(KernelRefused) as caught:
         await launch(source)
     assert caught.value.line <= source.count("\n") + 1

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from ingest.ports import KernelRefused
-from kernels.contract import DROP, KEEP, StateSpec, merge
+from kernels.contract import DROP, KEEP, Stage, StateSpec, merge
 from kernels.decode import table
 from kernels.decode.encoding import Encoding, Filter
 from kernels.gate import admit
@@ -66,6 +66,11 @@ ENDLESS = (
     + "    while state.n[0] >= 0:\n        state.n[0] = (state.n[0] + 1) % 1024\n    return KEEP\n"
 )
 
+
+def stage(source: str, params: Any = (), arrays: Any = (), name: str = "k") -> Stage:
+    return Stage(admit(name, source.encode()), dict(params), dict(arrays))
+
+
 Start = Callable[..., Awaitable[Sandbox]]
 
 
@@ -97,15 +102,16 @@ async def start(zygote_socket: str, region: Any, until: Callable[..., Any]) -> A
     async def begin(source: str, dtype: str = "<u2", shape: tuple[int, ...] = (8, 8), **options: Any) -> Sandbox:
         sandbox = await Sandbox.start(
             options.pop("zygote", zygote_socket),
-            admit("k", source.encode()),
-            options.pop("params", {}),
+            [*options.pop("before", ()), stage(source, options.pop("params", {}), options.pop("arrays", {}))],
             dtype=dtype,
             shape=shape,
             region_fds=region.region_fds,
             region_bytes=region.region_bytes,
             slots=options.pop("slots", 2),
             limits=options.pop("limits", LIMITS),
+            out_frames=options.pop("out_frames", 0),
         )
+        assert not options
         sandboxes.append(sandbox)
         return sandbox
 
@@ -265,7 +271,7 @@ async def test_batches_out_of_range_are_not_sent(start: Start) -> None:
 
 
 WRONG_TYPES = {
-    "read-only": (["n = 1", "frame[0, 0] = n  # <-", "return KEEP"], "frame is read-only"),
+    "read-only": (["n = 1", "frame[0, 0] = n  # <-", "return KEEP"], "frames and parameter arrays are read-only"),
     "float index": (
         ["n = 1.5", "return KEEP if frame[n, 0] > 1 else DROP  # <-"],
         "Unsupported array index type float64",
@@ -273,8 +279,11 @@ WRONG_TYPES = {
     "tuple arithmetic": (["n = (1, 2)", "n = n + index  # <-", "return KEEP"], "not possible with these types"),
     "too many indices": (["n = frame[0, 0, 0]  # <-", "return KEEP"], "cannot index"),
     "changing type": (["n = (1, 2)", "if index > 2:", "    n = 5", "return KEEP if n == 5 else DROP  # <-"], "unify"),
-    "float verdict": (["n = 1.5", "return n"], "must return KEEP or DROP"),
-    "no verdict": (["if index > 2:", "    n = None", "else:", "    n = 1", "return n"], "must return KEEP or DROP"),
+    "float verdict": (["n = 1.5", "return n"], "must return KEEP, DROP, REPLACE or STOP"),
+    "no verdict": (
+        ["if index > 2:", "    n = None", "else:", "    n = 1", "return n"],
+        "must return KEEP, DROP, REPLACE or STOP",
+    ),
     "in a helper": (["return helper(frame)"], "not possible with these types"),
 }
 HELPER = "def helper(values):\n    total = 0\n    total += (1, 2)  # <-\n    return total\n\n\n"
@@ -296,7 +305,7 @@ async def test_compile_errors_name_the_line(start: Start, lines: list[str], reas
 async def test_a_kernel_that_raises_names_the_frame(start: Start) -> None:
     sandbox = await start(HEAD + "    return KEEP if frame[index, 0] == 0 else DROP\n")
     frames = np.zeros((12, 8, 8), "<u2")
-    with pytest.raises(SandboxFailed, match="frame 8: IndexError: index is out of bounds") as caught:
+    with pytest.raises(SandboxFailed, match=r"frame 8: k\.py:2: IndexError: index is out of bounds") as caught:
         await sandbox.run(batch(frames))
     assert caught.value.kind == "crash"
     assert not sandbox.alive
@@ -318,8 +327,7 @@ async def test_wrong_arguments(start: Start, zygote_socket: str) -> None:
         with pytest.raises(ValueError, match="not sealed"):
             await Sandbox.start(
                 zygote_socket,
-                admit("k", (HEAD + "    return KEEP\n").encode()),
-                {},
+                [stage(HEAD + "    return KEEP\n")],
                 dtype="<u2",
                 shape=(2, 2),
                 region_fds=[unsealed],
@@ -451,8 +459,7 @@ async def test_sandboxes_hold_no_privilege(start: Start) -> None:
 
 _GATEWAY = """
 import asyncio, fcntl, os, sys
-from kernels.decode import table
-from kernels.decode.encoding import Encoding, Filter
+from kernels.contract import Stage
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxLimits
 
@@ -461,7 +468,7 @@ async def main():
     os.ftruncate(fd, 4096)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0x10 | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     source = sys.argv[2].encode()
-    sandbox = await Sandbox.start(sys.argv[1], admit("k", source), {}, dtype="<u2", shape=(8, 8), region_fds=[fd],
+    sandbox = await Sandbox.start(sys.argv[1], [Stage(admit("k", source))], dtype="<u2", shape=(8, 8), region_fds=[fd],
                                   region_bytes=4096, limits=SandboxLimits(batch_timeout_s=300))
     print(sandbox.pid, flush=True)
     await sandbox.run(Batch(0, 0, 128, 0, 1, 0))
