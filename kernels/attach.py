@@ -22,6 +22,7 @@ import msgspec
 from ingest.errors import BufferFull, IngestError
 from ingest.ports import Catalog, Domain, KernelRefused, LandingPad
 from ingest.records import ObjectRecord
+from ingest.runs import is_marker
 from kernels.contract import Kernel, resolve_params
 from kernels.gate import admit
 
@@ -43,8 +44,8 @@ _NAME = re.compile(rb"_kernels/([A-Za-z_][A-Za-z0-9_-]{0,63})\.py\Z")
 
 
 def is_internal(key: bytes) -> bool:
-    """Kernels and products are never kernel input."""
-    return key.startswith((KERNEL_PREFIX, PRODUCT_PREFIX))
+    """Kernels, products and the markers of runs are never kernel input."""
+    return key.startswith((KERNEL_PREFIX, PRODUCT_PREFIX)) or is_marker(key)
 
 
 def kernel_name(key: bytes) -> str | None:

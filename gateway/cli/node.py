@@ -52,11 +52,18 @@ class Node:
 
     def ask(self, path: str, **params: str | int) -> Any:
         """GET a JSON document of the control API. Raises CliError."""
+        return self._json("GET", path, params)
+
+    def tell(self, path: str, **params: str | int) -> Any:
+        """POST, and the JSON document that answers. Raises CliError."""
+        return self._json("POST", path, params)
+
+    def _json(self, method: str, path: str, params: dict[str, str | int]) -> Any:
         import httpx
 
         with self.control() as client:
             try:
-                answer = client.get(path, params=params)
+                answer = client.request(method, path, params=params)
             except httpx.TransportError as error:
                 raise CliError(f"{self.control_url} does not answer: {error}", ExitCode.NO_NODE) from None
         if answer.status_code in (401, 403):

@@ -1,4 +1,4 @@
-"""``hiss run status``: may the detector be cleared? One answer for all that lies under a prefix, also as exit code."""
+"""``hiss run status|list|close``: may the detector be cleared (one answer, also as exit code)? Which runs are open? Close one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gateway.cli.output import CliError, ExitCode, print_json, print_table
 app = typer.Typer(help="Runs: everything under one key prefix.", no_args_is_help=True)
 
 _POLL_FIRST_S, _POLL_LAST_S = 0.2, 5.0
+_PAGE_RUNS = 100
 _SHOWN_MAX = 20
 """Rows of a list on a terminal; --json has them all."""
 
@@ -41,6 +42,61 @@ def run_status(
         _print(place, status)
     if not status["safe_to_clear"]:
         raise typer.Exit(ExitCode.NO)
+
+
+@app.command("list")
+def run_list(
+    place: Annotated[str, typer.Argument(metavar="s3://BUCKET[/PREFIX]", help="Where to look.")],
+    data: options.Data = None,
+    control: options.Control = "",
+    access_key: options.AccessKey = "",
+    ca: options.CaFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """The runs below a prefix: open or closed, and what each kernel's product covers."""
+    bucket, prefix = parse_place(place)
+    found = node.find(data, control=control, access_key=access_key, ca=ca)
+    runs: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        answer = found.ask("/v1/runs", bucket=bucket, prefix=prefix, after=after, limit=_PAGE_RUNS)
+        runs += answer["runs"]
+        after = answer["next_after"]
+        if not after:
+            break
+    if as_json:
+        print_json({"runs": runs})
+    else:
+        _print_runs(runs)
+
+
+@app.command("close")
+def run_close(
+    place: Annotated[str, typer.Argument(metavar="s3://BUCKET/RUN/", help="The run, with its closing slash.")],
+    data: options.Data = None,
+    control: options.Control = "",
+    access_key: options.AccessKey = "",
+    ca: options.CaFile = None,
+    as_json: options.Json = False,
+) -> None:
+    """No more members: products become final. A member that comes all the same opens the run again."""
+    bucket, prefix = parse_place(place)
+    found = node.find(data, control=control, access_key=access_key, ca=ca)
+    run = found.tell("/v1/runs/close", bucket=bucket, prefix=prefix)
+    if as_json:
+        print_json(run)
+    else:
+        _print_runs([run])
+
+
+def _print_runs(runs: list[dict[str, Any]]) -> None:
+    rows = []
+    for run in runs:
+        state = f"closed ({run['closed_by']})" if run["state"] == "closed" else "open"
+        for product in run["products"] or [{}]:
+            covered = (product.get("kernel", ""), product.get("members", ""), product.get("pending", ""))
+            rows.append((run["prefix"], state, *covered, product.get("failed", ""), product.get("error", "")))
+    print_table(("run", "state", "kernel", "members", "pending", "failed", "why"), rows)
 
 
 def parse_place(place: str) -> tuple[str, str]:

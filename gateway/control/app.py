@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
 from archive.dav.auth import Authenticator
-from gateway.control.auth import User, require_read, signed_in
+from gateway.control.auth import User, require_read, require_write, signed_in
 from gateway.control.feedback import websocket
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub, TooManySubscribers
@@ -27,10 +27,11 @@ from gateway.control.feedback.sse import SSE
 from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
 from gateway.control.kernels import kernels
+from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
 from gateway.metrics import Exposition
-from ingest.errors import CatalogError, NoSuchBucket
+from ingest.errors import CatalogError, NoSuchBucket, NoSuchKey
 from ingest.ports import Catalog
 
 _Bucket = Annotated[str, Query(min_length=3, max_length=63, description="Name of the bucket.")]
@@ -111,6 +112,29 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
             context.catalog, bucket, prefix.encode(), expect_objects=expect_objects, expect_bytes=expect_bytes
         )
         return Response(msgspec.json.encode(status), media_type="application/json")
+
+    @app.get("/v1/runs", response_class=Response, summary="The runs of a bucket and their products")
+    async def get_runs(
+        user: User,
+        bucket: _Bucket,
+        prefix: _Prefix = "",
+        after: _Prefix = "",
+        limit: Annotated[int, Query(ge=1, le=RUNS_MAX)] = 100,
+    ) -> Response:
+        require_read(user, bucket, prefix.encode())
+        runs = await list_runs(context.catalog, bucket, prefix.encode(), after.encode(), limit)
+        return Response(msgspec.json.encode(runs), media_type="application/json")
+
+    @app.post("/v1/runs/close", response_class=Response, summary="Close a run: its product becomes final")
+    async def post_close(user: User, bucket: _Bucket, prefix: _Prefix) -> Response:
+        require_write(user, bucket, prefix.encode())
+        if prefix and not prefix.endswith("/"):
+            raise HTTPException(422, f"a run is a prefix up to its last slash: {prefix}/")
+        try:
+            run = await close_run(context.catalog, bucket, prefix.encode())
+        except NoSuchKey:
+            raise HTTPException(404, f"no object with a kernel has arrived under {prefix!r}") from None
+        return Response(msgspec.json.encode(run), media_type="application/json")
 
     @app.get("/v1/kernels", response_class=Response, summary="Kernels submitted to a bucket")
     async def get_kernels(user: User, bucket: _Bucket) -> Response:

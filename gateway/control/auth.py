@@ -53,6 +53,14 @@ async def signed_in(connection: HTTPConnection, credentials: tuple[str, str] | N
 User = Annotated[UserRecord, Depends(_signed_in)]
 
 
+def require_write(user: UserRecord, bucket: str, prefix: bytes = b"") -> None:
+    """Raises 403 unless the user may write everything under ``prefix``."""
+    if not allows(user, Access.WRITE, bucket, prefix):
+        raise HTTPException(
+            403, f"your key pair may not write {prefix.decode(errors='replace')!r} in bucket {bucket!r}"
+        )
+
+
 def require_read(user: UserRecord, bucket: str, prefix: bytes = b"") -> None:
     """Raises 403 unless the user may read everything under ``prefix``."""
     if not allows(user, Access.READ, bucket, prefix):

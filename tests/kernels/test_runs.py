@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.crash.harness import S3, Node, running, until
+from tests.crash.harness import S3, Node, _sign, running, until
 
 SHAPE = (24, 32)
 BUCKET = "disk"
@@ -219,10 +223,6 @@ def test_uploads_that_break_off_leave_nothing(scene: Scene) -> None:
 
 
 def _put_half(node: Node, path: str, body: bytes) -> None:
-    import socket
-
-    from tests.crash.harness import _sign
-
     with socket.create_connection(("127.0.0.1", node.port()), timeout=10) as wire:
         headers = _sign("PUT", path, "", {"host": f"127.0.0.1:{node.port()}"}) | {"content-length": str(len(body))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -251,3 +251,63 @@ def test_other_parameters_are_another_group(scene: Scene) -> None:
         scene.put(f"{RUN}{number}.npy", frame(number))
     scene.wait("count", lambda f: f["entry/run/members"][()] == 10, "all members in one group")
     until(lambda: scene.product("count", key=f"_run.{old[:8]}.nxs") is None, "the old group's product is deleted")
+
+
+def test_a_marker_closes_a_run_and_a_late_member_opens_it(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    for number in range(8):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"").ok
+    file = scene.wait("count", lambda f: status(f) == "closed", "the run is closed")
+    check_count(file, scene.frames())
+    assert file["entry/run/closed_by"].asstr()[()] == "marker"
+    assert file["entry/run/pending"][()] == 0
+    scene.put(f"{RUN}9.npy", frame(9))
+    scene.wait("count", lambda f: status(f) == "open", "a late member opens the run")
+    assert status(scene.complete("count")) == "open"
+    assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"done").ok
+    scene.wait("count", lambda f: status(f) == "closed" and f["entry/run/members"][()] == 9, "it is closed again")
+    assert scene.client.get(BUCKET, f"_products/count/{RUN}_SUCCESS.nxs").status == 404, "a marker is no member"
+
+
+def status(file: h5py.File) -> str:
+    return str(file["entry/run/status"].asstr()[()])
+
+
+def test_a_run_is_closed_by_request_and_listed(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    for number in range(4):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.complete("count")
+    (run,) = hiss(scene.node, "run", "list", f"s3://{BUCKET}/scan/7")["runs"]
+    assert (run["prefix"], run["state"], run["products"][0]["members"]) == (RUN, "open", 4)
+    answer = hiss(scene.node, "run", "close", f"s3://{BUCKET}/{RUN}")
+    assert (answer["state"], answer["closed_by"]) == ("closed", "request")
+    scene.wait("count", lambda f: status(f) == "closed", "the run is closed")
+    until(
+        lambda: hiss(scene.node, "run", "list", f"s3://{BUCKET}/{RUN}")["runs"][0]["products"][0]["complete"],
+        "the product is complete",
+    )
+    until(lambda: len(scene.partials("count")) <= 1, "what it was made of is joined")
+    check_count(scene.complete("count"), scene.frames())
+
+
+def hiss(node: Node, *arguments: str) -> Any:
+    command = [sys.executable, "-m", "gateway.cli", *arguments, "--data", str(node.paths.root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_run_without_new_members_is_closed_after_its_timeout(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    tags = "<Tagging><TagSet><Tag><Key>hiss.run-timeout-s</Key><Value>{}</Value></Tag></TagSet></Tagging>"
+    assert scene.client.request("PUT", f"/{BUCKET}", "tagging=", tags.format(2).encode()).ok
+    try:
+        for number in range(4):
+            scene.put(f"{RUN}{number}.npy", frame(number))
+        file = scene.wait("count", lambda f: status(f) == "closed", "the run is closed")
+        assert file["entry/run/closed_by"].asstr()[()] == "timeout"
+        check_count(file, scene.frames())
+    finally:
+        assert scene.client.request("PUT", f"/{BUCKET}", "tagging=", tags.format("default").encode()).ok
