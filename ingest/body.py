@@ -28,6 +28,9 @@ class Body(abc.ABC):
     kernels: tuple[str, ...] = ()
     """Kernels that match although no live reduction could be opened: they reduce the version from disk."""
     geometry: FrameGeometry | None = None
+    discarded_bytes: int | None = None
+    """Bytes of the body that are not stored, once a STOP has cut it short."""
+    cut: asyncio.Event | None = None
 
     def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
         self.plane = plane
@@ -94,9 +97,10 @@ class Body(abc.ABC):
         if self.reduction is not None:
             request = msgspec.structs.replace(
                 request,
-                ledger=self.reduction.ledger(*self.frame_counts()),
+                ledger=self.reduction.ledger(*self.frame_counts(), self.discarded_bytes),
                 geometry=self.geometry,
                 reductions=self.reduction.kernels,
+                epochs=self.reduction.epochs,
             )
         elif self.kernels:
             request = msgspec.structs.replace(request, reductions=self.kernels)

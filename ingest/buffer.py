@@ -118,6 +118,7 @@ class Buffer:
         self.committed_bytes = counters.cell("hiss_ingest_committed_bytes_total")
         self.aborted_streams = counters.cell("hiss_ingest_aborted_streams_total")
         self.backpressure = counters.cell("hiss_ingest_backpressure_total")
+        self.discarded_bytes = counters.cell("hiss_ingest_discarded_bytes_total")
         self._slow_down = counters.cell("hiss_ingest_slow_down_total")
         self._active_gauge = counters.cell("hiss_ingest_active_streams")
         self._active_gauge.set(0)

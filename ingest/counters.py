@@ -62,6 +62,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_ingest_aborted_streams_total", "counter", "Streams that ended without a commit."),
     Metric("hiss_ingest_backpressure_total", "counter", "Times reading paused because no span was free."),
     Metric("hiss_ingest_slow_down_total", "counter", "PUTs refused with SlowDown before their body."),
+    Metric("hiss_ingest_discarded_bytes_total", "counter", "Payload bytes read and dropped behind a kernel's STOP."),
     Metric("hiss_ingest_active_streams", "gauge", "Bodies arriving now."),
     Metric("hiss_arena_bytes", "gauge", "Arena memory of the worker."),
     Metric("hiss_arena_used_bytes", "gauge", "Arena memory held by spans."),

@@ -27,6 +27,7 @@ from ingest.records import (
     FrameGeometry,
     FrameLedger,
     FreedExtents,
+    KernelEpoch,
     ListedObject,
     ObjectRecord,
     OwedInRun,
@@ -145,7 +146,11 @@ class Catalog(Protocol):
         """Of every kernel of the bucket that owes a product, or has given one up whose version still exists."""
         ...
 
-    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None: ...
+    async def reduction_failed(
+        self, object_id: bytes, kernel: str, error: str, *, give_up: bool, counted: bool = True
+    ) -> None:
+        """``counted`` False: nothing was tried; ``error`` says what the reduction waits for."""
+        ...
 
     # -- runs (ingest/runs.py says what a run is)
     async def released_reductions(self, slot: int) -> bool:
@@ -313,12 +318,22 @@ class FrameReduction(Protocol):
         """These frames never lay whole in the arena (too large, revoked, split): they will be read from disk."""
         ...
 
-    def ledger(self, received: int, trailing_bytes: int) -> FrameLedger:
-        """The counts known at commit time."""
+    def when_stopped(self, stopped: Callable[[int], None]) -> None:
+        """Have ``stopped(frame)`` called from the event loop, at most once, when a kernel says that nothing behind
+        ``frame`` is of use."""
+        ...
+
+    def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
+        """The counts known at commit time. ``discarded_bytes``: how much of the body was not stored, behind a STOP."""
         ...
 
     @property
     def kernels(self) -> tuple[str, ...]: ...
+
+    @property
+    def epochs(self) -> tuple[KernelEpoch, ...]:
+        """With which settings which frames were judged, or will be."""
+        ...
 
     def committed(self, record: ObjectRecord) -> None:
         """The version exists: finish (catch up from disk if frames lag) and store the products."""
@@ -348,7 +363,13 @@ class FrameHost(Protocol):
         ...
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
-        """Gate and compile a submitted kernel. Raises ``KernelRefused`` with file, line and reason."""
+        """Gate and compile a submitted kernel. Raises ``KernelRefused`` with file, line and reason, or BufferFull where it
+        could not be tried."""
+        ...
+
+    async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
+        """Judge a parameter array for ``_kernels/<kernel>/<name>.npy`` by its first bytes (ARRAY_HEAD_BYTES, or all) and
+        its length. Raises as ``check``."""
         ...
 
 

@@ -77,6 +77,15 @@ class FrameLedger(msgspec.Struct, frozen=True):
     """Named gaps as (first frame index, frames missing)."""
     trailing_bytes: int = 0
     """Bytes after the last whole frame."""
+    stopped_at: int | None = None
+    """The frame for which a kernel said STOP; it is kept, and counted as kept."""
+    after_stop: int = 0
+    """Frames stored behind ``stopped_at`` that no kernel judged: they are kept.
+    received = kept + dropped + replaced + unreduced + after_stop."""
+    truncated: bool = False
+    """The rest of the body behind STOP was not stored."""
+    discarded_bytes: int = 0
+    """Bytes that were read and dropped then (fewer than were sent, where the answer came early)."""
 
 
 class FrameGeometry(msgspec.Struct, frozen=True):
@@ -90,6 +99,27 @@ class FrameGeometry(msgspec.Struct, frozen=True):
     frame_bytes: int
     count: int | None = None
     """Frames the header declares; None when the body's length decides."""
+
+
+class StageUse(msgspec.Struct, frozen=True):
+    """One kernel of a chain as it judged frames: its source and what it was given."""
+
+    kernel: str
+    sha256: str
+    params: dict[str, int | float] = {}
+    arrays: dict[str, int] = {}
+    """Parameter array -> CRC64NVME of its .npy file."""
+
+
+class KernelEpoch(msgspec.Struct, frozen=True):
+    """From ``first_frame`` on, ``kernel`` judged a version's frames with these settings.
+
+    Kept with the commit: what is reduced later (after a crash, from disk) is reduced with the settings of its time."""
+
+    kernel: str
+    first_frame: int
+    stages: tuple[StageUse, ...]
+    """Of the chain in order; the kernel itself is the last."""
 
 
 class PartRecord(msgspec.Struct, frozen=True):
@@ -160,6 +190,8 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     archive: ArchiveCopy | None = None
     drain_attempts: int = 0
     drain_error: str = ""
+    epochs: tuple[KernelEpoch, ...] = ()
+    """Of all kernels that saw the stream arrive, by kernel and first frame."""
 
 
 class UploadRecord(msgspec.Struct, frozen=True):
@@ -258,6 +290,7 @@ class CommitObject(msgspec.Struct, frozen=True):
     """object_id of the version whose extents this one shares (a copy without copying); commits only if they are still its."""
     partial: PartialOf | None = None
     run_product: RunProductOf | None = None
+    epochs: tuple[KernelEpoch, ...] = ()
 
 
 class CommitPart(msgspec.Struct, frozen=True):

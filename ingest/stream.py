@@ -25,9 +25,10 @@ from ingest.label import Label, write_label
 from ingest.piece import Piece, SpanBatch
 from ingest.ports import FrameReduction
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
+from ingest.rest import Rest
 from ingest.segments import Reservation, Segment
 from ingest.span_table import OwedSpan
-from ingest.stream_types import StreamDigest, StreamSpec
+from ingest.stream_types import BodyDigest, StreamDigest, StreamSpec
 from ingest.writer import MOVE_RETRY_S, REHOMES_MAX
 
 if TYPE_CHECKING:
@@ -75,7 +76,12 @@ class SpanStream(Body):
         self._idle: asyncio.Future[None] | None = None
         self._rehomes = 0
         self._move_timer: asyncio.TimerHandle | None = None
+        self._ending = False
+        self._rest: Rest | None = None
         if reduction is not None:
+            if spec.stoppable and spec.settings.stop != "ignore":
+                self.cut = asyncio.Event() if spec.settings.stop == "answer" else None
+                reduction.when_stopped(self._stop)
             self._sniff(memoryview(b""), complete=False)
 
     # -- receiving (BodySink)
@@ -83,6 +89,8 @@ class SpanStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
+        if self._rest is not None:
+            return self._rest.get_buffer()
         piece = self._open or self._next_piece()
         if piece is None:
             return None
@@ -90,6 +98,9 @@ class SpanStream(Body):
         return piece.span.view[piece.fill : end]
 
     def received(self, count: int) -> None:
+        if self._rest is not None:
+            self._discarded(self._rest, count)
+            return
         piece = self._open
         if piece is None:
             raise StreamAborted("the stream was aborted")
@@ -110,9 +121,38 @@ class SpanStream(Body):
         while True:
             if self.failure is not None:
                 raise self.failure
+            if self._rest is not None and not self._ending:
+                await self._rest.writable()
+                return
             if self._open is not None or self._next_piece() is not None:
                 return
             await self.wait_for_memory()
+
+    # -- the rest that a STOP makes useless
+
+    def _stop(self, frame: int) -> None:
+        """What was received is stored; from here on the body is read, hashed and dropped."""
+        if self.ended or self._ending or self.failure is not None or self.length == self.spec.length:
+            return
+        self._rest = Rest(self._crcs, self._hashes, self.plane.executor)
+        self.discarded_bytes = 0
+        if self._open is not None:
+            self._close_piece(last=True)
+        if not self._hashing:
+            self._rest.begin()
+        if self.cut is not None:
+            self.cut.set()
+        logger.info(
+            "%s/%r: STOP at frame %d, %d bytes are stored", self.spec.bucket.name, self.spec.key, frame, self.length
+        )
+        self.wake()
+
+    def _discarded(self, rest: Rest, count: int) -> None:
+        rest.received(count)
+        self.discarded_bytes = rest.length
+        self.plane.discarded_bytes.add(count)
+        if self.spec.length is not None and self.length + rest.length > self.spec.length:
+            raise StreamAborted("the body is longer than it said")
 
     def fail(self, error: IngestError) -> None:
         super().fail(error)
@@ -241,6 +281,8 @@ class SpanStream(Body):
         piece = next((piece for piece in self._pieces if not piece.hashed and piece is not self._open), None)
         if piece is None:
             self._hashing = False
+            if self._rest is not None:
+                self._rest.begin()
             self._check_idle()
             return
         self._hashing = True
@@ -327,6 +369,7 @@ class SpanStream(Body):
 
     async def finish(self) -> StreamDigest:
         """Wait until every byte is stored at the bucket's durability level. Raises IngestError."""
+        self._ending = True
         if self._sniffing:
             self._sniff(self._open.payload if self._open is not None else memoryview(b""), complete=True)
             if self.geometry is not None and self._open is not None:
@@ -343,13 +386,19 @@ class SpanStream(Body):
         if self.failure is not None:
             raise self.failure
         crashpoint("data-flushed")
+        crcs, hashes, whole = self._crcs.values, self._hashes, None
+        if self._rest is not None:
+            await self._rest.finish()
+            whole = BodyDigest(self.length + self._rest.length, crcs["crc64nvme"], digests(crcs, hashes))
+            crcs, hashes = self._rest.stored_crcs, self._rest.stored_hashes
         return StreamDigest(
             object_id=self.object_id,
             length=self.length,
             extents=self.extents(),
-            crc64nvme=self._crcs.values["crc64nvme"],
-            digests=digests(self._crcs.values, self._hashes),
+            crc64nvme=crcs["crc64nvme"],
+            digests=digests(crcs, hashes),
             settled=self.is_settled,
+            whole=whole,
         )
 
     def _check_idle(self) -> None:

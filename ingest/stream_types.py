@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Mapping
 from typing import Protocol
@@ -35,6 +36,17 @@ class StreamSpec:
     lifetime: LifetimeClass = LifetimeClass.STREAM
     part: bool = False
     """A part of a multipart upload: kernels see it at Complete."""
+    stoppable: bool = False
+    """A kernel's STOP may end it early, as ``settings.stop`` says: a body that an instrument sends, not a copy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BodyDigest:
+    """Bytes as they were received: what the client's own checksums are about."""
+
+    length: int
+    crc64nvme: int
+    digests: dict[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,12 +60,16 @@ class StreamDigest:
     digests: dict[str, bytes]
     """Algorithm -> raw digest, big-endian for the CRCs."""
     settled: bool
+    whole: BodyDigest | None = None
+    """Where a STOP cut the body short: everything that was received. The fields above are about what is stored."""
 
 
 class Stream(BodySink, Protocol):
     """One body on its way in. ``abort`` is idempotent and does nothing after a commit."""
 
     object_id: bytes
+    cut: asyncio.Event | None
+    """Set when the rest of the body is of no use and need not even be read (``hiss.stop=answer``)."""
 
     async def finish(self) -> StreamDigest: ...
     async def commit(self, request: CommitObject) -> ObjectRecord: ...

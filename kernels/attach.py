@@ -1,44 +1,35 @@
-"""Which kernels a bucket has, and over which keys each runs.
+"""What the metadata of a kernel's object say: over which keys it runs, with what parameters, after which kernel.
 
 A kernel is attached by putting it at ``_kernels/NAME.py``; its own object metadata says the rest: ``match`` (glob over
-keys, ``*`` crosses ``/``; default all), ``params`` (JSON object of numbers), ``raw`` (``all``), ``device`` (``cpu``).
-In: the catalogue's rows and the stored sources. Out: ``Attachment``s, cached under the catalogue's generation, each made
-once an object id. A stored kernel that no longer passes the gate is left out and logged; it costs nobody else anything.
+keys, ``*`` crosses ``/``; default all), ``params`` (JSON object of numbers), ``raw`` (``all``, ``kept``, ``none``), ``device``
+(``cpu``), ``after`` (the kernel whose ``out`` is its frame). In: an admitted kernel, its metadata, the arrays that are
+there. Out: an ``Attachment``, or KernelRefused for what can never be. What only is not there yet makes an attachment that
+waits: ``owed`` says for what.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import fnmatch
-import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
+import numpy as np
 
-from ingest.errors import BufferFull, IngestError
-from ingest.ports import Catalog, Domain, KernelRefused, LandingPad
-from ingest.records import ObjectRecord
+from ingest.ports import KernelRefused
+from ingest.records import FrameGeometry, KernelEpoch, StageUse
 from ingest.runs import is_marker
-from kernels.contract import Kernel, resolve_params
-from kernels.gate import admit
-
-log = logging.getLogger("hiss.kernels")
+from kernels.contract import Kernel, Stage, chain_geometries, resolve_arrays, resolve_params
+from kernels.lineage import ArrayUse, StageSettings
 
 KERNEL_PREFIX = b"_kernels/"
 PRODUCT_PREFIX = b"_products/"
-KERNELS_MAX = 64
-"""Kernels of one bucket; more are left out, with a warning."""
-KERNELS_KEPT_MAX = 4096
-"""Parsed kernels remembered over all buckets."""
-SOURCE_BYTES_MAX = 1 << 20
 MATCH_BYTES_MAX = 1024
 PARAMS_BYTES_MAX = 8192
-BUCKETS_MAX = 4096
-"""Buckets whose kernels are remembered; beyond that the least recently asked for is read again."""
+CHAIN_MAX = 4
+"""Kernels of one chain."""
+RAW = ("all", "kept", "none")
 
 _NAME = re.compile(rb"_kernels/([A-Za-z_][A-Za-z0-9_-]{0,63})\.py\Z")
 
@@ -54,7 +45,7 @@ def kernel_name(key: bytes) -> str | None:
     return found[1].decode("ascii") if found else None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Attachment:
     """A kernel as attached to a bucket. ``params`` has a value for every parameter it declares."""
 
@@ -62,9 +53,49 @@ class Attachment:
     match: str
     params: Mapping[str, int | float]
     pattern: re.Pattern[str]
+    raw: str = "all"
+    """What of the raw data remains: all, kept (what it keeps) or none."""
+    after: str = ""
+    """Name of the kernel before it in a chain."""
+    arrays: Mapping[str, ArrayUse] = dataclasses.field(default_factory=dict)
+    before: tuple[Attachment, ...] = ()
+    """The chain before it, first to last."""
+    owed: str = ""
+    """Why it cannot run yet, fit for the scientist; empty when it can."""
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
 
     def matches(self, key: bytes) -> bool:
         return self.pattern.match(key.decode("utf-8", "surrogateescape")) is not None
+
+    @property
+    def stages(self) -> tuple[Attachment, ...]:
+        """The chain with the kernel itself as the last."""
+        return (*self.before, self)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """SHA-256 of the chain's sources: what a running stream never changes."""
+        return tuple(stage.kernel.sha256 for stage in self.stages)
+
+    @property
+    def uses(self) -> tuple[StageUse, ...]:
+        """Sources and settings of the chain, as they are recorded."""
+        return tuple(
+            StageUse(
+                stage.name,
+                stage.kernel.sha256,
+                dict(stage.params),
+                {name: use.crc64nvme for name, use in stage.arrays.items()},
+            )
+            for stage in self.stages
+        )
+
+    @property
+    def settings(self) -> tuple[StageSettings, ...]:
+        return tuple(StageSettings(stage.params, stage.arrays) for stage in self.stages)
 
 
 def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
@@ -76,10 +107,14 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
     match = metadata.get("match", "*")
     if not 0 < len(match.encode()) <= MATCH_BYTES_MAX:
         raise refuse(f"x-amz-meta-match: a glob of 1 to {MATCH_BYTES_MAX} bytes")
-    if metadata.get("raw", "all") != "all":
-        raise refuse(f"x-amz-meta-raw: {metadata['raw']!r:.40} is not available; allowed is all")
+    raw = metadata.get("raw", "all")
+    if raw not in RAW:
+        raise refuse(f"x-amz-meta-raw: {raw!r:.40} is not one of {', '.join(RAW)}")
     if metadata.get("device", "cpu") != "cpu":
         raise refuse(f"x-amz-meta-device: {metadata['device']!r:.40} is not available; allowed is cpu")
+    after = metadata.get("after", "")
+    if after and kernel_name(f"_kernels/{after}.py".encode()) is None:
+        raise refuse(f"x-amz-meta-after: {after!r:.80} is not a kernel's name; give it without .py")
     params = metadata.get("params", "{}")
     if len(params) > PARAMS_BYTES_MAX:
         raise refuse(f"x-amz-meta-params: more than {PARAMS_BYTES_MAX} bytes")
@@ -87,127 +122,89 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
         given = msgspec.json.decode(params.encode(), type=dict[str, int | float])
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         raise refuse(f'x-amz-meta-params: a JSON object of numbers, e.g. {{"low": 12}} ({error})') from None
-    return Attachment(kernel, match, resolve_params(kernel, given), _pattern(metadata))
+    return Attachment(kernel, match, resolve_params(kernel, given), pattern_of(metadata), raw, after)
 
 
-def _pattern(metadata: Mapping[str, str]) -> re.Pattern[str]:
+def pattern_of(metadata: Mapping[str, str]) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(metadata.get("match", "*")))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Unread:
-    """A kernel whose source could not be read yet: it is known to be there, and over which keys."""
-
-    name: str
-    pattern: re.Pattern[str]
-
-    def matches(self, key: bytes) -> bool:
-        return self.pattern.match(key.decode("utf-8", "surrogateescape")) is not None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Entry:
-    generation: int
-    attachments: tuple[Attachment, ...] = ()
-    unread: tuple[Unread, ...] = ()
+def with_arrays(attachment: Attachment, arrays: Mapping[str, ArrayUse], bad: Mapping[str, str]) -> Attachment:
+    """With those of ``arrays`` that the kernel declares. ``bad``: why others could not be read, by name."""
+    owed = ""
+    for spec in attachment.kernel.arrays:
+        file = f"_kernels/{attachment.name}/{spec.name}.npy"
+        if spec.name in bad:
+            owed = owed or f"{file}: {bad[spec.name]}"
+        elif spec.name not in arrays:
+            owed = owed or f"{file} is missing"
+    declared = {spec.name: arrays[spec.name] for spec in attachment.kernel.arrays if spec.name in arrays}
+    return dataclasses.replace(attachment, arrays=declared, owed=owed)
 
 
-class Registry:
-    """The attachments of every bucket this worker was asked about."""
-
-    def __init__(self, catalog: Catalog, pad: LandingPad) -> None:
-        self._catalog = catalog
-        self._pad = pad
-        self._entries: dict[str, _Entry] = {}
-        self._made: dict[bytes, Attachment | None] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-
-    def fresh(self, bucket: str) -> bool:
-        entry = self._entries.get(bucket)
-        return entry is not None and not entry.unread and entry.generation == self._catalog.generation()
-
-    def known(self, bucket: str) -> tuple[Attachment, ...]:
-        """What was attached when the bucket was last read."""
-        entry = self._entries.get(bucket)
-        return entry.attachments if entry is not None else ()
-
-    def unread(self, bucket: str) -> tuple[Unread, ...]:
-        """Kernels that are there but whose source could not be read."""
-        entry = self._entries.get(bucket)
-        return entry.unread if entry is not None else ()
-
-    async def refresh(self, bucket: str) -> None:
-        """Read the bucket's kernels unless what is known is fresh. Raises IngestError if they cannot even be listed;
-        what was known then stays."""
-        if self.fresh(bucket):
-            return
-        lock = self._locks.setdefault(bucket, asyncio.Lock())
+def misfit(attachment: Attachment, geometry: FrameGeometry) -> str:
+    """Why the arrays of the chain do not fit such frames; empty when they do."""
+    stages = attachment.stages
+    frame = (np.dtype(geometry.dtype).name, geometry.shape)
+    for stage, (_, shape) in zip(stages, chain_geometries([one.kernel for one in stages], frame), strict=True):
         try:
-            async with lock:
-                if not self.fresh(bucket):
-                    await self._read(bucket)
-        finally:
-            if not lock.locked():
-                self._locks.pop(bucket, None)
-
-    async def _read(self, bucket: str) -> None:
-        # Taken before the listing: a kernel put meanwhile makes the entry stale, never silently missing.
-        generation = self._catalog.generation()
-        rows, truncated = await self._catalog.list_objects(bucket, prefix=KERNEL_PREFIX, limit=KERNELS_MAX)
-        if truncated:
-            log.warning("bucket %s has more than %d kernels; the rest does not run", bucket, KERNELS_MAX)
-        records = [row.record for row in rows if row.record is not None and kernel_name(row.key) is not None]
-        entry = await self._entry(bucket, generation, records)
-        self._entries.pop(bucket, None)
-        self._entries[bucket] = entry
-        while len(self._entries) > BUCKETS_MAX:
-            del self._entries[next(iter(self._entries))]
-        while len(self._made) > KERNELS_KEPT_MAX:
-            del self._made[next(iter(self._made))]
-
-    async def _entry(self, bucket: str, generation: int, records: Sequence[ObjectRecord]) -> _Entry:
-        attachments, unread = [], []
-        with contextlib.ExitStack() as stack:
-            # Held over all of them: regions given back after each source are scrubbed before anybody gets them again, so
-            # that a few kernels would use up the worker's regions.
-            if any(record.object_id not in self._made for record in records) and (domain := self._pad.domain(bucket)):
-                domain.hold()
-                stack.callback(domain.drop)
-            for record in records:
-                try:
-                    attachment = await self._attachment(record)
-                except IngestError as error:
-                    log.warning("kernel %r of bucket %s could not be read: %s", record.key, bucket, error)
-                    name = kernel_name(record.key)
-                    assert name is not None
-                    unread.append(Unread(name, _pattern(record.metadata)))
-                else:
-                    if attachment is not None:
-                        attachments.append(attachment)
-        return _Entry(generation, tuple(attachments), tuple(unread))
-
-    async def _attachment(self, record: ObjectRecord) -> Attachment | None:
-        if record.object_id not in self._made:
-            domain = self._pad.domain(record.bucket)
-            if domain is None:
-                raise BufferFull("no memory region is free")
-            self._made[record.object_id] = await self._make(record, domain)
-        return self._made[record.object_id]
-
-    async def _make(self, record: ObjectRecord, domain: Domain) -> Attachment | None:
-        name = kernel_name(record.key)
-        assert name is not None
-        if not 0 < record.length <= SOURCE_BYTES_MAX:
-            return None
-        with contextlib.ExitStack() as stack:
-            domain.hold()
-            stack.callback(domain.drop)
-            loaded = await self._pad.load(record, 0, record.length, domain)
-            stack.callback(loaded.release)
-            source = os.pread(domain.region_fds[loaded.region], loaded.length, loaded.offset)
-        try:
-            # Parsing a long source takes milliseconds: not on the loop that receives frames.
-            return attach(await asyncio.to_thread(admit, name, source), record.metadata)
+            resolve_arrays(stage.kernel, {name: use.values for name, use in stage.arrays.items()}, shape)
         except KernelRefused as refusal:
-            log.warning("kernel of bucket %s does not run: %s", record.bucket, refusal)
-            return None
+            return refusal.reason
+    return ""
+
+
+def stages_of(attachment: Attachment) -> list[Stage]:
+    """What a sandbox is started with."""
+    return [
+        Stage(stage.kernel, stage.params, {name: use.values for name, use in stage.arrays.items()})
+        for stage in attachment.stages
+    ]
+
+
+def epochs_of(attachment: Attachment, epochs: Sequence[KernelEpoch]) -> list[tuple[int, Attachment]]:
+    """The settings with which a stored version's frames are judged, as (first frame, settings): those of the time when
+    they arrived, if the sources and the arrays are still the same; else those of now, for all of them."""
+    then = []
+    for epoch in epochs:
+        if epoch.kernel != attachment.name:
+            continue
+        same = [(use.kernel, use.sha256, use.arrays) for use in epoch.stages] == [
+            (use.kernel, use.sha256, use.arrays) for use in attachment.uses
+        ]
+        if not same:
+            return [(0, attachment)]
+        *before, last = (
+            dataclasses.replace(stage, params=dict(use.params))
+            for stage, use in zip(attachment.stages, epoch.stages, strict=True)
+        )
+        then.append((epoch.first_frame, dataclasses.replace(last, before=tuple(before))))
+    return then or [(0, attachment)]
+
+
+def chained(attachment: Attachment, others: Mapping[str, Attachment]) -> Attachment:
+    """With the chain before it, of ``others`` by name. Raises KernelRefused for a circle, or a chain that is too long; where
+    a kernel of it is not there, the attachment waits."""
+    before: list[Attachment] = []
+    names = [attachment.name]
+    owed = attachment.owed
+    after = attachment.after
+    while after:
+        if after in names:
+            circle = " after ".join((*names, after))
+            raise KernelRefused(attachment.kernel.file, 1, f"x-amz-meta-after: {circle} is a circle")
+        names.append(after)
+        if len(names) > CHAIN_MAX:
+            raise KernelRefused(
+                attachment.kernel.file,
+                1,
+                f"x-amz-meta-after: {' after '.join(names)}: at most {CHAIN_MAX} kernels in a chain",
+            )
+        found = others.get(after)
+        if found is None:
+            owed = owed or f"_kernels/{after}.py, whose out is its frame, is missing or does not run"
+            break
+        owed = owed or found.owed
+        before.insert(0, found)
+        after = found.after
+    return dataclasses.replace(attachment, before=tuple(before), owed=owed)

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ingest.counters import Counters
-from ingest.errors import BufferFull, IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import (
     Catalog,
     Domain,
@@ -32,30 +31,29 @@ from ingest.ports import (
     StreamInfo,
 )
 from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
-from kernels.attach import Attachment, Registry, attach, is_internal, kernel_name
+from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
-from kernels.contract import Kernel
-from kernels.formats import HEADER_BYTES_MAX, NotFrames, declared_geometry, sniff
-from kernels.gate import admit
+from kernels.formats import HEADER_BYTES_MAX, NotFrames, sniff
 from kernels.lane import Lane, LaneKey
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
+from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
 from kernels.runs.keeper import RunKeeper
 from kernels.runs.ledger import OneFrame, prior_of
-from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
+from kernels.sandbox import SandboxFailed, SandboxLimits
 from kernels.sharing import SharedBatch
 from kernels.standing import Verdict
 from kernels.strikes import Strikes
+from kernels.submission import Submissions
 from kernels.tally import Tally
+from kernels.watch import Watch
 
 log = logging.getLogger("hiss.kernels")
 
-CLEARANCE_WAIT_S = 5.0
-"""How long a submitted kernel waits for the sandbox's self-test, which takes half a second after the node's start."""
-CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
-"""Waits for a fork server that restarts, before a submitted kernel is turned away."""
+WARM_MAX = 4
+"""Sandboxes started before their first frame, each time the kernels of a bucket change."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -96,6 +94,7 @@ class _Due:
 
     time_s: float
     wait_s: float
+    bucket: str
 
 
 class KernelHost:
@@ -124,6 +123,8 @@ class KernelHost:
         self._clearance = clearance
         self._tally = Tally(counters)
         self._registry = Registry(catalog, pad)
+        self._watch = Watch(catalog, self._registry, self._changed)
+        self._submissions = Submissions(zygote_socket, self._registry, clearance, limits.sandbox)
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._owing: set[tuple[bytes, str]] = set()
@@ -132,6 +133,7 @@ class KernelHost:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self._work = asyncio.Semaphore(0)
+        self._sweep_now = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
@@ -143,6 +145,7 @@ class KernelHost:
         self.spawn(self._clearance.obtain(), "self-test of the sandbox")
         self.spawn(self._sweep(), "kernel sweep")
         self.spawn(self._keeper.run(), "keeper of runs")
+        self.spawn(self._watch.run(), "kernel watch")
         for _ in range(self._limits.catchups_max):
             self.spawn(self._pay(), "catch up")
 
@@ -221,50 +224,42 @@ class KernelHost:
             self._work.release()
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
-        """Gate, attachment and compiler, for a kernel put at ``_kernels/<name>.py``; compiled for the layout that the
-        metadata declare as for frames, else for a default set. Raises KernelRefused, or BufferFull where it could not
-        be tried (no fork server)."""
+        """See ``FrameHost``."""
+        self._watch.use(bucket)
+        with self._refusals():
+            await self._submissions.kernel(bucket, name, source, metadata)
+
+    async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
+        """See ``FrameHost``."""
+        self._watch.use(bucket)
+        with self._refusals():
+            await self._submissions.array(bucket, kernel, name, head, length)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
         try:
-            if kernel_name(f"_kernels/{name}.py".encode()) is None:
-                raise KernelRefused(f"{name}.py", 1, "a kernel's name is a letter, then letters, digits, _ or -")
-            kernel = await asyncio.to_thread(admit, name, source)
-            attach(kernel, metadata)
-            try:
-                declared = declared_geometry(metadata)
-            except ValueError as error:
-                raise KernelRefused(kernel.file, 1, str(error)) from None
-            layouts: Sequence[tuple[str, int]] = DEFAULT_LAYOUTS
-            if declared is not None:
-                layouts = ((np.dtype(declared.dtype).name, len(declared.shape)),)
-            await self._compile(kernel, layouts)
+            yield
         except KernelRefused:
             self._tally.error("refused")
             raise
-
-    async def _compile(self, kernel: Kernel, layouts: Sequence[tuple[str, int]]) -> None:
-        standing = await self._clearance.decided(CLEARANCE_WAIT_S)
-        if standing.verdict is Verdict.REFUSED:
-            raise KernelRefused(kernel.file, 1, f"no kernel runs here: {standing.reason}")
-        if not standing.runs:
-            raise BufferFull(f"kernels cannot be compiled at the moment: {standing.reason}")
-        failure = SandboxFailed("unavailable", "")
-        for wait_s in CHECK_BACKOFF_S:
-            try:
-                await check(self.zygote_socket, kernel, layouts, self.sandbox_limits)
-            except SandboxFailed as error:
-                failure = error
-            else:
-                return
-            if failure.kind != "unavailable":
-                raise KernelRefused(kernel.file, 1, f"does not compile: {failure}") from None
-            await asyncio.sleep(wait_s)
-        raise BufferFull(f"kernels cannot be compiled at the moment: {failure.message}")
 
     # -- what reductions and lanes ask (ReductionHost, LaneOwner)
 
     def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane:
         key = LaneKey.of(bucket, attachment, geometry, domain)
         return self._pool.get(key, lambda: Lane(key, attachment, geometry, domain, self))
+
+    def revision(self, bucket: str) -> int:
+        return self._registry.revision(bucket)
+
+    def attached(self, bucket: str, name: str) -> Attachment | None:
+        for attachment in self._registry.known(bucket):
+            if attachment.name == name and not attachment.owed and not self._disabled(bucket, attachment):
+                return attachment
+        return None
+
+    def seen(self, bucket: str, geometry: FrameGeometry) -> None:
+        self._watch.use(bucket, geometry)
 
     async def admit(self, lane: Lane) -> int:
         await self._clearance.granted()
@@ -295,7 +290,10 @@ class KernelHost:
         identity = (record.object_id, kernel)
         before = self._due.get(identity)
         wait_s = self._limits.sweep_s if before is None else min(self._limits.postpone_s_max, before.wait_s)
-        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s)
+        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s, record.bucket)
+        if reason.waits:
+            self._watch.use(record.bucket)
+            await self._record_failure(record, kernel, str(reason), give_up=False, counted=False)
         if reason.recall:
             try:
                 await self.catalog.request_recall(record.object_id)
@@ -367,6 +365,30 @@ class KernelHost:
     def _disabled(self, bucket: str, attachment: Attachment) -> bool:
         return self._strikes.disabled(bucket, attachment.kernel.sha256)
 
+    def _changed(self, bucket: str) -> None:
+        """The bucket's kernels, their metadata or their arrays are not what they were."""
+        now_s = asyncio.get_running_loop().time()
+        for identity, due in self._due.items():
+            if due.bucket == bucket:
+                self._due[identity] = dataclasses.replace(due, time_s=now_s, wait_s=self._limits.sweep_s)
+        self._sweep_now.set()
+        self._warm(bucket)
+
+    def _warm(self, bucket: str) -> None:
+        """Start the sandboxes that the next frames will need: compiling takes longer than a short stream."""
+        room = min(WARM_MAX, self._limits.processes_max - len(self._pool.lanes))
+        layouts = self._watch.layouts(bucket)
+        domain = self.pad.domain(bucket) if layouts and room > 0 else None
+        if domain is None:
+            return
+        for attachment in self._registry.known(bucket):
+            for geometry in layouts:
+                if attachment.owed or self._disabled(bucket, attachment) or misfit(attachment, geometry):
+                    continue
+                if not self._pool.has(LaneKey.of(bucket, attachment, geometry, domain)) and room > 0:
+                    self.lane(bucket, attachment, geometry, domain)
+                    room -= 1
+
     def _begin(self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain) -> Reduction:
         reduction = Reduction(self, info, attachments, domain)
         self._reductions.add(reduction)
@@ -392,7 +414,12 @@ class KernelHost:
                     log.warning("owed reductions could not be listed: %s", error)
                 except Exception:
                     log.exception("a sweep of the kernel host failed")
-            await asyncio.sleep(min(GAUGE_S, self._limits.sweep_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(GAUGE_S, self._limits.sweep_s)):
+                    await self._sweep_now.wait()
+            if self._sweep_now.is_set():
+                self._sweep_now.clear()
+                due_s = 0.0
 
     async def _released(self) -> bool:
         """Whether versions of this slot are owed again, because a member of their partial is gone."""
@@ -406,7 +433,9 @@ class KernelHost:
         jobs = await self.catalog.pending_reductions(self._slot, self._limits.backlog_max)
         now_s = asyncio.get_running_loop().time()
         due = {
-            (job.record.object_id, job.kernel): _Due(now_s + (0.0 if job.released else grace_s), self._limits.sweep_s)
+            (job.record.object_id, job.kernel): _Due(
+                now_s + (0.0 if job.released else grace_s), self._limits.sweep_s, job.record.bucket
+            )
             for job in jobs
         }
         self._due = {identity: self._due.get(identity, fresh) for identity, fresh in due.items()}
@@ -481,14 +510,20 @@ class KernelHost:
             found = record.geometry or await self._geometry(record, domain)
             readable = isinstance(found, FrameGeometry) and found.frame_bytes + BLOCK_BYTES <= domain.region_bytes
             if isinstance(found, FrameGeometry) and readable and is_single(found, record.length):
-                self.gather(record, attachments, found, domain, None)
+                waiting = {one.name: one.owed or misfit(one, found) for one in attachments}
+                ready = [one for one in attachments if not waiting[one.name]]
+                self.gather(record, ready, found, domain, None)
+                for name, reason in waiting.items():
+                    if reason:
+                        await self.postpone(record, name, Postponed(reason, waits=True))
                 return
             reduction = self._begin(info, tuple(attachments), domain)
         finally:
             domain.drop()
         try:
+            settings = {attachment.name: epochs_of(attachment, record.epochs) for attachment in attachments}
             matching = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
-            reduction.begin_stored(record, found, partial=not matching <= set(names))
+            reduction.begin_stored(record, found, settings, partial=not matching <= set(names))
             await reduction.finished.wait()
         finally:
             reduction.aborted()
@@ -510,9 +545,13 @@ class KernelHost:
         log.warning("kernel %s over %s/%r: %s", kernel, record.bucket, record.key, error)
         await self._record_failure(record, kernel, error, give_up=True)
 
-    async def _record_failure(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
+    async def _record_failure(
+        self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool, counted: bool = True
+    ) -> None:
         try:
-            await self.catalog.reduction_failed(record.object_id, kernel, error[:1000], give_up=give_up)
+            await self.catalog.reduction_failed(
+                record.object_id, kernel, error[:1000], give_up=give_up, counted=counted
+            )
         except (StaleVersion, NoSuchKey, NoSuchBucket):
             return
         except IngestError as refusal:

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,8 +24,7 @@ import numpy.typing as npt
 from ingest.counters import Counters
 from ingest.ports import Domain, FrameBatch, KernelRefused
 from ingest.records import FrameGeometry
-from kernels.attach import Attachment
-from kernels.contract import Stage
+from kernels.attach import Attachment, stages_of
 from kernels.sandbox import Batch, Reply, Sandbox, SandboxFailed, SandboxLimits
 from kernels.scheduler import Collect, Reset, Run, Schedule
 from kernels.wire import MAX_BATCH
@@ -49,6 +49,14 @@ class LaneClient(Protocol):
     """One kernel's pass over one stream, as its lane sees it. Calls come from the event loop and return at once."""
 
     def judged(self, run: Run, reply: Reply) -> None: ...
+    def stopped(self, frame: int) -> None:
+        """This frame said STOP; none behind it is judged. Called after ``judged``, and after what follows is void."""
+        ...
+
+    def restarted(self) -> None:
+        """What was merged is void: all frames are judged anew."""
+        ...
+
     def voided(self, first: int, count: int) -> None:
         """The state these frames went into is lost; they lag now."""
         ...
@@ -98,6 +106,14 @@ class LaneOwner(Protocol):
         ...
 
 
+class LaneRefused(Exception):
+    """The lane serves nobody any more; ``kind`` and text as for ``LaneClient.refused``."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaneKey:
     """What streams must have in common to share a sandbox."""
@@ -105,7 +121,8 @@ class LaneKey:
     bucket: str
     kernel: str
     sha256: str
-    params: tuple[tuple[str, int | float], ...]
+    settings: tuple[object, ...]
+    """Sources, parameters and arrays of every kernel of the chain."""
     dtype: str
     shape: tuple[int, ...]
     regions: tuple[int, ...]
@@ -113,9 +130,18 @@ class LaneKey:
     @classmethod
     def of(cls, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> LaneKey:
         kernel = attachment.kernel
-        params = tuple(sorted(attachment.params.items()))
+        settings = tuple(
+            (
+                use.kernel,
+                use.sha256,
+                # 1 and 1.0 are equal, and not the same parameter to a compiler.
+                tuple((name, type(value).__name__, value) for name, value in sorted(use.params.items())),
+                tuple(sorted(use.arrays.items())),
+            )
+            for use in attachment.uses
+        )
         dtype = np.dtype(geometry.dtype).name
-        return cls(bucket, kernel.name, kernel.sha256, params, dtype, geometry.shape, tuple(domain.region_fds))
+        return cls(bucket, kernel.name, kernel.sha256, settings, dtype, geometry.shape, tuple(domain.region_fds))
 
 
 class Lane:
@@ -137,7 +163,13 @@ class Lane:
         self._limits = owner.sandbox_limits
         self._state_bytes = max(1, sum(spec.size_bytes for spec in attachment.kernel.state))
         self._slots = max(1, min(SLOTS_MAX, SLOT_STATE_BYTES_MAX // self._state_bytes))
-        self._schedule = Schedule(self._slots, batch_bytes_max=BATCH_BYTES_MAX, batch_frames_max=MAX_BATCH)
+        self._schedule = Schedule(
+            self._slots,
+            batch_bytes_max=BATCH_BYTES_MAX,
+            batch_frames_max=MAX_BATCH,
+            ordered=attachment.kernel.ordered,
+        )
+        self._conclusions: deque[tuple[StateArrays, asyncio.Future[StateArrays]]] = deque()
         self._batch_seconds = owner.counters.histogram("hiss_kernel_batch_seconds")
         self._bytes = owner.counters.cell("hiss_kernel_bytes_total")
         # For the lane's whole life, not only the process's: between two processes the regions must stay this bucket's.
@@ -187,6 +219,16 @@ class Lane:
             self.idle_since_s = time.monotonic()
             self._owner.idle(self)
         self._wake.set()
+
+    async def conclude(self, stream: int, state: StateArrays) -> StateArrays:
+        """The state after the kernel's finish(), for a stream that has not left yet. Raises LaneRefused."""
+        assert stream in self._clients or self._failure is not None
+        if self._failure is not None:
+            raise LaneRefused(*self._failure)
+        answer: asyncio.Future[StateArrays] = asyncio.get_running_loop().create_future()
+        self._conclusions.append((state, answer))
+        self._wake.set()
+        return await answer
 
     async def admitted(self) -> None:
         """Returns once the lane may have a process, or never will."""
@@ -244,6 +286,8 @@ class Lane:
             return
         try:
             while True:
+                while self._conclusions:
+                    await self._conclude()
                 step = self._schedule.next()
                 self._after_choice()
                 if step is None:
@@ -263,7 +307,7 @@ class Lane:
             try:
                 return await Sandbox.start(
                     self._owner.zygote_socket,
-                    [Stage(self.attachment.kernel, self.attachment.params)],
+                    stages_of(self.attachment),
                     dtype=self.key.dtype,
                     shape=self.key.shape,
                     region_fds=self._domain.region_fds,
@@ -288,9 +332,33 @@ class Lane:
         if client is not None:
             # Feedback leaves from here: before anything else is done.
             client.judged(run, reply)
-        self._schedule.done()
+        if reply.stopped_at is None:
+            self._schedule.done()
+        else:
+            self._stop(run, reply.stopped_at)
         self._batch_seconds.observe(time.perf_counter() - began_s)
         self._bytes.add(run.count * self._frame_bytes)
+
+    def _stop(self, run: Run, frame: int) -> None:
+        void = self._schedule.stopped(frame)
+        client = self._clients.get(run.stream)
+        if client is None:
+            return
+        for first, count in void:
+            client.voided(first, count)
+        if void:
+            client.restarted()
+        client.stopped(frame)
+
+    async def _conclude(self) -> None:
+        """Run finish() for whoever waits longest; a process that dies over it leaves it to the next one."""
+        assert self._sandbox is not None
+        state, answer = self._conclusions[0]
+        if not answer.done():
+            result = await self._sandbox.finish(state)
+            if not answer.done():
+                answer.set_result(result)
+        self._conclusions.popleft()
 
     async def _move_state(self, step: Reset | Collect) -> None:
         sandbox, client = self._sandbox, self._clients.get(step.stream)
@@ -332,6 +400,10 @@ class Lane:
         if self._failure is None:
             self._failure = (kind, reason)
             self._admitted.set()
+        while self._conclusions:
+            _, answer = self._conclusions.popleft()
+            if not answer.done():
+                answer.set_exception(LaneRefused(kind, reason))
         for client in list(self._clients.values()):
             client.refused(kind, reason)
 

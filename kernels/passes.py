@@ -1,9 +1,10 @@
-"""One kernel's pass over one object version: from its first frame to the stored product.
+"""One kernel's pass over the frames of one object version that lie in one parameter epoch.
 
-In: frames from the reduction (kernels/reduction.py), verdicts and state from the lane, the committed record. Out:
-verdicts, feedback events, and at the end the state, or why there is none. Frames that lag are read back from disk once
-the version exists. What always holds: a frame is judged exactly once in the state that comes out, and the instrument
-hears of each frame at most once, however often sandboxes died in between.
+In: frames from the kernel's pass over the whole version (kernels/epochs.py), verdicts and state from the lane, the
+committed record. Out: verdicts, rows and feedback events to the pass's ``Report``, and at the end the state, or why there
+is none. Frames that lag are read back from disk once the version exists. What always holds: a frame is judged exactly
+once in the state that comes out, and the instrument hears of each frame at most once, however often sandboxes died in
+between.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +22,10 @@ from ingest.errors import DataLost, IngestError, NoSuchBucket, NoSuchKey, Object
 from ingest.ports import Domain, FeedbackEvent, FeedbackSink, FrameBatch, LandingPad, LoadedBytes
 from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment
-from kernels.contract import merge
-from kernels.lane import Lane, StateArrays
+from kernels.contract import Kernel, merge
+from kernels.lane import Lane, LaneRefused, StateArrays
 from kernels.ranges import Ranges
+from kernels.rows import Rows
 from kernels.sandbox import Reply
 from kernels.scheduler import Run
 from kernels.tally import Tally
@@ -48,10 +51,11 @@ class Gone(Exception):
 class Postponed(Exception):
     """The pass cannot go on now; the sweep will begin it anew. ``str()`` says why."""
 
-    def __init__(self, reason: str, *, recall: bool = False) -> None:
-        """``recall``: the bytes must come back from the archive first."""
+    def __init__(self, reason: str, *, recall: bool = False, waits: bool = False) -> None:
+        """``recall``: the bytes must come back from the archive first. ``waits``: for something that somebody has to put."""
         super().__init__(reason)
         self.recall = recall
+        self.waits = waits
 
 
 class Hopeless(Exception):
@@ -98,113 +102,65 @@ class PassContext:
     """How many pieces read back from disk may be in memory at once; first come, first served, so passes take turns."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """A finished pass."""
-
-    state: StateArrays
-    verdicts: npt.NDArray[np.uint8]
-    feedback_events: int
-    unreadable: tuple[tuple[int, int], ...]
-    """(first frame, frames) that could not be decoded."""
-
-
-class KernelPass:
-    """Implements ``LaneClient``. ``row`` is this kernel's row in the reduction's verdicts."""
+class Report:
+    """What one kernel says about the frames of one version, over all its epochs. ``row``: its row in the verdicts."""
 
     def __init__(
-        self,
-        context: PassContext,
-        attachment: Attachment,
-        lane: Lane,
-        geometry: FrameGeometry,
-        verdicts: Verdicts,
-        row: int,
-        bucket: str,
-        key: bytes,
+        self, context: PassContext, kernel: Kernel, verdicts: Verdicts, row: int, bucket: str, key: bytes
     ) -> None:
-        self.attachment = attachment
         self.feedback_events = 0
+        self.dropped_rows = 0
+        """Rows beyond what one frame may append."""
         self.unreadable = Ranges()
         """Frames that could not be decoded."""
+        self.rows = Rows(kernel.rows.dtype) if kernel.rows is not None else None
         self._context = context
-        self._lane = lane
-        self._geometry = geometry
+        self._kernel = kernel
         self._verdicts = verdicts
         self._row = row
         self._bucket = bucket
         self._key = key
-        self._state: StateArrays | None = None
         self._answered = Ranges()
-        self._final = False
-        self._refusal: Hopeless | None = None
-        self._changed = asyncio.Event()
-        self._stream = lane.join(self)
-
-    # -- frames, from the reduction
-
-    def offer(self, batch: FrameBatch) -> None:
-        if self._refusal is not None:
-            batch.release()
-        else:
-            self._lane.offer(self._stream, batch, live=True)
-
-    def lag(self, first: int, count: int) -> None:
-        if self._refusal is None:
-            self._lane.lag(self._stream, first, count)
-            self._changed.set()
-
-    def leave(self) -> None:
-        """The stream was aborted, or the pass is over. Idempotent."""
-        self._lane.leave(self._stream)
-
-    # -- outcomes, from the lane
 
     def judged(self, run: Run, reply: Reply) -> None:
         if reply.feedback or reply.dropped_feedback:
             self._publish(run, reply)
-        self._answered.add(run.first_frame, run.count)
-        self._note_unreadable(run, reply)
-        self._verdicts.record(self._row, run.first_frame, reply.verdicts)
-        self._context.tally.judged(reply.verdicts, live=run.live)
+        count = run.count if reply.stopped_at is None else reply.stopped_at + 1 - run.first_frame
+        verdicts = reply.verdicts[:count]
+        if not self._answered.covers(run.first_frame, count):
+            self.dropped_rows += reply.dropped_rows
+        self._answered.add(run.first_frame, count)
+        self._note_unreadable(run, verdicts)
+        self._verdicts.record(self._row, run.first_frame, verdicts)
+        if self.rows is not None and reply.rows is not None:
+            self.rows.add(run.first_frame, reply.rows)
+        self._context.tally.judged(verdicts, live=run.live)
 
-    def _note_unreadable(self, run: Run, reply: Reply) -> None:
+    def _note_unreadable(self, run: Run, verdicts: npt.NDArray[np.uint8]) -> None:
         """Frames whose stored bytes are broken: known once, reported in the product, never judged."""
-        for frame in np.flatnonzero(reply.verdicts == UNREADABLE):
+        for frame in np.flatnonzero(verdicts == UNREADABLE):
             self.unreadable.add(run.first_frame + int(frame), 1)
-        reply.verdicts[reply.verdicts == UNREADABLE] = UNREDUCED
+        verdicts[verdicts == UNREADABLE] = UNREDUCED
 
     def voided(self, first: int, count: int) -> None:
+        """These frames will be judged again."""
         self._verdicts.void(self._row, first, count)
+        if self.rows is not None:
+            self.rows.void(first, count)
 
-    def merge(self, state: StateArrays) -> None:
-        if self._state is None:
-            self._state = state
-            return
-        for spec in self.attachment.kernel.state:
-            merge(spec, self._state[spec.name], state[spec.name])
-
-    def banked(self, final: bool) -> None:
-        if final:
-            self._final = True
-            self._changed.set()
-
-    def lagged(self) -> None:
-        self._changed.set()
-
-    def refused(self, kind: str, reason: str) -> None:
-        if self._refusal is None:
-            self._refusal = Hopeless(kind, reason)
-            self._changed.set()
-            # Not now: the lane is going through its clients.
-            asyncio.get_running_loop().call_soon(self.leave)
+    def behind_stop(self, first: int, count: int) -> None:
+        """These frames will not be judged."""
+        if count > 0:
+            self._verdicts.stop(self._row, first, count)
+            if self.rows is not None:
+                self.rows.void(first, count)
 
     def _publish(self, run: Run, reply: Reply) -> None:
         now_ns = time.time_ns()
         # A frame that is judged again (its state was lost) has told the instrument already.
         again = self._answered if self._answered.total else None
         events = [
-            FeedbackEvent(self._bucket, self._key, self.attachment.kernel.name, frame, code, value, now_ns, run.live)
+            FeedbackEvent(self._bucket, self._key, self._kernel.name, frame, code, value, now_ns, run.live)
             for frame, code, value in reply.feedback
             if again is None or not again.covers(frame, 1)
         ]
@@ -213,27 +169,112 @@ class KernelPass:
         if reply.dropped_feedback:
             self._context.tally.feedback_dropped(reply.dropped_feedback)
 
-    # -- the end
 
-    async def finish(self, record: ObjectRecord, frames: int, domain: Domain) -> Outcome:
-        """Wait for, or read back, every frame; then the state. Raises Gone, Postponed or Hopeless."""
-        if self._refusal is None:
+class EpochPass:
+    """Implements ``LaneClient``. ``stopped(frame)`` is called when a frame says STOP; ``changed`` is set when there is
+    something to do. ``first_frame``: where the epoch begins."""
+
+    def __init__(
+        self,
+        context: PassContext,
+        attachment: Attachment,
+        lane: Lane,
+        geometry: FrameGeometry,
+        report: Report,
+        first_frame: int,
+        changed: asyncio.Event,
+        stopped: Callable[[EpochPass, int], None],
+    ) -> None:
+        self.attachment = attachment
+        self.first_frame = first_frame
+        self.final = False
+        """Every frame is judged, and ``state`` is complete."""
+        self.state: StateArrays | None = None
+        self.refusal: Hopeless | None = None
+        self._context = context
+        self._lane = lane
+        self._geometry = geometry
+        self._report = report
+        self._changed = changed
+        self._tell_stopped = stopped
+        self._left = False
+        self._stream = lane.join(self)
+
+    # -- frames
+
+    @property
+    def closed(self) -> bool:
+        """No frame will be judged here any more."""
+        return self._left or self.refusal is not None
+
+    def offer(self, batch: FrameBatch) -> None:
+        if self.closed:
+            batch.release()
+        else:
+            self._lane.offer(self._stream, batch, live=True)
+
+    def lag(self, first: int, count: int) -> None:
+        if not self.closed:
+            self._lane.lag(self._stream, first, count)
+            self._changed.set()
+
+    def end(self) -> None:
+        """Every frame is announced."""
+        if not self.closed:
             self._lane.finish(self._stream)
-        window = asyncio.Semaphore(CATCHUP_PIECES)
-        try:
-            while not self._final:
-                self._changed.clear()
-                if self._refusal is not None:
-                    raise self._refusal
-                if not await self._catch_up(record, domain, window) and not self._final and self._refusal is None:
-                    await self._changed.wait()
-        finally:
-            self.leave()
-        assert self._state is not None
-        return Outcome(self._state, self._verdicts.row(self._row, frames), self.feedback_events, tuple(self.unreadable))
 
-    async def _catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
-        """Read back every frame that lags now; False when none did."""
+    def leave(self) -> None:
+        """The stream was aborted, or the pass is over. Idempotent."""
+        self._left = True
+        self._lane.leave(self._stream)
+
+    async def finished(self, state: StateArrays) -> StateArrays:
+        """What the kernel's finish() makes of a state. Raises Hopeless."""
+        try:
+            return await self._lane.conclude(self._stream, state)
+        except LaneRefused as refusal:
+            raise Hopeless(refusal.kind, str(refusal)) from None
+
+    # -- outcomes, from the lane
+
+    def judged(self, run: Run, reply: Reply) -> None:
+        self._report.judged(run, reply)
+
+    def stopped(self, frame: int) -> None:
+        self._tell_stopped(self, frame)
+
+    def voided(self, first: int, count: int) -> None:
+        self._report.voided(first, count)
+
+    def restarted(self) -> None:
+        self.state = None
+        self._changed.set()
+
+    def merge(self, state: StateArrays) -> None:
+        if self.state is None:
+            self.state = state
+        else:
+            merge_states(self.attachment.kernel, self.state, state)
+
+    def banked(self, final: bool) -> None:
+        if final:
+            self.final = True
+            self._changed.set()
+
+    def lagged(self) -> None:
+        self._changed.set()
+
+    def refused(self, kind: str, reason: str) -> None:
+        if self.refusal is None:
+            self.refusal = Hopeless(kind, reason)
+            self._changed.set()
+            # Not now: the lane is going through its clients.
+            asyncio.get_running_loop().call_soon(self.leave)
+
+    # -- frames from disk
+
+    async def catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
+        """Read back every frame that lags now; False when none did. Raises Gone, Postponed or Hopeless."""
         frame_bytes = self._geometry.frame_bytes
         size = max(1, min(CATCHUP_FRAMES, CATCHUP_BYTES // frame_bytes))
         head = self._take(size)
@@ -259,21 +300,27 @@ class KernelPass:
         except BaseException:
             for limit in held:
                 limit.release()
-            if self._refusal is None:
+            if not self.closed:
                 self._lane.lag(self._stream, first, count)
             raise
         batch = LoadedBatch(loaded, first, count, tuple(held))
-        if self._refusal is not None:
+        if self.closed:
             batch.release()
         else:
             self._lane.offer(self._stream, batch, live=False)
 
     def _take(self, count_max: int) -> tuple[int, int] | None:
-        return None if self._refusal is not None else self._lane.load(self._stream, count_max)
+        return None if self.closed else self._lane.load(self._stream, count_max)
 
     async def _load(self, record: ObjectRecord, first: int, count: int, domain: Domain) -> LoadedBytes:
         start = self._geometry.origin + first * self._geometry.frame_bytes
         return await load(self._context.pad, record, start, count * self._geometry.frame_bytes, domain)
+
+
+def merge_states(kernel: Kernel, into: StateArrays, other: StateArrays) -> None:
+    """Fold a state into another, in place."""
+    for spec in kernel.state:
+        merge(spec, into[spec.name], other[spec.name])
 
 
 async def load(pad: LandingPad, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:

@@ -47,6 +47,9 @@ class LanePool:
             lane = self._lanes[key] = make()
         return lane
 
+    def has(self, key: LaneKey) -> bool:
+        return key in self._lanes
+
     async def admit(self, lane: Lane) -> int:
         """Returns once ``lane`` may have a process: how many lanes have one then."""
         async with self._turn:

@@ -6,7 +6,10 @@ of a file whose default plot is the obvious one. Layout:
     /entry                    NXentry; title, end_time; default names the NXdata below
     /entry/state/<name>       each STATE array, with its merge operation
     /entry/<name>_plot        NXdata over it: an image for two dimensions, a line for one
-    /entry/verdicts           one byte a frame: 0 drop, 1 keep, 2 replace, 3 stop, 255 not reduced
+    /entry/result/<name>      the same arrays as finish() left them, each with an NXdata /entry/<name>.result_plot; the
+                              first that finish() changed is the default plot
+    /entry/rows               NXdata, one dataset a column, ordered by frame: what append() appended
+    /entry/verdicts           one byte a frame: 0 drop, 1 keep, 2 replace, 3 stop, 252 behind a stop, 255 not reduced
     /entry/frames             NXcollection of counts, and gaps as (first frame, frames missing)
     /entry/error              why there is no state (instead of the four above)
     /entry/process, source, provenance: the lineage; see kernels/provenance.py
@@ -26,14 +29,20 @@ import numpy.typing as npt
 
 from ingest.records import FrameLedger
 from kernels import nexus, provenance
-from kernels.contract import DROP, KEEP, REPLACE, STOP, Kernel, StateSpec
+from kernels.contract import DROP, FRAME_COLUMN, KEEP, REPLACE, STOP, Kernel, RowsSpec
 from kernels.lineage import Lineage, environment
-from kernels.verdicts import UNREDUCED
+from kernels.verdicts import AFTER_STOP, UNREDUCED
 
 CONTENT_TYPE = "application/x-hdf5"
 _UNREADABLE_MAX = 10_000
 """Runs of frames named as unreadable."""
-_COUNTS = ("received", "kept", "dropped", "replaced", "stored", "unreduced", "trailing_bytes")
+_COUNTS = (
+    "received", "kept", "dropped", "replaced", "stored", "unreduced", "after_stop", "truncated", "discarded_bytes",
+    "trailing_bytes",
+)  # fmt: skip
+_VERDICTS = {
+    DROP: "drop", KEEP: "keep", REPLACE: "replace", STOP: "stop", AFTER_STOP: "behind a stop", UNREDUCED: "not reduced",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,11 +55,18 @@ class Findings:
     feedback_events: int
     unreadable: tuple[tuple[int, int], ...] = ()
     """(first frame, frames) whose stored bytes could not be decoded."""
+    result: Mapping[str, npt.NDArray[np.generic]] | None = None
+    """The state arrays as finish() left them."""
+    rows: npt.NDArray[np.void] | None = None
+    """What was appended, ordered by frame."""
+    rows_left_out: int = 0
 
 
-def estimated_bytes(state: tuple[StateSpec, ...], frames: int) -> int:
+def estimated_bytes(findings: Findings) -> int:
     """An upper bound of the file's size before compression."""
-    return sum(spec.size_bytes for spec in state) + frames + (1 << 20)
+    arrays = [*findings.state.values(), *(findings.result or {}).values(), findings.verdicts]
+    arrays += [findings.rows] if findings.rows is not None else []
+    return sum(array.nbytes for array in arrays) + (1 << 20)
 
 
 def build(lineage: Lineage, outcome: Findings | str) -> memoryview:
@@ -81,17 +97,59 @@ def _findings(entry: h5py.Group, kernel: Kernel, findings: Findings) -> None:
         dataset.attrs["merge"] = spec.merge
         if values.size > 1:
             plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
+    if findings.result is not None:
+        plots = [*_result(entry, kernel, findings.state, findings.result), *plots]
+    if findings.rows is not None and kernel.rows is not None:
+        _rows(entry, kernel.rows, findings.rows)
     verdicts = nexus.array(entry, "verdicts", findings.verdicts)
-    names = {DROP: "drop", KEEP: "keep", REPLACE: "replace", STOP: "stop", UNREDUCED: "not reduced"}
-    verdicts.attrs["meaning"] = ", ".join(f"{value} {name}" for value, name in names.items())
-    plots.append(nexus.plot(entry, "verdicts_plot", "verdicts", verdicts, 1))
+    verdicts.attrs["meaning"] = ", ".join(f"{value} {name}" for value, name in _VERDICTS.items())
+    # A dot: no state array has such a name.
+    plots.append(nexus.plot(entry, "verdicts.plot", "verdicts", verdicts, 1))
     entry.attrs["default"] = plots[0]
+    _frames(entry, findings)
+
+
+def _result(
+    entry: h5py.Group,
+    kernel: Kernel,
+    state: Mapping[str, npt.NDArray[np.generic]],
+    result: Mapping[str, npt.NDArray[np.generic]],
+) -> list[str]:
+    """Returns the plots, of arrays that finish() changed first."""
+    results = nexus.group(entry, "result", "NXcollection")
+    changed: list[str] = []
+    same: list[str] = []
+    for spec in kernel.state:
+        values = result[spec.name]
+        dataset = nexus.array(results, spec.name, values)
+        if values.size > 1:
+            plot = nexus.plot(entry, f"{spec.name}.result_plot", spec.name, dataset, values.ndim)
+            (same if values.tobytes() == state[spec.name].tobytes() else changed).append(plot)
+    return changed + same
+
+
+def _rows(entry: h5py.Group, spec: RowsSpec, rows: npt.NDArray[np.void]) -> None:
+    """Columns of one length. A viewer scatters the first column that is no coordinate over x and y, or over the frame."""
+    group = nexus.group(entry, "rows", "NXdata")
+    names = [FRAME_COLUMN, *(name for name, _ in spec.fields)]
+    for name in names:
+        nexus.array(group, name, np.ascontiguousarray(rows[name]))
+    axes = ["x", "y"] if {"x", "y"} <= set(names) else [FRAME_COLUMN]
+    group.attrs["signal"] = next((name for name in names[1:] if name not in axes), FRAME_COLUMN)
+    group.attrs["axes"] = axes
+    group.attrs["interpretation"] = "scatter"
+
+
+def _frames(entry: h5py.Group, findings: Findings) -> None:
     ledger = findings.ledger
     frames = nexus.group(entry, "frames", "NXcollection")
     for name in _COUNTS:
         nexus.number(frames, name, getattr(ledger, name))
     frames.create_dataset("gaps", data=np.array(ledger.gaps, np.int64).reshape(-1, 2), track_times=False)
     nexus.number(frames, "feedback_events", findings.feedback_events)
+    nexus.number(frames, "rows_left_out", findings.rows_left_out)
+    if ledger.stopped_at is not None:
+        nexus.number(frames, "stopped_at", ledger.stopped_at)
     if findings.unreadable:
         unreadable = np.array(findings.unreadable[:_UNREADABLE_MAX], np.int64).reshape(-1, 2)
         dataset = frames.create_dataset("unreadable", data=unreadable, track_times=False)

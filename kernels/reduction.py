@@ -9,11 +9,12 @@ once; nothing raises into the stream, whatever happens here; after ``done`` noth
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ingest.crashpoints import crashpoint
@@ -24,17 +25,19 @@ from ingest.records import (
     CommitObject,
     FrameGeometry,
     FrameLedger,
+    KernelEpoch,
     ObjectRecord,
     PartialMember,
     PartialOf,
 )
 from ingest.runs import run_of
 from kernels import product
-from kernels.attach import PRODUCT_PREFIX, Attachment
+from kernels.attach import PRODUCT_PREFIX, Attachment, misfit
+from kernels.epochs import KernelPass, Outcome
 from kernels.formats import NotFrames, sniff
 from kernels.lane import TRANSIENT, Lane
-from kernels.lineage import Input, Lineage, StageSettings
-from kernels.passes import Gone, Hopeless, KernelPass, Outcome, PassContext, Postponed
+from kernels.lineage import Epoch, Input, Lineage
+from kernels.passes import Gone, Hopeless, PassContext, Postponed
 from kernels.ranges import Ranges
 from kernels.runs.gather import is_single
 from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
@@ -65,6 +68,18 @@ class ReductionHost(Protocol):
     async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
         """The product stays owed; the sweep comes back to it."""
+        ...
+
+    def revision(self, bucket: str) -> int:
+        """Changes when the bucket's kernels, their metadata or their arrays do."""
+        ...
+
+    def attached(self, bucket: str, name: str) -> Attachment | None:
+        """The kernel as it is attached now, if it can run."""
+        ...
+
+    def seen(self, bucket: str, geometry: FrameGeometry) -> None:
+        """Frames of this layout came to the bucket."""
         ...
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
@@ -127,8 +142,17 @@ class Reduction:
         self._host = host
         self._geometry: FrameGeometry | None = None
         self._trouble: Hopeless | None = None
-        self._verdicts = Verdicts(len(self.attachments))
-        self._passes: list[KernelPass] = []
+        # Kernels that filter the raw data decide alone what becomes of a frame.
+        ruling = [row for row, attachment in enumerate(self.attachments) if attachment.raw != "all"]
+        self._verdicts = Verdicts(len(self.attachments), ruling or None)
+        self._passes: dict[int, KernelPass] = {}
+        """By row; not of kernels that wait for something."""
+        self._waiting: dict[int, str] = {}
+        """Row -> what the kernel waits for."""
+        self._settings: dict[str, Sequence[tuple[int, Attachment]]] = {}
+        self._revision = host.revision(info.bucket)
+        self._when_stopped: Callable[[int], None] | None = None
+        self._truncated_bytes: int | None = None
         self._announced = Ranges()
         self._received = 0
         self._trailing_bytes = 0
@@ -178,17 +202,54 @@ class Reduction:
             self._trouble = Hopeless("format", found.reason)
             return None
         self._geometry = found
+        self._host.seen(self.info.bucket, found)
+        reasons = {row: one.owed or misfit(one, found) for row, one in enumerate(self.attachments)}
+        self._waiting = {row: reason for row, reason in reasons.items() if reason}
         if self.info.length is not None and is_single(found, self.info.length):
             self._single = Single()
             return found
         for row, attachment in enumerate(self.attachments):
-            lane = self._host.lane(self.info.bucket, attachment, found, self.domain)
-            self._passes.append(
-                KernelPass(
-                    self._host.context, attachment, lane, found, self._verdicts, row, self.info.bucket, self.info.key
-                )
+            if row in self._waiting:
+                continue
+            self._passes[row] = KernelPass(
+                self._host.context,
+                self._settings.get(attachment.name) or ((0, attachment),),
+                functools.partial(self._lane, found),
+                found,
+                self._verdicts,
+                row,
+                self.info.bucket,
+                self.info.key,
+                self._stopped,
             )
         return found
+
+    def _lane(self, geometry: FrameGeometry, attachment: Attachment) -> Lane:
+        return self._host.lane(self.info.bucket, attachment, geometry, self.domain)
+
+    def when_stopped(self, stopped: Callable[[int], None]) -> None:
+        self._when_stopped = stopped
+
+    def _stopped(self, frame: int) -> None:
+        """A kernel said STOP: while the stream arrives, that is the stream's end."""
+        tell, self._when_stopped = self._when_stopped, None
+        if tell is not None and not self.is_committed:
+            tell(frame)
+
+    def _notice_changes(self) -> None:
+        """Parameters or arrays that were put since: they hold from the next frame on."""
+        revision = self._host.revision(self.info.bucket)
+        if revision == self._revision:
+            return
+        self._revision = revision
+        for kernel_pass in self._passes.values():
+            now = self._host.attached(self.info.bucket, kernel_pass.attachment.name)
+            if now is not None and self._geometry is not None and not misfit(now, self._geometry):
+                kernel_pass.change(now)
+
+    @property
+    def epochs(self) -> tuple[KernelEpoch, ...]:
+        return tuple(epoch for kernel_pass in self._passes.values() for epoch in kernel_pass.epochs)
 
     def _within_limits(self, found: FrameGeometry) -> FrameGeometry | NotFrames:
         # Reading back takes up to a block more, for alignment.
@@ -214,8 +275,9 @@ class Reduction:
             shared.expire()
             return
         try:
+            self._notice_changes()
             self._announced.add(batch.first_frame, batch.count)
-            for kernel_pass, share in zip(self._passes, shared.shares, strict=True):
+            for kernel_pass, share in zip(self._passes.values(), shared.shares, strict=True):
                 kernel_pass.offer(share)
         except Exception:
             log.exception("the reduction of %s/%r failed", self.info.bucket, self.info.key)
@@ -235,9 +297,11 @@ class Reduction:
     def _lagging(self, first_frame: int, count: int) -> None:
         if not self._fits(first_frame + count):
             return
+        if not self.is_committed:
+            self._notice_changes()
         for first, size in self._unannounced(first_frame, count):
             self._announced.add(first, size)
-            for kernel_pass in self._passes:
+            for kernel_pass in self._passes.values():
                 kernel_pass.lag(first, size)
 
     def _unannounced(self, first_frame: int, count: int) -> list[tuple[int, int]]:
@@ -247,27 +311,40 @@ class Reduction:
             missing.remove(first, size)
         return list(missing)
 
-    def ledger(self, received: int, trailing_bytes: int) -> FrameLedger:
+    def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
         self._received = received
         self._trailing_bytes = trailing_bytes
+        self._truncated_bytes = discarded_bytes
         return self._counts()
 
     def _counts(self) -> FrameLedger:
-        received = self._received
-        kept, dropped = min(self._verdicts.kept, received), min(self._verdicts.dropped, received)
-        if self._prior is not None:
+        """The ledger as of now; its parts always add up to what was received."""
+        received, verdicts, prior = self._received, self._verdicts, self._prior
+        stops = [one.stopped_at for one in self._passes.values() if one.stopped_at is not None]
+        kept, dropped, replaced, after_stop = verdicts.kept, verdicts.dropped, verdicts.replaced, verdicts.after_stop
+        if prior is not None:
             # Other kernels judged these frames before; what any of them kept stays kept.
-            kept, dropped = max(kept, self._prior.kept), min(dropped, self._prior.dropped)
+            kept, dropped = max(kept, prior.kept), min(dropped, prior.dropped)
+            replaced = min(max(replaced, prior.replaced), received - kept - dropped)
+            after_stop = min(max(after_stop, prior.after_stop), received - kept - dropped - replaced)
+            stops += [prior.stopped_at] if prior.stopped_at is not None else []
+        truncated = self._truncated_bytes is not None
         declared = self._geometry.count if self._geometry is not None else None
-        missing = declared - received if declared is not None else 0
+        # What was cut off behind a STOP is no gap: it was sent, and was not wanted.
+        missing = declared - received if declared is not None and not truncated else 0
         return FrameLedger(
             received=received,
             kept=kept,
             dropped=dropped,
+            replaced=replaced,
             stored=received,
-            unreduced=max(0, received - kept - dropped),
+            unreduced=max(0, received - kept - dropped - replaced - after_stop),
             gaps=((received, missing),) if missing > 0 else (),
             trailing_bytes=self._trailing_bytes,
+            stopped_at=min(stops, default=None),
+            after_stop=after_stop,
+            truncated=truncated,
+            discarded_bytes=self._truncated_bytes or 0,
         )
 
     def committed(self, record: ObjectRecord) -> None:
@@ -278,7 +355,11 @@ class Reduction:
         if self._single is not None:
             assert self._geometry is not None
             frame = self._single.give()
-            self._host.gather(record, self.attachments, self._geometry, self.domain, frame)
+            ready = [one for row, one in enumerate(self.attachments) if row not in self._waiting]
+            self._host.gather(record, ready, self._geometry, self.domain, frame)
+            for row, reason in self._waiting.items():
+                late = self._host.postpone(record, self.attachments[row].name, Postponed(reason, waits=True))
+                self._host.spawn(late, "postpone")
             self._end()
             return
         # Whatever the stream did not announce is read back, too.
@@ -295,7 +376,7 @@ class Reduction:
         """No frame is judged from here on. ``kind``: format, or internal. Idempotent."""
         if self._trouble is None:
             self._trouble = Hopeless(kind, reason)
-        for kernel_pass in self._passes:
+        for kernel_pass in self._passes.values():
             kernel_pass.refused(kind, reason)
 
     def _end(self) -> None:
@@ -305,7 +386,7 @@ class Reduction:
         self._arrived()
         if self._single is not None and (frame := self._single.give()) is not None:
             frame.release()
-        for kernel_pass in self._passes:
+        for kernel_pass in self._passes.values():
             kernel_pass.leave()
         self.domain.drop()
         self.finished.set()
@@ -313,8 +394,19 @@ class Reduction:
 
     # -- a version that is stored already
 
-    def begin_stored(self, record: ObjectRecord, found: FrameGeometry | NotFrames, *, partial: bool) -> None:
-        """Reduce a stored version: every frame lags. ``partial``: other kernels' verdicts are in the ledger already."""
+    def begin_stored(
+        self,
+        record: ObjectRecord,
+        found: FrameGeometry | NotFrames,
+        settings: Mapping[str, Sequence[tuple[int, Attachment]]],
+        *,
+        partial: bool,
+    ) -> None:
+        """Reduce a stored version: every frame lags. ``settings``: (first frame, settings) of each kernel's epochs.
+        ``partial``: other kernels' verdicts are in the ledger already."""
+        self._settings = dict(settings)
+        if record.ledger is not None and record.ledger.truncated:
+            self._truncated_bytes = record.ledger.discarded_bytes
         geometry = self.settle(found)
         if geometry is not None:
             payload = max(0, record.length - geometry.origin)
@@ -323,8 +415,9 @@ class Reduction:
                 frames = min(frames, geometry.count)
             self._received = frames
             self._trailing_bytes = payload - frames * geometry.frame_bytes
-            if partial and record.ledger is not None and record.ledger.kept + record.ledger.dropped > 0:
-                self._prior = record.ledger
+            ledger = record.ledger
+            if partial and ledger is not None and ledger.kept + ledger.dropped + ledger.replaced > 0:
+                self._prior = ledger
         self.committed(record)
 
     # -- the end of one kernel
@@ -335,6 +428,8 @@ class Reduction:
         try:
             if self._trouble is not None:
                 raise self._trouble
+            if row in self._waiting:
+                raise Postponed(self._waiting[row], waits=True)
             outcome = await self._passes[row].finish(record, self._received, self.domain)
             await self._store(attachment, record, outcome)
             self._host.succeeded(record.bucket, attachment)
@@ -409,23 +504,38 @@ class Reduction:
         """The ledger first: a crash between the two leaves the product owed, and doing both again is harmless."""
         ledger = await self._amend(record)
         kernel = attachment.kernel
+        epochs = ((0, attachment),) if isinstance(outcome, str) else outcome.epochs
+        source = Input(
+            record,
+            self._geometry,
+            self._received,
+            tuple(Epoch(first_frame, number) for number, (first_frame, _) in enumerate(epochs)),
+        )
         lineage = Lineage(
             kernel=kernel,
             match=attachment.match,
-            settings=((StageSettings(attachment.params),),),
-            inputs=(Input(record, self._geometry, self._received),),
+            settings=tuple(settings.settings for _, settings in epochs),
+            inputs=(source,),
             started_ns=self._started_ns,
             ended_ns=time.time_ns(),
+            before=tuple(stage.kernel for stage in attachment.before),
         )
         found: product.Findings | str
         if isinstance(outcome, str):
             found = outcome
-        elif product.estimated_bytes(kernel.state, len(outcome.verdicts)) > PRODUCT_BYTES_MAX:
-            found = f"the product would be larger than {PRODUCT_BYTES_MAX} bytes"
         else:
             found = product.Findings(
-                outcome.state, outcome.verdicts, ledger, outcome.feedback_events, outcome.unreadable
+                state=outcome.state,
+                verdicts=outcome.verdicts,
+                ledger=ledger,
+                feedback_events=outcome.feedback_events,
+                unreadable=outcome.unreadable,
+                result=outcome.result,
+                rows=outcome.rows,
+                rows_left_out=outcome.rows_left_out,
             )
+            if product.estimated_bytes(found) > PRODUCT_BYTES_MAX:
+                found = f"the product would be larger than {PRODUCT_BYTES_MAX} bytes"
         body = await self._host.in_thread(lambda: product.build(lineage, found))
         request = CommitObject(
             bucket=record.bucket,
@@ -443,16 +553,16 @@ class Reduction:
                 "hiss-source-object-id": record.object_id.hex(),
             },
             reduces=(record.object_id, kernel.name),
-            partial=None if isinstance(found, str) else self._partial_of(attachment, record),
+            partial=None if isinstance(found, str) else self._partial_of(record, [one for _, one in epochs]),
         )
         crashpoint("product-before")
         await self._commit(request, body)
         self._host.context.tally.product()
 
     @staticmethod
-    def _partial_of(attachment: Attachment, record: ObjectRecord) -> PartialOf:
+    def _partial_of(record: ObjectRecord, epochs: Sequence[Attachment]) -> PartialOf:
         member = PartialMember(record.object_id)
-        return PartialOf(attachment.kernel.name, run_of(record.key), group_of(attachment), (member,))
+        return PartialOf(epochs[0].name, run_of(record.key), group_of(*epochs), (member,))
 
     async def _commit(self, request: CommitObject, body: memoryview) -> None:
         for wait_s in STORE_BACKOFF_S:

@@ -9,6 +9,12 @@ What always holds (``validate``):
 - an offered batch is released exactly once, never while the sandbox may still read it;
 - live frames of one stream are dispatched in the order they were offered.
 
+A STOP bounds a stream: frames behind it leave at once. If some of them were judged before (the stopping frame came late,
+from disk), the state is of no use and everything before the STOP is judged anew, so that the result never depends on timing.
+
+An *ordered* schedule keeps each stream's frames in sequence in one state: a stream keeps its slot until it is collected for
+good, and where a frame lags, every later one lags behind it. So whatever is queued directly follows what was judged.
+
 State lives in a *slot* of the sandbox. ``judged`` frames are those whose effect sits in the slot and dies with the
 sandbox; ``banked`` ones were collected and merged outside. A stream that idles while others wait for a slot is parked
 (collected and banked early), so the number of streams is not bounded by the number of slots.
@@ -24,6 +30,7 @@ from kernels.ranges import Ranges
 
 LIVE_BURST = 8
 """Live batches in a row before frames from disk get one: catch-up never starves, ingest always leads."""
+NO_LIMIT = 1 << 62
 QUANTUM = 16
 """Batches run while somebody waits for a slot before the least recently served holder is parked."""
 
@@ -83,8 +90,8 @@ Step = Reset | Run | Collect
 
 class _Stream:
     __slots__ = (
-        "alone", "banked", "closed", "collected", "disk", "frame_bytes", "gone", "judged", "lagging", "live", "loading",
-        "served", "slot", "slot_ready",
+        "alone", "banked", "closed", "collected", "disk", "frame_bytes", "gone", "judged", "lagging", "limit", "live",
+        "loading", "served", "slot", "slot_ready",
     )  # fmt: skip
 
     def __init__(self, frame_bytes: int, alone: bool) -> None:
@@ -96,6 +103,8 @@ class _Stream:
         self.banked = Ranges()
         self.lagging = Ranges()
         self.loading = Ranges()
+        self.limit = NO_LIMIT
+        """First frame that is of no use, behind a STOP."""
         self.slot: int | None = None
         self.slot_ready = False
         self.served = 0
@@ -107,6 +116,19 @@ class _Stream:
     def waiting(self) -> bool:
         return bool(self.live or self.disk)
 
+    def behind(self, frame: int) -> bool:
+        """Some frame before this one is still to be read from disk."""
+        heads = [found[0] for found in (self.lagging.head(1), self.loading.head(1)) if found is not None]
+        return bool(heads) and min(heads) < frame
+
+    def demote(self) -> None:
+        """Everything queued is released, and lags."""
+        for piece in (*self.live, *self.disk):
+            piece.batch.release()
+            self.lagging.add(piece.first, piece.count)
+        self.live.clear()
+        self.disk.clear()
+
     @property
     def settled(self) -> bool:
         """Every frame is judged and no more come: the state may be collected for good."""
@@ -116,12 +138,13 @@ class _Stream:
 class Schedule:
     """The work of one sandbox. Stream numbers are the caller's; every method returns at once."""
 
-    def __init__(self, slots: int, *, batch_bytes_max: int, batch_frames_max: int) -> None:
+    def __init__(self, slots: int, *, batch_bytes_max: int, batch_frames_max: int, ordered: bool = False) -> None:
         self._streams: dict[int, _Stream] = {}
         self._turns: deque[int] = deque()
         self._free = list(range(slots - 1, -1, -1))
         self._batch_bytes_max = batch_bytes_max
         self._batch_frames_max = batch_frames_max
+        self._ordered = ordered
         self._step: Step | None = None
         self._live_in_a_row = 0
         self._runs_while_waiting = 0
@@ -137,22 +160,31 @@ class Schedule:
     def offer(self, stream: int, batch: FrameBatch, *, live: bool) -> None:
         """Frames that lie in memory now. From disk (``live=False``) they were ``loading`` before."""
         state = self._streams[stream]
-        piece = _Piece(batch, batch.first_frame, batch.count, batch.offset)
-        if live:
-            state.live.append(piece)
-        else:
+        if not live:
             state.loading.remove(batch.first_frame, batch.count)
-            state.disk.append(piece)
+        piece = _Piece(batch, batch.first_frame, min(batch.count, state.limit - batch.first_frame), batch.offset)
+        if piece.count <= 0:
+            batch.release()
+        elif self._ordered and state.behind(piece.first):
+            batch.release()
+            state.lagging.add(piece.first, piece.count)
+        else:
+            (state.live if live else state.disk).append(piece)
 
     def lag(self, stream: int, first: int, count: int) -> None:
         """These frames must be read from disk (never lay in memory, or loading them failed)."""
         state = self._streams[stream]
         state.loading.remove(first, count)
-        state.lagging.add(first, count)
+        state.lagging.add(first, min(count, state.limit - first))
 
     def load(self, stream: int, count_max: int) -> tuple[int, int] | None:
         """The next lagging frames to read from disk, now ``loading`` until offered or ``lag`` again."""
         state = self._streams[stream]
+        if self._ordered and state.lagging and state.slot is None:
+            # Without a slot its frames could not be judged, only fill the memory that the others need to end.
+            if not self._free:
+                return None
+            state.slot = self._free.pop()
         head = state.lagging.head(count_max)
         if head is not None:
             state.lagging.remove(*head)
@@ -237,6 +269,50 @@ class Schedule:
         if state.gone:
             self._forget(step.stream)
 
+    def stopped(self, frame: int) -> list[tuple[int, int]]:
+        """The run under way succeeded up to ``frame``, which said STOP: nothing behind it is judged any more.
+
+        Returns the frames, as (first, count), whose verdicts and state are void: all of them where some lay behind.
+        """
+        step, self._step = self._step, None
+        assert isinstance(step, Run)
+        self._bury()
+        state = self._streams[step.stream]
+        state.judged.add(step.first_frame, frame + 1 - step.first_frame)
+        for batch in step.finished:
+            batch.release()
+        if state.gone:
+            self._forget(step.stream)
+            return []
+        state.limit = min(state.limit, frame + 1)
+        for queue in (state.live, state.disk):
+            self._cut(queue, state.limit)
+        for place in (state.lagging, state.loading):
+            place.remove(state.limit, NO_LIMIT)
+        seen = [*state.judged, *state.banked]
+        if all(first + count <= state.limit for first, count in seen):
+            return []
+        for place in (state.judged, state.banked):
+            place.remove(state.limit, NO_LIMIT)
+            state.lagging.update(place)
+            place.clear()
+        if self._ordered:
+            state.demote()
+        self._vacate(state)
+        return seen
+
+    @staticmethod
+    def _cut(queue: deque[_Piece], limit: int) -> None:
+        """Let go of the frames from ``limit`` on."""
+        pieces = list(queue)
+        queue.clear()
+        for piece in pieces:
+            piece.count = min(piece.count, limit - piece.first)
+            if piece.count > 0:
+                queue.append(piece)
+            else:
+                piece.batch.release()
+
     def failed(self) -> list[tuple[int, int, int]]:
         """The sandbox is dead and reaped: every slot's state is lost, its frames lag, the step under way is undone.
 
@@ -254,6 +330,8 @@ class Schedule:
             state.lagging.update(state.judged)
             state.judged.clear()
             self._vacate(state)
+            if self._ordered:
+                state.demote()
             if state.gone:
                 self._forget(number)
         return void
@@ -274,13 +352,15 @@ class Schedule:
             self._runs_while_waiting += 1
             if self._free:
                 return self._seat(stream)
-            parked = self._park(force=self._runs_while_waiting > QUANTUM)
+            parked = None if self._ordered else self._park(force=self._runs_while_waiting > QUANTUM)
             if parked is not None:
                 self._runs_while_waiting = 0
                 return parked
             stream = self._pick(seated=True)
-            # Holders that do not wait for frames are parked without force, so one of them has frames.
-            assert stream is not None
+            if stream is None:
+                # Ordered: every holder waits for frames. (Else holders that wait for none are parked without force.)
+                assert self._ordered
+                return None
             state = self._streams[stream]
         if not state.slot_ready:
             return self._seat(stream)
@@ -334,13 +414,16 @@ class Schedule:
                 return Collect(number, state.slot, final=True)
             if state.slot is not None or self._free:
                 return self._seat(number)
-            return self._park(force=True)
+            if not self._ordered:
+                return self._park(force=True)
         return None
 
     def _assemble(self, stream: int) -> Run | None:
         """Take as many frames that lie back to back as one batch may hold."""
         state = self._streams[stream]
         live = bool(state.live) and not (state.disk and self._live_in_a_row >= LIVE_BURST)
+        if self._ordered and state.live and state.disk:
+            live = state.live[0].first < state.disk[0].first
         queue = state.live if live else state.disk
         limit = max(1, min(self._batch_frames_max, self._batch_bytes_max // max(1, state.frame_bytes)))
         taken: list[tuple[int, int, int]] = []
@@ -355,6 +438,8 @@ class Schedule:
                 queue.popleft()
                 state.lagging.add(piece.first, piece.count)
                 piece.batch.release()
+                if self._ordered:
+                    state.demote()
                 continue
             piece.committed = True
             size = min(piece.count, limit - count)

@@ -37,6 +37,8 @@ class Limits:
     key_bytes: int = 1024
     metadata_bytes: int = 2 * KIB
     kernel_source_bytes: int = 64 * KIB
+    kernel_array_bytes: int = 257 * MIB
+    """A parameter array's file; its values are bounded by the kernel room."""
     small_object_bytes: int = 256 * KIB
     """Bodies up to this long share segments with other small ones."""
     parts: int = 10_000

@@ -92,6 +92,9 @@ CODES: dict[str, Code] = {
         "auth",
     ),
     "SlowDown": Code(503, "Please reduce your request rate", "slow_down"),
+    "StreamStopped": Code(
+        409, "A kernel said STOP: what had arrived is stored under this key, the rest was not wanted"
+    ),
     "XAmzContentSHA256Mismatch": Code(
         400, "The provided 'x-amz-content-sha256' header does not match what was computed"
     ),

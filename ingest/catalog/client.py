@@ -464,8 +464,10 @@ class CatalogClient:
     async def reduction_counts(self, bucket: str) -> Sequence[ReductionCount]:
         return await self._scan(lambda reader: reader.reduction_counts(bucket))
 
-    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
-        await self._call(wire.FailReduction(object_id, kernel, error, give_up), _nothing)
+    async def reduction_failed(
+        self, object_id: bytes, kernel: str, error: str, *, give_up: bool, counted: bool = True
+    ) -> None:
+        await self._call(wire.FailReduction(object_id, kernel, error, give_up, counted), _nothing)
 
     # -- runs
     async def released_reductions(self, slot: int) -> bool:

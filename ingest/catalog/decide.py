@@ -203,6 +203,7 @@ class Decider:
             extents=request.extents,
             ledger=request.ledger,
             geometry=request.geometry,
+            epochs=request.epochs,
         )
         due_ns = self._now_ns + drain_after_ns(bucket)
         if request.partial is not None and request.partial.batch:
@@ -486,4 +487,6 @@ class Decider:
         of = {"of": mutation.object_id, "of_kernel": mutation.kernel}
         if self._db.execute(statements.REDUCTION, of).fetchone() is None:
             return Known()
-        return e.ReductionFailed(mutation.object_id, mutation.kernel, mutation.error, mutation.give_up)
+        return e.ReductionFailed(
+            mutation.object_id, mutation.kernel, mutation.error, mutation.give_up, mutation.counted
+        )

@@ -146,6 +146,8 @@ class ReductionFailed(msgspec.Struct, frozen=True, array_like=True, tag="reducti
     kernel: str
     error: str
     give_up: bool
+    counted: bool = True
+    """False: nothing was tried; the error says what the reduction waits for."""
 
 
 class RunClosed(msgspec.Struct, frozen=True, array_like=True, tag="run-closed"):

@@ -369,6 +369,7 @@ class Index:
                 "of_kernel": entry.kernel,
                 "error": entry.error,
                 "give_up": int(entry.give_up),
+                "counted": int(entry.counted),
             },
         )
         if entry.give_up:

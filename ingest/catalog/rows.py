@@ -16,6 +16,7 @@ from ingest.records import (
     Extent,
     FrameGeometry,
     FrameLedger,
+    KernelEpoch,
     ObjectRecord,
     ObjectState,
     PartRecord,
@@ -35,6 +36,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     headers: dict[str, str]
     metadata: dict[str, str]
     geometry: FrameGeometry | None
+    epochs: tuple[KernelEpoch, ...] = ()
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -112,6 +114,7 @@ def object_record(row: Row) -> ObjectRecord:
         parts=() if parts is None else _decode_parts(parts),
         ledger=None if ledger is None else _decode_ledger(ledger),
         geometry=detail.geometry,
+        epochs=detail.epochs,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
@@ -127,6 +130,7 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
         record.headers,
         record.metadata,
         record.geometry,
+        record.epochs,
     )
     return (
         record.sequence,

@@ -351,7 +351,7 @@ REDUCTION_FAILED = _sql(
     sa.update(reductions)
     .where(_reduction_key)
     .values(
-        attempts=reductions.c.attempts + literal_column("1"),
+        attempts=reductions.c.attempts + bindparam("counted", type_=sa.Integer),
         given_up=sa.func.max(reductions.c.given_up, bindparam("give_up", type_=sa.Integer)),
         error=_p("error"),
     )

@@ -145,6 +145,7 @@ class FailReduction(msgspec.Struct, frozen=True, array_like=True, tag="fail-redu
     kernel: str
     error: str
     give_up: bool
+    counted: bool = True
 
 
 class CloseRun(msgspec.Struct, frozen=True, array_like=True, tag="close-run"):

@@ -144,6 +144,12 @@ class Cell:
             batch.host.context.tally.feedback_dropped(reply.dropped_feedback)
         batch.host.context.tally.judged(reply.verdicts, live=run.live)
 
+    def stopped(self, frame: int) -> None:
+        """Never called: each member is a stream of its own."""
+
+    def restarted(self) -> None:
+        """As ``stopped``."""
+
     def voided(self, first: int, count: int) -> None:
         for entry in self.entries[first : first + count]:
             entry.verdict = None

@@ -45,9 +45,14 @@ def clashes(key: bytes) -> bool:
     return name == b"_run" or name.startswith(b"_run.") or PARTIALS in b"/" + key
 
 
-def group_of(attachment: Attachment) -> str:
-    """What decides a state beside the frames: states with different groups are never merged."""
-    said = (attachment.kernel.name, attachment.kernel.sha256, sorted(attachment.params.items()))
+def group_of(*epochs: Attachment) -> str:
+    """What decides a state beside the frames: states with different groups are never merged. Several ``epochs``: of a
+    version whose settings changed while it arrived."""
+    said = [
+        (use.kernel, use.sha256, sorted(use.params.items()), sorted(use.arrays.items()))
+        for attachment in epochs
+        for use in attachment.uses
+    ]
     return hashlib.sha256(msgspec.json.encode(said)).hexdigest()[:32]
 
 

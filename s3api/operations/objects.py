@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ingest.bucket_settings import BucketSettings
 from ingest.errors import StaleVersion
+from ingest.ports import BodySink
 from ingest.records import (
     NULL_VERSION,
     BucketRecord,
@@ -50,6 +51,8 @@ async def put_object(call: Call) -> Response:
         condition.check(await current(call))
     if name is not None:
         record = await _put_kernel(call, name, bucket, settings, metadata, condition)
+    elif (array := kernels.array_name(call.key)) is not None:
+        record = await _put_array(call, array, bucket, settings, metadata, condition)
     else:
         expected = plan(call.request, call.signed, length_max_bytes=call.limits.object_bytes)
         spec = spec_of(call, bucket, settings, expected, metadata)
@@ -58,7 +61,20 @@ async def put_object(call: Call) -> Response:
             return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
 
         record = await received(call, spec, expected, commit)
-    return Response(200, [("etag", f'"{record.etag}"'), *checksum_headers(record)])
+    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record)]
+    if record.ledger is not None and record.ledger.truncated:
+        answer.append(truncated(record, settings))
+    return Response(200, answer)
+
+
+def truncated(record: ObjectRecord, settings: BucketSettings) -> tuple[str, str]:
+    """The header that tells a sender that a kernel's STOP cut its object short. Raises StreamStopped where the bucket
+    wants that told by an error (the object is stored all the same)."""
+    assert record.ledger is not None
+    if settings.stop == "answer":
+        counts = [("Frames", str(record.ledger.received)), ("Bytes", str(record.length)), ("ETag", f'"{record.etag}"')]
+        raise S3Error("StreamStopped", fields=counts)
+    return "x-hiss-truncated", f"frames={record.ledger.received}; bytes={record.length}"
 
 
 def spec_of(
@@ -73,6 +89,7 @@ def spec_of(
         metadata=metadata,
         content_type=call.request.headers.get("content-type"),
         lifetime=lifetime_of(call.key, expected.length, call.limits),
+        stoppable=True,
     )
 
 
@@ -101,6 +118,30 @@ def commit_of(
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
     )
+
+
+async def _put_array(
+    call: Call,
+    array: tuple[str, str],
+    bucket: BucketRecord,
+    settings: BucketSettings,
+    metadata: dict[str, str],
+    condition: WriteCondition,
+) -> ObjectRecord:
+    """A parameter array is stored like any body, and committed if its first bytes say that a kernel can take it."""
+    expected = plan(call.request, call.signed, length_max_bytes=call.limits.kernel_array_bytes)
+    spec = spec_of(call, bucket, settings, expected, metadata)
+    kept: list[kernels.HeadKept] = []
+
+    def sink(stream: Stream) -> BodySink:
+        kept.append(kernels.HeadKept(stream))
+        return kept[0]
+
+    async def commit(stream: Stream, digest: StreamDigest, verified: dict[str, str]) -> ObjectRecord:
+        await kernels.check_array(call, array, bytes(kept[0].head), digest.length)
+        return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+
+    return await received(call, spec, expected, commit, sink)
 
 
 async def _put_kernel(

@@ -6,13 +6,14 @@ Always holds: every stream that was opened ends in a commit or an abort; a body 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from ingest.errors import PreconditionFailed
 from ingest.ports import BodySink
 from ingest.records import CommitObject, LifetimeClass, ObjectRecord
-from ingest.stream_types import Stream, StreamDigest, StreamSpec
+from ingest.stream_types import BodyDigest, Stream, StreamDigest, StreamSpec
 from s3api import checksums
 from s3api.call import KERNELS_PREFIX, PRODUCTS_PREFIX, Call, Limits
 from s3api.conditions import WriteCondition
@@ -35,20 +36,53 @@ async def received(
     spec: StreamSpec,
     plan: BodyPlan,
     commit: Callable[[Stream, StreamDigest, dict[str, str]], Awaitable[Result]],
+    sink: Callable[[Stream], BodySink] = lambda stream: stream,
 ) -> Result:
     """Receive the request's body into a new stream and commit it. ``commit`` gets the stream, what it measured and the
-    checksums to record. Raises whatever made it fail, after the stream was aborted."""
+    checksums to record. Raises whatever made it fail, after the stream was aborted.
+
+    Where a kernel's STOP cut the body short, the client's checksums are compared with all that it sent, and those that are
+    recorded are of what is stored; an answer before the body's end leaves nothing to compare."""
     stream = await _opened(call, spec)
     try:
-        await call.request.body.into(stream)
+        whole = await _receive(call, stream, sink(stream))
         digest = await stream.finish()
-        if digest.length > call.limits.object_bytes:
-            raise too_large(digest.length, call.limits.object_bytes)
-        verified = plan.verify(digest.length, digest.crc64nvme, digest.digests, call.request.body.trailers)
+        body = digest.whole or BodyDigest(digest.length, digest.crc64nvme, digest.digests)
+        if body.length > call.limits.object_bytes:
+            raise too_large(body.length, call.limits.object_bytes)
+        verified = {"crc64nvme": checksums.crc64_base64(digest.crc64nvme)}
+        if whole:
+            verified = plan.verify(body.length, body.crc64nvme, body.digests, call.request.body.trailers)
+        if digest.whole is not None:
+            verified = {name: _value(digest, name) for name in verified}
         return await commit(stream, digest, verified)
     except BaseException:
         await stream.abort()
         raise
+
+
+async def _receive(call: Call, stream: Stream, sink: BodySink) -> bool:
+    """Receive the body; False when the stream needs no more of it and the rest was left unread."""
+    if stream.cut is None:
+        await call.request.body.into(sink)
+        return True
+    receiving = asyncio.ensure_future(call.request.body.into(sink))
+    cut = asyncio.ensure_future(stream.cut.wait())
+    try:
+        await asyncio.wait((receiving, cut), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        cut.cancel()
+        whole = receiving.done()
+        if not whole:
+            receiving.cancel()
+            await asyncio.wait((receiving,))
+    if whole:
+        await receiving
+    return whole
+
+
+def _value(digest: StreamDigest, name: str) -> str:
+    return checksums.crc64_base64(digest.crc64nvme) if name == "crc64nvme" else checksums.encode(digest.digests[name])
 
 
 async def stored(
@@ -95,8 +129,9 @@ async def once(data: bytes) -> AsyncIterator[memoryview]:
 
 
 def etag_of(digest: StreamDigest) -> str:
-    """MD5 where one was computed, else derived from CRC64NVME and length."""
-    md5 = digest.digests.get("md5")
+    """MD5 where one was computed, else derived from CRC64NVME and length. A body that was cut short never gets an MD5:
+    clients compare it with what they sent."""
+    md5 = digest.digests.get("md5") if digest.whole is None else None
     return md5.hex() if md5 is not None else checksums.etag_from_crc64(digest.crc64nvme, digest.length)
 
 

@@ -32,8 +32,8 @@ class Batch:
         self.releases += 1
 
 
-def schedule(slots: int = 2, frames_max: int = 8) -> Schedule:
-    return Schedule(slots, batch_bytes_max=1 << 20, batch_frames_max=frames_max)
+def schedule(slots: int = 2, frames_max: int = 8, *, ordered: bool = False) -> Schedule:
+    return Schedule(slots, batch_bytes_max=1 << 20, batch_frames_max=frames_max, ordered=ordered)
 
 
 def offer(
@@ -201,12 +201,78 @@ def test_leaving_returns_the_slot(slots: int) -> None:
     assert target.streams == 0
 
 
+def test_nothing_behind_a_stop_is_judged() -> None:
+    target = schedule(frames_max=4)
+    target.join(1, FRAME_BYTES)
+    target.join(2, FRAME_BYTES)
+    batches = [offer(target, 1, 0, 6), offer(target, 1, 6, 2), offer(target, 2, 0, 1)]
+    target.lag(1, 8, 4)
+    assert isinstance(target.next(), Reset)
+    target.done()
+    assert isinstance(target.next(), Run)
+    assert target.stopped(2) == []
+    assert [batch.releases for batch in batches] == [1, 1, 0]
+    assert target.lagging(1) == 0
+    late = offer(target, 1, 12, 3)
+    assert late.releases == 1
+    target.close(1)
+    assert [run.stream for run in runs(target)] == [2]
+    assert (target.collected(1), target.banked(1)) == (True, 3)
+
+
+def test_a_stop_that_comes_late_makes_all_before_it_anew() -> None:
+    target = schedule()
+    target.join(1, FRAME_BYTES)
+    target.lag(1, 0, 5)
+    offer(target, 1, 5, 5)
+    assert [(run.first_frame, run.count) for run in runs(target)] == [(5, 5)]
+    offer(target, 1, *target.load(1, 100), live=False)
+    assert isinstance(target.next(), Run)
+    assert target.stopped(3) == [(0, 4), (5, 5)]
+    target.validate()
+    assert target.load(1, 100) == (0, 4)
+
+
+def test_ordered_frames_wait_for_those_before_them() -> None:
+    target = schedule(ordered=True)
+    target.join(1, FRAME_BYTES)
+    first, lost, after = offer(target, 1, 0, 2), offer(target, 1, 2, 2), offer(target, 1, 4, 2)
+    lost.revoked = True
+    assert [(run.first_frame, run.count) for run in runs(target)] == [(0, 2)]
+    assert [batch.releases for batch in (first, lost, after)] == [1, 1, 1]
+    assert offer(target, 1, 6, 2).releases == 1, "it lags, too"
+    assert target.load(1, 3) == (2, 3)
+    offer(target, 1, 2, 3, live=False)
+    offer(target, 1, *target.load(1, 3), live=False)
+    assert [(run.first_frame, run.count) for run in runs(target)] == [(2, 6)]
+
+
+def test_an_ordered_stream_keeps_its_slot_to_the_end() -> None:
+    target = schedule(slots=1, ordered=True)
+    target.join(1, FRAME_BYTES)
+    target.join(2, FRAME_BYTES)
+    offer(target, 1, 0, 1)
+    assert [run.stream for run in runs(target)] == [1]
+    offer(target, 2, 0, 1)
+    target.lag(2, 1, 1)
+    assert runs(target) == []
+    assert target.load(2, 1) is None, "no memory for frames that cannot be judged yet"
+    target.close(1)
+    assert [run.stream for run in runs(target)] == [2]
+    assert target.load(2, 1) == (1, 1)
+
+
 class Machine(RuleBasedStateMachine):
-    """Any order of events; at the end everything is judged exactly once and every batch released exactly once."""
+    """Any order of events; at the end everything is judged exactly once and every batch released exactly once.
+
+    Each stream has a frame that says STOP, which may lie beyond its end."""
+
+    ordered = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.target = schedule(slots=2, frames_max=3)
+        self.target = schedule(slots=2, frames_max=3, ordered=self.ordered)
+        self.stop: dict[int, int] = {}
         self.batches: list[Batch] = []
         self.running: list[tuple[Batch, ...]] = []
         self.next_stream = 0
@@ -223,9 +289,10 @@ class Machine(RuleBasedStateMachine):
         return [stream for stream in self.announced if stream not in self.closed]
 
     @precondition(lambda self: len(self.announced) < 4)
-    @rule()
-    def join(self) -> None:
+    @rule(stop=st.integers(0, 60))
+    def join(self, stop: int) -> None:
         self.target.join(self.next_stream, FRAME_BYTES)
+        self.stop[self.next_stream] = stop
         self.announced[self.next_stream] = 0
         self.order[self.next_stream] = -1
         self.next_stream += 1
@@ -289,9 +356,14 @@ class Machine(RuleBasedStateMachine):
         self.step = self.target.next()
         if isinstance(self.step, Run):
             assert 1 <= self.step.count <= 3
-            if self.step.live:
-                assert self.step.first_frame > self.order[self.step.stream]
-                self.order[self.step.stream] = self.step.first_frame + self.step.count - 1
+            stream, last = self.step.stream, self.step.first_frame + self.step.count - 1
+            if self.ordered:
+                # Or from the beginning, where the state was lost.
+                assert self.step.first_frame in (0, self.order[stream] + 1)
+                self.order[stream] = last
+            elif self.step.live:
+                assert self.step.first_frame > self.order[stream]
+                self.order[stream] = last
 
     @precondition(lambda self: self.step is not None)
     @rule(dies=st.integers(0, 5))
@@ -300,9 +372,18 @@ class Machine(RuleBasedStateMachine):
             assert all(batch.releases == 0 for batch in self.step.finished)
         if dies == 0:
             self.target.failed()
+            if self.ordered:
+                self.order = dict.fromkeys(self.order, -1)
+        else:
+            self.done(self.step)
+        self.step = None
+
+    def done(self, step: object) -> None:
+        stop = self.stop[step.stream] if isinstance(step, Run) else -1
+        if isinstance(step, Run) and step.first_frame <= stop < step.first_frame + step.count:
+            self.target.stopped(stop)
         else:
             self.target.done()
-        self.step = None
 
     @invariant()
     def holds(self) -> None:
@@ -313,16 +394,16 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.step is not None:
-            self.target.done()
+            self.done(self.step)
             self.step = None
         for stream in self.announced:
             self.target.close(stream)
         for _ in range(2000):
             step = self.target.next()
             if step is not None:
-                self.target.done()
+                self.done(step)
                 continue
-            loads = [(stream, head) for stream in self.announced if (head := self.target.load(stream, 100))]
+            loads = [(stream, head) for stream in self.announced if (head := self.target.load(stream, 5))]
             if not loads:
                 break
             for stream, head in loads:
@@ -332,9 +413,19 @@ class Machine(RuleBasedStateMachine):
         self.target.validate()
         for stream, count in self.announced.items():
             assert self.target.collected(stream)
-            assert self.target.banked(stream) == count
+            assert self.target.banked(stream) == min(count, self.stop[stream] + 1)
         assert all(batch.releases == 1 for batch in self.batches)
 
 
 Machine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestMachine = Machine.TestCase
+
+
+class OrderedMachine(Machine):
+    """The same in sequence: no frame is judged before those in front of it."""
+
+    ordered = True
+
+
+OrderedMachine.TestCase.settings = Machine.TestCase.settings
+TestOrderedMachine = OrderedMachine.TestCase
