@@ -143,6 +143,8 @@ class Store:
         self.bodies: dict[bytes, bytes] = {}
         self.owed: dict[tuple[bytes, str], int] = {}
         self.failures: list[tuple[bytes, str, str, bool]] = []
+        self.waits: dict[tuple[bytes, str], str] = {}
+        """What an owed reduction waits for."""
         self.ledgers: dict[bytes, FrameLedger] = {}
         self.domains: dict[str, Regions] = {}
         self.domains_max = 4
@@ -221,6 +223,7 @@ class Store:
             metadata=request.metadata,
             ledger=request.ledger,
             geometry=request.geometry,
+            epochs=request.epochs,
         )
         self.objects[request.bucket, request.key] = record
         self.bodies[request.object_id] = body
@@ -269,8 +272,13 @@ class Store:
         self._live(object_id)
         self.ledgers[object_id] = ledger
 
-    async def reduction_failed(self, object_id: bytes, kernel: str, error: str, *, give_up: bool) -> None:
+    async def reduction_failed(
+        self, object_id: bytes, kernel: str, error: str, *, give_up: bool, counted: bool = True
+    ) -> None:
         self._live(object_id)
+        if not counted:
+            self.waits[object_id, kernel] = error
+            return
         self.failures.append((object_id, kernel, error, give_up))
         if give_up:
             self.owed.pop((object_id, kernel), None)

@@ -149,6 +149,7 @@ class Stream:
             metadata=dict(self.info.metadata),
             ledger=ledger,
             reductions=kernels,
+            epochs=self.reduction.epochs if self.reduction is not None else (),
         )
 
 
@@ -529,7 +530,9 @@ async def test_one_process_for_two_kernels_in_turn(
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"raw": "none"}, "raw"),
+        ({"raw": "some"}, "raw"),
+        ({"after": "count"}, "circle"),
+        ({"after": "hits.py"}, "after"),
         ({"device": "fpga"}, "device"),
         ({"params": '{"low": "x"}'}, "params"),
         ({"params": "[]"}, "params"),

@@ -59,6 +59,10 @@ class CheckingHost:
 
     def catch_up(self, record: object, kernels: tuple[str, ...]) -> None: ...
 
+    async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
+        if not head.startswith(b"\x93NUMPY"):
+            raise KernelRefused(f"{kernel}/{name}.npy", 1, "not a .npy file")
+
     async def check(self, bucket: str, name: str, source: bytes, metadata: object) -> None:
         try:
             compile(source, f"{name}.py", "exec")

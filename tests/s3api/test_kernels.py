@@ -28,7 +28,7 @@ def test_a_kernel_that_does_not_pass(raw: Raw, code_of: Code, bucket: str) -> No
     assert raw("HEAD", f"/{bucket}/_kernels/hits.py").status_code == 404
 
 
-@pytest.mark.parametrize("name", ["hits.txt", "a/b.py", ".py", "9.py", "", "table.npy", "h%20its.py"])
+@pytest.mark.parametrize("name", ["hits.txt", "a/b.py", ".py", "9.py", "", "table.npy", "h%20its.py", "hits/9.npy"])
 def test_other_names_are_refused(raw: Raw, code_of: Code, bucket: str, name: str) -> None:
     answer = raw("PUT", f"/{bucket}/_kernels/{name}", SOURCE)
     assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
