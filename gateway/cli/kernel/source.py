@@ -111,7 +111,7 @@ def library_names() -> Sequence[str]:
 
 def library_source(name: str) -> str | None:
     library = _library()
-    return str(library.source(name)) if library is not None and name in library.names() else None
+    return bytes(library.source(name)).decode() if library is not None and name in library.names() else None
 
 
 def library_description(name: str) -> str:

@@ -1,0 +1,67 @@
+"""Watches a region: sum, brightest pixel, centre of mass; tells the instrument when the sum leaves its range.
+
+Computes: over the rectangle ``top <= y < bottom``, ``left <= x < right``: sum, largest value, and the moments that
+finish() turns into the centre of mass over all frames. All sums are exact.
+Source: plain counting. Runs on an FPGA as well (one pass, integers only, no division in frame()).
+
+Parameters: ``top``, ``bottom``, ``left``, ``right`` in pixels; ``low``, ``high`` in counts: the range in which a
+frame's sum over the region is in order.
+State: ``frames`` (frames), ``counts`` (sum over the region and all frames), ``brightest_pixel`` (counts),
+``moment_y``, ``moment_x`` (counts times pixels, from the frame's corner), ``dim``, ``bright`` (frames out of range).
+Result: ``centre`` (y and x of the centre of mass in pixels, NaN where there were no counts), ``mean`` (counts a
+frame).
+Feedback: code 1 below the range, code 2 above it; value: the frame's sum over the region in counts.
+Verdict: KEEP. Frames: two-dimensional integers of at most 32 bits.
+"""
+
+from hiss import KEEP, emit
+
+PARAMS = {
+    "top": ("int64", 0),
+    "bottom": ("int64", 64),
+    "left": ("int64", 0),
+    "right": ("int64", 64),
+    "low": ("int64", 0),
+    "high": ("int64", 2**62),
+}
+STATE = {
+    "frames": ("int64", (1,), "sum"),
+    "counts": ("int64", (1,), "sum"),
+    "moment_y": ("int64", (1,), "sum"),
+    "moment_x": ("int64", (1,), "sum"),
+    "brightest_pixel": ("int64", (1,), "max"),
+    "dim": ("int64", (1,), "sum"),
+    "bright": ("int64", (1,), "sum"),
+    "centre": ("float64", (2,), "sum"),
+    "mean": ("float64", (1,), "sum"),
+}
+
+
+def frame(frame, params, state, index, out, feedback):
+    counts = 0
+    moment_y = 0
+    moment_x = 0
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            if y >= params.top and y < params.bottom and x >= params.left and x < params.right:
+                counts += frame[y, x]
+                moment_y += frame[y, x] * y
+                moment_x += frame[y, x] * x
+                state.brightest_pixel[0] = max(state.brightest_pixel[0], frame[y, x])
+    state.frames[0] += 1
+    state.counts[0] += counts
+    state.moment_y[0] += moment_y
+    state.moment_x[0] += moment_x
+    if counts < params.low:
+        state.dim[0] += 1
+        emit(feedback, 1, counts)
+    if counts > params.high:
+        state.bright[0] += 1
+        emit(feedback, 2, counts)
+    return KEEP
+
+
+def finish(state, params):
+    state.centre[0] = state.moment_y[0] / state.counts[0]
+    state.centre[1] = state.moment_x[0] / state.counts[0]
+    state.mean[0] = state.counts[0] / state.frames[0]
