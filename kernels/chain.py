@@ -54,6 +54,8 @@ class Chain:
     def __init__(self, programs: Sequence[Program]) -> None:
         self.programs = tuple(programs)
         self._counted = False
+        if any(program.allocates for program in programs):
+            self._count()
 
     def compile(self, frame: Geometry, memories: Sequence[StageMemory]) -> Drive:
         """``memories``: of any slot. Raises NotCompiled. First without reference counts; kernels that make arrays need them."""
@@ -61,10 +63,13 @@ class Chain:
             try:
                 return self._compile(frame, memories)
             except NotCompiled:
-                self._counted = True
-                for program in self.programs:
-                    program.use(counted=True)
+                self._count()
         return self._compile(frame, memories)
+
+    def _count(self) -> None:
+        self._counted = True
+        for program in self.programs:
+            program.use(counted=True)
 
     def _compile(self, frame: Geometry, memories: Sequence[StageMemory]) -> Drive:
         dtype, shape = frame

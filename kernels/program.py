@@ -26,6 +26,13 @@ from kernels.calls import Feedback, append_of, emit, jit
 from kernels.contract import VERDICTS, Kernel
 from kernels.explain import FOLDER, MAX_REASON_CHARS
 
+_ALLOCATES = frozenset(
+    """
+    arange argsort astype bincount clip copy count_nonzero cumsum diff empty empty_like flatten full full_like histogram
+    linspace median nonzero ones ones_like percentile ravel sort unique where zeros zeros_like
+    """.split()
+)
+"""Calls that make a new array, for certain or for some arguments."""
 TABLE_ENTRIES = 16
 """Longer constant tables become arrays: numba spells tuples out entry by entry."""
 
@@ -64,6 +71,11 @@ class Program:
         self.frame: Any = None
         self.finish: Any = None
         self.use(counted=False)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether it makes new arrays, as far as names tell: an array expression does so too."""
+        return any(not _ALLOCATES.isdisjoint(function.__code__.co_names) for function in self._functions.values())
 
     def use(self, *, counted: bool) -> None:
         """Forget what was compiled; from now on with or without reference counts (calls.jit)."""

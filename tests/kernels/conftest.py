@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from ingest.records import (
     ReductionJob,
     RunProductRecord,
 )
+from tests.kernels.sandboxes import Start, starting
 
 REGION_BYTES = 8 << 20
 F_SEAL_FUTURE_WRITE = 0x0010
@@ -422,3 +423,9 @@ def region() -> Iterator[Regions]:
     regions = Regions("bucket", count=1)
     yield regions
     regions.close()
+
+
+@pytest.fixture
+async def start(zygote_socket: str, region: Regions, until: Callable[..., object]) -> AsyncIterator[Start]:
+    async with starting(zygote_socket, region, until) as begin:
+        yield begin

@@ -6,12 +6,11 @@ import asyncio
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,14 @@ import numpy as np
 import pytest
 
 from ingest.ports import KernelRefused
-from kernels.contract import DROP, KEEP, Stage, StateSpec, merge
+from kernels.contract import DROP, KEEP, StateSpec, merge
 from kernels.decode import table
 from kernels.decode.encoding import Encoding, Filter
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxFailed, SandboxLimits, check
 from kernels.selftest import self_test
 from kernels.wire import MAX_BATCH, MAX_FEEDBACK, UNREADABLE
-
-HEAD = "def frame(frame, params, state, index, out, feedback):\n"
-LIMITS = SandboxLimits(batch_timeout_s=10.0, populate=False)
+from tests.kernels.sandboxes import HEAD, LIMITS, Start, batch, children_of, place, stage, zygote_pid
 
 COUNT = """
 PARAMS = {"low": ("uint16", 12), "min_pixels": ("int64", 40)}
@@ -67,23 +64,6 @@ ENDLESS = (
 )
 
 
-def stage(source: str, params: Any = (), arrays: Any = (), name: str = "k") -> Stage:
-    return Stage(admit(name, source.encode()), dict(params), dict(arrays))
-
-
-Start = Callable[..., Awaitable[Sandbox]]
-
-
-def zygote_pid(path: str) -> int:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.connect(path)
-        return int(struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def status_of(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
@@ -91,44 +71,6 @@ def status_of(pid: int) -> dict[str, str]:
 
 def spawn(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, *arguments], cwd=Path(__file__).parents[2], **options)
-
-
-@pytest.fixture
-async def start(zygote_socket: str, region: Any, until: Callable[..., Any]) -> AsyncIterator[Start]:
-    """Start sandboxes; afterwards no process and no descriptor of theirs is left, here or in the zygote."""
-    before = len(os.listdir("/proc/self/fd"))
-    sandboxes: list[Sandbox] = []
-
-    async def begin(source: str, dtype: str = "<u2", shape: tuple[int, ...] = (8, 8), **options: Any) -> Sandbox:
-        sandbox = await Sandbox.start(
-            options.pop("zygote", zygote_socket),
-            [*options.pop("before", ()), stage(source, options.pop("params", {}), options.pop("arrays", {}))],
-            dtype=dtype,
-            shape=shape,
-            region_fds=region.region_fds,
-            region_bytes=region.region_bytes,
-            slots=options.pop("slots", 2),
-            limits=options.pop("limits", LIMITS),
-            out_frames=options.pop("out_frames", 0),
-        )
-        assert not options
-        sandboxes.append(sandbox)
-        return sandbox
-
-    yield begin
-    for sandbox in sandboxes:
-        await sandbox.close()
-        assert not sandbox.alive
-    await until(lambda: not children_of(zygote_pid(zygote_socket)))
-    assert len(os.listdir("/proc/self/fd")) <= before
-
-
-def place(region: Any, frames: np.ndarray, offset: int = 0) -> None:
-    region.maps[0][offset : offset + frames.nbytes] = frames.tobytes()
-
-
-def batch(frames: np.ndarray, slot: int = 0, first_frame: int = 0, offset: int = 0) -> Batch:
-    return Batch(0, offset, frames[0].nbytes, first_frame, len(frames), slot)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4", "<u8", "<f4"])
