@@ -35,6 +35,8 @@ KERNELS_KEPT_MAX = 4096
 SOURCE_BYTES_MAX = 1 << 20
 BUCKETS_MAX = 4096
 """Buckets whose kernels are remembered; beyond that the least recently asked for is read again."""
+READS_MAX = 5
+"""Attempts to read a bucket whose kernels are put anew meanwhile."""
 ARRAYS_BYTES_MAX = 1 << 30
 """Parameter arrays of all remembered buckets but the last one."""
 
@@ -105,8 +107,14 @@ class Registry:
         lock = self._locks.setdefault(bucket, asyncio.Lock())
         try:
             async with lock:
-                if not self.fresh(bucket):
+                for _ in range(READS_MAX):
+                    if self.fresh(bucket):
+                        break
+                    generation = self._catalog.generation()
                     await self._read(bucket)
+                    if generation == self._catalog.generation():
+                        # What could not be read is not gone: a look at once would find the same.
+                        break
         finally:
             if not lock.locked():
                 self._locks.pop(bucket, None)
@@ -120,21 +128,19 @@ class Registry:
         if truncated or len(sources) > KERNELS_MAX:
             log.warning("bucket %s has more than %d kernels; the rest does not run", bucket, KERNELS_MAX)
         arrays = [record for record in records if uploads.array_name(record.key) is not None]
-        before = self._entries.pop(bucket, None)
+        before = self._entries.get(bucket)
         objects = frozenset(record.object_id for record in (*sources, *arrays))
         if before is not None and before.objects == objects and not before.unread:
-            self._entries[bucket] = dataclasses.replace(before, generation=generation)
+            self._keep(bucket, dataclasses.replace(before, generation=generation))
             return
-        try:
-            entry = await self._entry(bucket, generation, sources[:KERNELS_MAX], arrays, before)
-        except BaseException:
-            if before is not None:
-                self._entries[bucket] = before
-            raise
-        self._entries[bucket] = dataclasses.replace(entry, objects=objects)
-        self._forget()
+        entry = await self._entry(bucket, generation, sources[:KERNELS_MAX], arrays, before)
+        if not entry.unread or generation == self._catalog.generation():
+            self._keep(bucket, dataclasses.replace(entry, objects=objects))
 
-    def _forget(self) -> None:
+    def _keep(self, bucket: str, entry: _Entry) -> None:
+        """As the bucket asked for last; others are forgotten where there are too many."""
+        self._entries.pop(bucket, None)
+        self._entries[bucket] = entry
         arrays_bytes = sum(entry.arrays_bytes for entry in self._entries.values())
         while len(self._entries) > 1 and (len(self._entries) > BUCKETS_MAX or arrays_bytes > ARRAYS_BYTES_MAX):
             arrays_bytes -= self._entries.pop(next(iter(self._entries))).arrays_bytes

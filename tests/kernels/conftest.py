@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ingest.counters import Counters
 from ingest.errors import IngestError, MembersGone, StaleVersion
 from ingest.ports import Domain, FeedbackEvent
 from ingest.records import (
@@ -38,10 +39,15 @@ from ingest.records import (
     ReductionJob,
     RunProductRecord,
 )
+from kernels.clearance import Clearance
+from kernels.host import KernelHost
+from kernels.standing import Standing, Verdict
+from tests.kernels.hosting import Node, limits
 from tests.kernels.sandboxes import Start, starting
 
 REGION_BYTES = 8 << 20
 F_SEAL_FUTURE_WRITE = 0x0010
+CLEARED = Standing(Verdict.CONFINED)
 
 
 class Regions:
@@ -429,3 +435,43 @@ def region() -> Iterator[Regions]:
 async def start(zygote_socket: str, region: Regions, until: Callable[..., object]) -> AsyncIterator[Start]:
     async with starting(zygote_socket, region, until) as begin:
         yield begin
+
+
+# -- a kernel host over them
+
+
+@pytest.fixture
+def make_node(
+    store: object, feedback: object, zygote_socket: str
+) -> Callable[..., contextlib.AbstractAsyncContextManager[Node]]:
+    @contextlib.asynccontextmanager
+    async def make(**changes: object) -> AsyncIterator[Node]:
+        counters = Counters(None, 0)
+        host = KernelHost(
+            store,
+            store,
+            zygote_socket,
+            feedback,
+            counters,
+            0,
+            limits(**changes),
+            Clearance(zygote_socket, standing=CLEARED),
+        )
+        await host.start()
+        try:
+            yield Node(host, store, feedback, counters)
+        finally:
+            await asyncio.wait_for(host.close(), 20)
+
+    return make
+
+
+@pytest.fixture(name="node")
+async def node_fixture(make_node: Callable[..., contextlib.AbstractAsyncContextManager[Node]]) -> AsyncIterator[Node]:
+    async with make_node() as node:
+        yield node
+
+
+@pytest.fixture(name="frames")
+def frames_fixture() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 10, (40, 8, 12), dtype=np.uint16)
