@@ -13,6 +13,7 @@ from bench.feedback import feedback_latency_ms
 from bench.figure import MIB, Bench, Figure, Rounds
 from bench.kernel_cases import KERNEL_CASES
 from bench.load import Plan
+from bench.run_cases import RUN_CASES
 from bench.wire import Connection, Endpoint, head
 
 LARGE_BYTES = 64 * MIB
@@ -144,4 +145,5 @@ CASES: dict[str, Callable[[Bench], Figure]] = {
     "feedback": feedback,
     "resident": resident,
     **KERNEL_CASES,
+    **RUN_CASES,
 }

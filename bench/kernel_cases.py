@@ -66,7 +66,7 @@ def frame(frame, params, state, index, out, feedback):
 """
 
 
-def _attach(bench: Bench, bucket: str, kernel: bytes, durability: str = "disk") -> None:
+def attach(bench: Bench, bucket: str, kernel: bytes, durability: str = "disk") -> None:
     """Its sandboxes are started and warm on return."""
     bench.node.bucket(bucket, durability)
     bench.node.call("PUT", f"/{bucket}/_kernels/kernel.py", kernel)
@@ -82,7 +82,7 @@ def put_with_kernel(bench: Bench) -> Figure:
     """One stream of megapixel frames with a 10 GB/s-class kernel, against the same stream without."""
     rounds = Rounds()
     plain_cpu: list[float] = []
-    _attach(bench, "kernel", FAST)
+    attach(bench, "kernel", FAST)
     for _ in range(bench.rounds):
         for bucket, rates, cpu in (("disk", rounds.ceilings, plain_cpu), ("kernel", rounds.values, rounds.cpu)):
             bench.node.settle()
@@ -105,7 +105,7 @@ def compute_bound(bench: Bench) -> Figure:
     """Frames/s of a kernel that is slower than the stream, until the last frame is judged, against the kernel alone."""
     rounds = Rounds()
     cores = os.cpu_count() or 1
-    _attach(bench, "heavy", HEAVY)
+    attach(bench, "heavy", HEAVY)
     per_stream = OBJECT_BYTES // FRAME_BYTES * 2
     frames = per_stream * cores
     for _ in range(bench.rounds):
@@ -124,7 +124,7 @@ def compute_bound(bench: Bench) -> Figure:
 
 def acknowledgement(bench: Bench) -> Figure:
     """From the last byte of an object of eight frames to its answer, ten objects a second: with a kernel less without."""
-    _attach(bench, "kernel-ack", FAST, "memory")
+    attach(bench, "kernel-ack", FAST, "memory")
     added_ms, plain_ms = [], []
     for _ in range(bench.rounds):
         bench.node.settle()
@@ -196,7 +196,7 @@ def first_frame(bench: Bench) -> Figure:
 def idle_memory(bench: Bench) -> Figure:
     """Private memory of a sandbox that has judged frames and waits for more."""
     before = set(bench.node.sandboxes())
-    _attach(bench, "kernel-idle", FAST)
+    attach(bench, "kernel-idle", FAST)
     sizes = [_private_bytes(pid) for pid in set(bench.node.sandboxes()) - before]
     peak = max(sizes)
     return Figure(

@@ -69,6 +69,10 @@ class Body(abc.ABC):
     def cancel(self) -> None:
         """The body was refused: take back what has not been started."""
 
+    def whole(self) -> memoryview | None:
+        """All bytes of the body, where they lie in one piece of memory still."""
+        return None
+
     # -- waiting for memory
 
     async def wait_for_memory(self) -> None:
@@ -154,7 +158,7 @@ class Body(abc.ABC):
         if record is not None and self.reduction is not None:
             self.reduction.committed(record)
         elif record is not None and self.kernels and self.plane.host is not None:
-            self.plane.host.catch_up(record, self.kernels)
+            self.plane.host.landed(record, self.kernels, self.whole())
         if self.memory and record is not None:
             self.plane.unsettled(self)
         self.let_go()

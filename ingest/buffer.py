@@ -81,6 +81,21 @@ class Loaded:
             self._give(self._span)
 
 
+class Cleared:
+    """Memory of a domain to be filled by its owner (implements ``ingest.ports.Room``)."""
+
+    def __init__(self, span: Span, region: int, length: int, give: Callable[[Span], None]) -> None:
+        self.region = region
+        self.offset = span.offset
+        self.view = span.view[:length]
+        self._span = span
+        self._give = give
+
+    def release(self) -> None:
+        if not self._span.freed:
+            self._give(self._span)
+
+
 class Buffer:
     """Implements ``ingest.stream_types.DataPlane`` and ``ingest.ports.LandingPad``."""
 
@@ -461,6 +476,15 @@ class Buffer:
                 self.give_span(span)
                 raise
         return Loaded(span, domain.region_number(span.region), span.offset + skip, length, self.give_span)
+
+    def room(self, length: int, domain: Domain) -> Cleared | None:
+        """See ``ingest.ports.LandingPad``."""
+        assert isinstance(domain, ArenaDomain)
+        slabs = -(-length // SLAB_BYTES)
+        span = self.arena.take(slabs * SLAB_BYTES, domain) if self._spare(domain, slabs, None) else None
+        if span is None:
+            return None
+        return Cleared(span, domain.region_number(span.region), length, self.give_span)
 
     def domain(self, bucket: str) -> Domain | None:
         return self.arena.domain(bucket)

@@ -366,6 +366,12 @@ class PackedStream(Body):
     def is_settled(self) -> bool:
         return self._slab is None or self._is_durable
 
+    def whole(self) -> memoryview | None:
+        if self._slab is None:
+            return None
+        start = self.offset + LABEL_BYTES
+        return self._slab.span.view[start : start + self.length]
+
     def made_durable(self) -> None:
         self._is_durable = True
         if self._durable is not None and not self._durable.done():

@@ -281,6 +281,16 @@ class LoadedBytes(Protocol):
     def release(self) -> None: ...
 
 
+class Room(Protocol):
+    """Memory of a domain to copy into; ``release`` exactly once."""
+
+    region: int
+    offset: int
+    view: memoryview
+
+    def release(self) -> None: ...
+
+
 class LandingPad(Protocol):
     """What the buffer offers to other rooms of the same worker process."""
 
@@ -295,6 +305,10 @@ class LandingPad(Protocol):
 
     async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
         """Read body bytes [start, start+length) past the page cache into one contiguous piece of the domain."""
+        ...
+
+    def room(self, length: int, domain: Domain) -> Room | None:
+        """``length`` bytes of the domain's memory, if that takes nothing from what streams are owed."""
         ...
 
     def domain(self, bucket: str) -> Domain | None:
@@ -360,6 +374,11 @@ class FrameHost(Protocol):
 
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
         """Reduce a stored version from disk in the background."""
+        ...
+
+    def landed(self, record: ObjectRecord, kernels: tuple[str, ...], payload: memoryview | None) -> None:
+        """The same for a version that was just committed; ``payload`` (its whole body, where it is still in memory) is
+        valid during the call only."""
         ...
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:

@@ -33,7 +33,7 @@ from ingest.ports import (
 from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
-from kernels.formats import HEADER_BYTES_MAX, NotFrames, sniff
+from kernels.formats import HEADER_BYTES_MAX, NotFrames, declared_geometry, sniff
 from kernels.lane import Lane, LaneKey
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
@@ -42,6 +42,7 @@ from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
 from kernels.runs.keeper import RunKeeper
 from kernels.runs.ledger import OneFrame, prior_of
+from kernels.runs.tray import FRAME_BYTES_MAX, Tray
 from kernels.sandbox import SandboxFailed, SandboxLimits
 from kernels.sharing import SharedBatch
 from kernels.standing import Verdict
@@ -138,6 +139,7 @@ class KernelHost:
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
         self._gatherer = Gatherer(self)
+        self._tray = Tray(pad)
         self._keeper = RunKeeper(self, slot, limits.workers)
 
     async def start(self) -> None:
@@ -199,6 +201,9 @@ class KernelHost:
     def _open(self, info: StreamInfo) -> Reduction | None:
         if self._clearance.standing.verdict is Verdict.REFUSED:
             return None
+        if info.length is not None and _is_small_single(info.key, info.metadata, info.length) is not None:
+            # Packed with others, and copied to where sandboxes can see it once it exists: ``landed``.
+            return None
         attachments = self._matching(info.bucket, info.key)
         if not attachments or len(attachments) < len(self.kernels_for(info.bucket, info.key)):
             # Some source could not be read yet: the whole version is reduced from disk, by all its kernels.
@@ -222,6 +227,29 @@ class KernelHost:
             self._owing.update((record.object_id, name) for name in wanted)
             self._backlog.append((record, wanted))
             self._work.release()
+
+    def landed(self, record: ObjectRecord, kernels: tuple[str, ...], payload: memoryview | None) -> None:
+        """See ``FrameHost``."""
+        try:
+            if payload is None or not self._land(record, kernels, payload):
+                self.catch_up(record, kernels)
+        except Exception:
+            # It stays owed: the sweep comes back to it.
+            log.exception("%s/%r was not given to its kernels", record.bucket, record.key)
+
+    def _land(self, record: ObjectRecord, kernels: tuple[str, ...], payload: memoryview) -> bool:
+        geometry = _is_small_single(record.key, record.metadata, record.length)
+        attachments = [one for one in self._matching(record.bucket, record.key) if one.kernel.name in kernels]
+        if geometry is None or len(attachments) < len(kernels) or self._gatherer.full:
+            return False
+        if any(one.owed or misfit(one, geometry) for one in attachments):
+            return False
+        domain = self.pad.domain(record.bucket)
+        if domain is None:
+            return False
+        frame = self._tray.place(domain, payload[geometry.origin : geometry.origin + geometry.frame_bytes])
+        self.gather(record, attachments, geometry, domain, frame)
+        return True
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
         """See ``FrameHost``."""
@@ -556,3 +584,14 @@ class KernelHost:
             return
         except IngestError as refusal:
             log.warning("a failed reduction was not recorded: %s", refusal)
+
+
+def _is_small_single(key: bytes, metadata: Mapping[str, str], length: int) -> FrameGeometry | None:
+    """The geometry of a body that is known from its head to be one small frame."""
+    if length > FRAME_BYTES_MAX or key.endswith(b".npy"):
+        return None
+    try:
+        declared = declared_geometry(metadata)
+    except ValueError:
+        return None
+    return declared if declared is not None and is_single(declared, length) else None

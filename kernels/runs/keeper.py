@@ -3,7 +3,7 @@
 In: the catalogue's list of run products that do not reflect its state. Out: ``_run.nxs`` of the newest group, ``_run.<id>.nxs``
 of older ones, compacted partials, runs closed after their timeout. What always holds: one worker of the node keeps a
 product (``names.owner``), and whatever it knows can be read again from the catalogue and the partials, so that its death
-costs a second. A refresh never takes more than a fifth of the keeper's time: large products are refreshed less often.
+costs a second. A refresh never takes more than a tenth of the keeper's time: large products are refreshed less often.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ log = logging.getLogger("hiss.kernels")
 
 POLL_S = 0.25
 REFRESH_S = 1.0
-DUTY = 4.0
+DUTY = 9.0
 """A product is left alone for so many times as long as its last refresh took."""
 DUE_MAX = 1000
 TIMEOUT_POLL_S = 2.0
 IDLE_RUNS_MAX = 100
-MEMBERS_LIVE_MAX = 20_000
+MEMBERS_LIVE_MAX = 1000
 """Members that an open run's product lists; a closed run's lists them all."""
 OWED_COUNT_MAX = 100_000
 COMPACT_FROM = 16

@@ -58,6 +58,7 @@ class CheckingHost:
         return ()
 
     def catch_up(self, record: object, kernels: tuple[str, ...]) -> None: ...
+    def landed(self, record: object, kernels: tuple[str, ...], payload: object) -> None: ...
 
     async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
         if not head.startswith(b"\x93NUMPY"):
