@@ -88,7 +88,7 @@ class RunIndex:
         )
         if partial.members:
             # Compaction changes no result.
-            self.changed(sequence, record.bucket, partial.run, partial.kernel)
+            self.changed(sequence, record.bucket, partial.run, partial.kernel, record.modified_ns)
 
     def _lost_member(self, sequence: int, partial: bytes, gone: bytes) -> None:
         row = self._db.execute(statements.PARTIAL, {"of": partial}).fetchone()
@@ -137,10 +137,10 @@ class RunIndex:
             self._drop(sequence, found[0])
 
     # -- products
-    def changed(self, sequence: int, bucket: str, run: bytes, kernel: str) -> None:
+    def changed(self, sequence: int, bucket: str, run: bytes, kernel: str, now_ns: int = 0) -> None:
         """The product of this run and kernel is to be made anew."""
         if self._db.execute(statements.RUN, {"of_bucket": bucket, "of_run": run}).fetchone() is None:
-            self._insert(bucket, run, 0)
+            self._insert(bucket, run, now_ns)
         of = {"bucket": bucket, "run": run, "kernel": kernel, "changed": sequence}
         self._db.execute(statements.RUN_PRODUCT_CHANGED, of)
 
@@ -151,6 +151,9 @@ class RunIndex:
     def stored(self, entry: RunStored) -> None:
         of = {"of_bucket": entry.bucket, "of_run": entry.run, "of_kernel": entry.kernel, "reflects": entry.reflects}
         self._db.execute(statements.DELETE_RUN_PRODUCT, of)
+        if self._db.execute(statements.RUN_PRODUCTS_OF, of).fetchone() is None:
+            # Nothing is left of it. A member that has come meanwhile brings it back with its partial.
+            self._db.execute(statements.DELETE_RUN, of)
 
     # -- open and closed
     def closed(self, sequence: int, entry: RunClosed) -> None:

@@ -449,6 +449,7 @@ RUN_GREW = _sql(
     .values(member_ns=_p("member_ns"), closed_ns=literal_column("0"), closed_by=literal_column("''"))
 )
 CLOSE_RUN = _sql(sa.update(runs).where(_run_key).values(closed_ns=_p("closed_ns"), closed_by=_p("closed_by")))
+DELETE_RUN = _sql(sa.delete(runs).where(_run_key))
 DELETE_RUNS = _sql(sa.delete(runs).where(runs.c.bucket == _p("name")))
 DELETE_RUN_PRODUCTS = _sql(sa.delete(run_products).where(run_products.c.bucket == _p("name")))
 RUN_PRODUCT_CHANGED = _sql(

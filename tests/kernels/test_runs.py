@@ -152,6 +152,10 @@ def scene(node: Node) -> Iterator[Scene]:
     yield scene
     for key in scene.client.listed(BUCKET):
         scene.client.delete(BUCKET, key)
+    until(
+        lambda: not hiss(node, "run", "list", f"s3://{BUCKET}")["runs"],
+        lambda: f"runs without members are gone: {hiss(node, 'run', 'list', f's3://{BUCKET}')}",
+    )
     scene.client.close()
 
 
