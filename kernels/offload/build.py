@@ -45,33 +45,26 @@ EMITS_MAX = 16
 
 
 def build(kernel: Kernel, dtype: str, shape: tuple[int, ...]) -> Offload:
-    _check_declarations(kernel)
-    _check_layout(dtype, shape)
     declared = declarations.read(ast.parse(kernel.source))
-    builder = _Builder(kernel, dtype, shape, declared.functions, declared.constants)
-    return builder.build()
+    _check_declarations(kernel, declared.lines)
+    _check_layout(dtype, shape)
+    return _Builder(kernel, dtype, shape, declared).build()
 
 
-def _check_declarations(kernel: Kernel) -> None:
-    def line_of(name: str) -> int:
-        for node in ast.parse(kernel.source).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
-                return node.lineno
-        return 1
-
+def _check_declarations(kernel: Kernel, lines: Mapping[str, int]) -> None:
     if kernel.out is not None:
         raise Refusal(
-            line_of("OUT"), "transformed frames (OUT) are not offloaded: a core gives verdicts, state and feedback"
+            lines["OUT"], "transformed frames (OUT) are not offloaded: a core gives verdicts, state and feedback"
         )
     if kernel.rows is not None:
-        raise Refusal(line_of("ROWS"), "rows (ROWS) are not offloaded: emit single values, or count in state arrays")
+        raise Refusal(lines["ROWS"], "rows (ROWS) are not offloaded: emit single values, or count in state arrays")
     for spec in kernel.state:
         if spec.dtype not in types.INTEGERS:
-            raise Refusal(line_of("STATE"), f"an FPGA core works in integers: state.{spec.name} is {spec.dtype}")
+            raise Refusal(lines["STATE"], f"an FPGA core works in integers: state.{spec.name} is {spec.dtype}")
     bits = sum(spec.size_bytes * 8 for spec in kernel.state if spec.size_bytes // _itemsize(spec) > REGISTERS_MAX)
     if bits > MEMORY_BITS_MAX:
         raise Refusal(
-            line_of("STATE"),
+            lines["STATE"],
             f"the state memories need {bits >> 20} Mbit; a core has at most {MEMORY_BITS_MAX >> 20} Mbit of block RAM",
         )
 
@@ -108,18 +101,11 @@ class _Sections:
 
 
 class _Builder(Walk):
-    def __init__(
-        self,
-        kernel: Kernel,
-        dtype: str,
-        shape: tuple[int, ...],
-        functions: Mapping[str, ast.FunctionDef],
-        literals: Mapping[str, int | float | tuple[int | float, ...]],
-    ) -> None:
+    def __init__(self, kernel: Kernel, dtype: str, shape: tuple[int, ...], declared: declarations.Declared) -> None:
         registers = [spec for spec in kernel.state if spec.size_bytes // _itemsize(spec) <= REGISTERS_MAX]
         super().__init__(
-            functions,
-            literals,
+            declared.functions,
+            declared.constants,
             {spec.name: spec.dtype for spec in kernel.params},
             frozenset(spec.name for spec in kernel.arrays),
             {spec.name: spec for spec in kernel.state},

@@ -235,8 +235,8 @@ class _Writer:
                 return "True" if value else "False"
             case Compare(op=op, left=left, right=right):
                 common = self._carrier(max(left.hi, right.hi))
-                if min(left.lo, right.lo) < 0 and common == types.UINT64:
-                    return self._mixed(op, left, right)
+                # Refused before: numba would compare in float64.
+                assert common == types.INT64 or min(left.lo, right.lo) >= 0
                 return f"({self._as(common, left)} {op} {self._as(common, right)})"
             case Logic(op=op, left=left, right=right):
                 sign = {"xor": "!=", "and": "and", "or": "or"}[op]
@@ -249,10 +249,6 @@ class _Writer:
                 return self._names[slot]
             case _:
                 return f"({self._exact(node)} != 0)"
-
-    def _mixed(self, op: str, left: Expr, right: Expr) -> str:
-        """One side may be negative, the other beyond int64 by its bounds: compared where both fit."""
-        raise AssertionError(f"{left.type} {op} {right.type}: refused before, numba would compare in float64")
 
 
 def _moved(name: str, offset: int) -> str:

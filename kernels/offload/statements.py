@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from kernels.contract import DROP, KEEP, STOP, StateSpec
+from kernels.literals import Literal
 from kernels.offload import arithmetic, types
 from kernels.offload.domain import Broken, Env, Known, as_typed, assume, joined
 from kernels.offload.ir import Assign, Const, Emit, Expr, If, Refusal, Slot, Statement, Store, Update, Verdict
@@ -40,7 +41,7 @@ class Walk:
     def __init__(
         self,
         functions: Mapping[str, ast.FunctionDef],
-        literals: Mapping[str, int | float | tuple[int | float, ...]],
+        literals: Mapping[str, Literal],
         params: Mapping[str, str],
         arrays: frozenset[str],
         state: Mapping[str, StateSpec],

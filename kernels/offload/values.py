@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from kernels.contract import VERDICTS, StateSpec
+from kernels.literals import Literal
 from kernels.offload import arithmetic, types
 from kernels.offload.domain import Broken, Env, Origin, Place, assume, known_now
 from kernels.offload.ir import Cell, Const, Dim, Expr, FrameNumber, Local, Param, Position, Refusal
@@ -39,7 +40,7 @@ class Context(Protocol):
 
     env: Env
     scope: Scope
-    literals: Mapping[str, int | float | tuple[int | float, ...]]
+    literals: Mapping[str, Literal]
     params: Mapping[str, str]
     """Scalar parameters and their dtypes."""
     arrays: frozenset[str]
@@ -215,13 +216,18 @@ def _subscript(context: Context, node: ast.Subscript) -> Value:
                 )
             spec = context.state[name]
             return Value(Cell(spec.dtype, *types.bounds(spec.dtype), name, element(context, node, spec)))
+        case ast.Attribute(value=ast.Name(id="params")) as params:
+            return _attribute(context, params)
         case ast.Name(id=name) if isinstance(context.literals.get(name), tuple):
             table = context.literals[name]
             assert isinstance(table, tuple)
             index = evaluate(context, node.slice).node
             if not isinstance(index, Const) or not -len(table) <= index.lo < len(table):
                 refuse(node, f"an entry of the table {name!r} is chosen by a constant within it")
-            return Value(_literal(table[index.lo], node.lineno))
+            entry = table[index.lo]
+            if isinstance(entry, tuple):
+                refuse(node, f"{name!r} is a table of rows: an entry of a table of numbers is one")
+            return Value(_literal(entry, node.lineno))
         case _:
             refuse(node, f"{ast.unparse(node)} is not available on an FPGA")
 
@@ -439,8 +445,15 @@ def _builtin(name: str, value: Expr) -> Expr:
     value = arithmetic.number(value)
     if name == "int" or value.lo >= 0:
         return value
-    negative = arithmetic.exact("sub", arithmetic.const(0), value, value.type)
-    return arithmetic.wrapped(arithmetic.exact("max", value, negative, value.type), value.type)
+    # The smallest value of a type is its own magnitude: numba wraps it, and so does this.
+    smallest, largest = types.bounds(value.type)
+    turned = arithmetic.wrapped(arithmetic.exact("sub", arithmetic.const(0), value, value.type), value.type)
+    node = arithmetic.select(arithmetic.compare("<", value, arithmetic.const(0)), turned, value, value.type)
+    if isinstance(node, Const):
+        return node
+    return dataclasses.replace(
+        node, lo=smallest if value.lo == smallest else 0, hi=min(largest, max(-value.lo, value.hi))
+    )
 
 
 def _converted(context: Context, node: ast.Call, module: str, name: str) -> Value:
