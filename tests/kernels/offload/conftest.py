@@ -21,7 +21,7 @@ from kernels.memory import NO_ROWS
 from kernels.offload.emit_numba import emit_numba
 from kernels.offload.ir import Offload
 from kernels.program import Program
-from kernels.wire import COUNTERS, FEEDBACK_DTYPE, FEEDBACK_DROPPED, FEEDBACK_KEPT
+from kernels.wire import COUNTERS, FEEDBACK_DROPPED, FEEDBACK_DTYPE, FEEDBACK_KEPT
 
 
 @dataclasses.dataclass

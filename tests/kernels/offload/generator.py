@@ -55,7 +55,7 @@ class _Writer:
             case _:
                 return "index"
 
-    def number(self, depth: int) -> str:
+    def number(self, depth: int) -> str:  # noqa: C901  # a table of forms
         if depth == 0 or self.draw(st.integers(0, 3)) == 0:
             return self.leaf()
         a = self.number(depth - 1)
@@ -126,7 +126,7 @@ def kernels(draw: st.DrawFn) -> Sample:
     writer = _Writer(draw, two, margin)
     state_dtypes = [draw(st.sampled_from(CASTS)) for _ in range(3)]
     lines = [
-        'PARAMS = {"a": ("%s", 3), "b": ("int64", -70000)}' % draw(st.sampled_from(CASTS)),
+        f'PARAMS = {{"a": ("{draw(st.sampled_from(CASTS))}", 3), "b": ("int64", -70000)}}',
         f'STATE = {{"r": ("{state_dtypes[0]}", (4,), "sum"), "m": ("{state_dtypes[1]}", (32,), "sum"), '
         f'"w": ("{"int16" if state_dtypes[2].startswith("u") else state_dtypes[2]}", (37,), "max")}}',
         "def mixed(p, q):",
