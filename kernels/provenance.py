@@ -9,7 +9,7 @@ In: a ``Lineage`` and the file's /entry. Out:
       arrays/<name>           location, object_id, crc64nvme for each settings; values/<crc64nvme> where small
     /entry/process/environment  versions, processor, device
     /entry/source             one row an input: key, location, version_id, object_id, etag, crc64nvme, length, stored,
-                              dtype, shape, origin, frames; bucket; run (its prefix)
+                              dtype, shape, origin, frames, frame_metadata (x-amz-meta-frame-*, JSON); bucket; run (prefix)
     /entry/source/epochs      rows of (input, first frame, settings): from that frame on these settings held
     /entry/provenance         NXnote: PROV-JSON (W3C member submission prov-json), PROV-DM terms
 
@@ -27,6 +27,7 @@ import h5py
 import msgspec
 import numpy as np
 
+from ingest.records import ObjectRecord
 from kernels import nexus
 from kernels.contract import Kernel
 from kernels.lineage import ArrayUse, Input, Lineage, StageSettings, environment, location
@@ -104,12 +105,19 @@ def _source(entry: h5py.Group, lineage: Lineage) -> None:
     nexus.array(group, "length", np.array([record.length for record in records], np.int64)).attrs["units"] = "bytes"
     nexus.words(group, "dtype", [one.geometry.dtype if one.geometry else "" for one in inputs])
     nexus.words(group, "shape", [_shape_text(one) for one in inputs])
+    nexus.texts(group, "frame_metadata", [_frame_metadata(record) for record in records])
     origins = [one.geometry.origin if one.geometry else 0 for one in inputs]
     nexus.array(group, "origin", np.array(origins, np.int64)).attrs["units"] = "bytes"
     nexus.array(group, "frames", np.array([one.frames for one in inputs], np.int64))
     rows = [(number, epoch.first_frame, epoch.settings) for number, one in enumerate(inputs) for epoch in one.epochs]
     epochs = nexus.array(group, "epochs", np.array(rows, np.int64).reshape(-1, 3))
     epochs.attrs["columns"] = "input, first frame, settings"
+
+
+def _frame_metadata(record: ObjectRecord) -> str:
+    """What the submitter said of the frames: without it raw bytes say nothing."""
+    said = {name: value for name, value in record.metadata.items() if name.startswith("frame-")}
+    return msgspec.json.encode(said, order="sorted").decode()
 
 
 def _shape_text(one: Input) -> str:

@@ -48,11 +48,33 @@ class Fetched:
         return {name[len(META_PREFIX) :]: value for name, value in self.headers.items() if name.startswith(META_PREFIX)}
 
 
+class Streamed:
+    """The answer to a GET whose body is not read yet. ``body`` raises OSError for one that is cut short."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self._answer = answer
+        self.headers = dict(answer.headers)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return Fetched(b"", self.headers).metadata
+
+    def body(self, chunk_bytes: int) -> Iterator[bytes]:
+        import httpx
+
+        try:
+            yield from self._answer.iter_raw(chunk_bytes)
+        except httpx.TransportError as error:
+            raise OSError(f"the transfer broke off: {error}") from None
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Listed:
     key: bytes
     size_bytes: int
     etag: str
+    modified: str
+    """ISO 8601, UTC: sorts by time."""
 
 
 class S3:
@@ -69,18 +91,24 @@ class S3:
         timeout = httpx.Timeout(TIMEOUT_S, connect=5.0)
         self._client = httpx.Client(base_url=found.s3_url, verify=found.tls or True, timeout=timeout)
 
+    def close(self) -> None:
+        self._client.close()
+
     def __enter__(self) -> S3:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        self.close()
 
     def get(self, bucket: str, key: bytes | str, *, most_bytes: int = BODY_BYTES_MAX) -> Fetched:
         """The whole object. Raises CliError for one of more than ``most_bytes``."""
         with self.stream(bucket, key) as answer:
             if int(answer.headers.get("content-length", "0")) > most_bytes:
                 raise CliError(f"s3://{bucket}/{shown(key)}: is larger than the {most_bytes} bytes expected here")
-            return Fetched(answer.read(), dict(answer.headers))
+            try:
+                return Fetched(b"".join(answer.body(1 << 20)), answer.headers)
+            except OSError as error:
+                raise CliError(f"s3://{bucket}/{shown(key)}: {error}", ExitCode.NO_NODE) from None
 
     def head(self, bucket: str, key: bytes | str) -> Fetched:
         headers = {"x-amz-checksum-mode": "ENABLED"}
@@ -92,11 +120,10 @@ class S3:
             return
 
     @contextlib.contextmanager
-    def stream(self, bucket: str, key: bytes | str, *, start: int = 0) -> Iterator[httpx.Response]:
-        """The answer to a GET whose body is not read yet; ``start``: from that byte on."""
-        headers = {"range": f"bytes={start}-"} if start else {}
-        with self._answered("GET", bucket, key, headers=headers) as answer:
-            yield answer
+    def stream(self, bucket: str, key: bytes | str) -> Iterator[Streamed]:
+        """The whole object, as it arrives."""
+        with self._answered("GET", bucket, key) as answer:
+            yield Streamed(answer)
 
     def list(self, bucket: str, prefix: str, *, most: int) -> list[Listed]:
         """Keys under ``prefix`` in bytewise order, at most ``most``."""
@@ -204,7 +231,10 @@ def _listing(document: bytes) -> tuple[list[Listed], str]:
 
     rows = [
         Listed(
-            unquote_to_bytes(text(one, "Key").replace("+", " ")), int(text(one, "Size")), text(one, "ETag").strip('"')
+            unquote_to_bytes(text(one, "Key").replace("+", " ")),
+            int(text(one, "Size")),
+            text(one, "ETag").strip('"'),
+            text(one, "LastModified"),
         )
         for one in root.findall(space + "Contents")
     ]

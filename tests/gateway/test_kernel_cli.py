@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ import httpx
 import numpy as np
 import pytest
 
-from gateway.cli import main
 from gateway.cli.s3put import sign
 from gateway.users import KeyPair
 
@@ -37,33 +33,8 @@ def frame(frame, params, state, index, out, feedback):
 SHAPE = (4, 6)
 
 
-@dataclasses.dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
+Ran = Any
 Hiss = Callable[..., Ran]
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Hiss:
-    """Run a command in this process: a new one would take a second each."""
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["hiss", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), said.out, said.err)
-
-    return run
 
 
 @pytest.fixture
@@ -96,7 +67,9 @@ def source(tmp_path: Path) -> Path:
 def s3(node: Any, keys: KeyPair, method: str, path: str, body: bytes = b"", **metadata: str) -> httpx.Response:
     url = node.url("s3")
     headers = {"host": url.split("://")[1], **{f"x-amz-meta-{k.replace('_', '-')}": v for k, v in metadata.items()}}
-    return httpx.request(method, url + path, content=body, headers=sign(method, path, headers, keys, "us-east-1"))
+    return httpx.request(
+        method, url + path, content=body, headers=sign(method, path, headers, keys, "us-east-1"), timeout=60
+    )
 
 
 def frames(count: int = 10) -> np.ndarray:

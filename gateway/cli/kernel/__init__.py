@@ -14,11 +14,14 @@ app = typer.Typer(help="Kernels: what a scientist runs on frames as they arrive.
 
 def build() -> typer.Typer:
     """The group with its commands; each loads what it needs when it runs."""
-    from gateway.cli.kernel import change, listing, submit
+    from gateway.cli.kernel import change, check, listing, reproduce, submit, watch
 
+    app.command("check")(check.check)
     app.command("submit")(submit.submit)
     app.command("list")(listing.list_kernels)
     app.command("show")(listing.show)
+    app.command("watch")(watch.watch)
     app.command("params")(change.params)
     app.command("remove")(change.remove)
+    app.command("reproduce")(reproduce.reproduce)
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ from gateway.cli.s3 import S3
 from gateway.cli.status import shown
 
 PRODUCTS_COUNTED_MAX = 10_000
+RUN_PRODUCT = re.compile(rb"/_run(\.[0-9a-f]{8})?\.nxs$")
+"""Of the run as it is, and of older settings (kernels/runs/names.py)."""
 
 
 def list_kernels(
@@ -85,7 +88,9 @@ def show(
             array.key.decode("utf-8", "backslashreplace").rpartition("/")[2].removesuffix(".npy"): array.size_bytes
             for array in s3.list(bucket, f"_kernels/{name}/", most=100)
         }
-    document = {**one.document(), **_declared(one), "array_bytes": arrays, "products": len(products)}
+    runs = sum(RUN_PRODUCT.search(product.key) is not None for product in products)
+    counts = {"products": len(products) - runs, "runs": runs, "more_products": len(products) == PRODUCTS_COUNTED_MAX}
+    document = {**one.document(), **_declared(one), "array_bytes": arrays, **counts}
     if as_json:
         print_json({**document, "source": one.source.decode("utf-8", "replace")})
         return
@@ -111,17 +116,15 @@ def _declared(one: Submitted) -> dict[str, Any]:
 
 
 def _print(bucket: str, one: Submitted, document: dict[str, Any]) -> None:
-    more = "+" if document["products"] == PRODUCTS_COUNTED_MAX else ""
+    more = " or more" if document["more_products"] else ""
+    counted = f"{document['products']} of objects, {document['runs']} of runs{more}"
     facts = [
         ("kernel", f"s3://{bucket}/_kernels/{one.name}.py"),
         ("state", document["state"] + (f": {document['reason']}" if document["reason"] else "")),
         ("submitted", shown("_ns", one.row["modified_ns"])),
         ("sha256", document["sha256"]),
         *((word, one.row[word]) for word in ("match", "after", "raw", "device") if one.row[word]),
-        (
-            "products",
-            f"{document['products']}{more}, {one.row['owed_products']} owed, {one.row['failed_products']} failed",
-        ),
+        ("products", f"{counted}, {one.row['owed_products']} owed, {one.row['failed_products']} failed"),
         ("last error", one.row["last_error"] or "–"),
     ]
     print_table(("", ""), facts)
