@@ -7,6 +7,7 @@ are joined to one loop over a batch is kernels/chain.py.
 
 from __future__ import annotations
 
+import ast
 import linecache
 import math
 import sys
@@ -75,7 +76,8 @@ class Program:
     @property
     def allocates(self) -> bool:
         """Whether it makes new arrays, as far as names tell: an array expression does so too."""
-        return any(not _ALLOCATES.isdisjoint(function.__code__.co_names) for function in self._functions.values())
+        calls = (node.func for node in ast.walk(ast.parse(self.kernel.source)) if isinstance(node, ast.Call))
+        return any(isinstance(called, ast.Attribute) and called.attr in _ALLOCATES for called in calls)
 
     def use(self, *, counted: bool) -> None:
         """Forget what was compiled; from now on with or without reference counts (calls.jit)."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,19 +26,3 @@ def hundred_mb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("object") / "frames.raw"
     file.write_bytes(os.urandom(OBJECT_BYTES))
     return file
-
-
-@pytest.fixture(scope="session")
-def peer() -> Callable[[str], str]:
-    """Path of a program that must be there in CI and may be missing elsewhere (see .ci/peers)."""
-    beside = (Path(sys.executable).parent, Path(__file__).parents[2] / ".cache" / "bin")
-    path = os.pathsep.join((*map(str, beside), os.environ["PATH"]))
-
-    def find(name: str) -> str:
-        found = shutil.which(name, path=path)
-        if found is None and os.environ.get("CI") != "true":
-            pytest.skip(f"{name} is not installed; `make apt` installs it or says how")
-        assert found is not None, f"{name} is not installed"
-        return found
-
-    return find

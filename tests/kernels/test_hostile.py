@@ -8,6 +8,7 @@ works. The gate refuses the same sources, which is tested too.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -22,15 +23,25 @@ import numpy as np
 import pytest
 
 from ingest.ports import KernelRefused
-from kernels.contract import KEEP, Kernel, Stage, StateSpec
+from kernels.contract import KEEP, STOP, ArraySpec, Kernel, OutSpec, RowsSpec, Stage, StateSpec
 from kernels.gate import admit
 from kernels.sandbox import Batch, Sandbox, SandboxFailed, SandboxLimits
+from kernels.wire import NO_VERDICT
 
 HEAD = "def frame(frame, params, state, index, out, feedback):\n"
 HARMLESS = HEAD + "    return 1\n"
 LIMITS = SandboxLimits(compile_timeout_s=20.0, batch_timeout_s=5.0, frame_timeout_s=0.0, populate=False)
 SHORT = SandboxLimits(compile_timeout_s=0.5, batch_timeout_s=0.1, frame_timeout_s=0.0, populate=False)
 FRAME = np.full((8, 8), 3, "<u2")
+
+WHOLE: dict[str, Any] = {
+    "arrays": (ArraySpec("mask", "uint8", (8,)),),
+    "out": OutSpec("uint8", (4,)),
+    "rows": RowsSpec((("x", "int64"),), 2),
+    "has_finish": True,
+}
+"""Declares everything that a kernel may have."""
+FINISH = "\n\ndef finish(state, params):\n    state.a[1] = 5\n"
 
 Launch = Callable[..., Awaitable[Sandbox]]
 
@@ -50,7 +61,12 @@ async def launch(zygote_socket: str, region: Any, until: Callable[..., Any]) -> 
     region.maps[0][: FRAME.nbytes * 8] = np.broadcast_to(FRAME, (8, 8, 8)).tobytes()
 
     async def begin(
-        source: str, limits: SandboxLimits = LIMITS, path: str = zygote_socket, region_fds: Sequence[int] = ()
+        source: str,
+        limits: SandboxLimits = LIMITS,
+        path: str = zygote_socket,
+        region_fds: Sequence[int] = (),
+        *,
+        whole: bool = False,
     ) -> Sandbox:
         kernel = Kernel(
             name="hostile",
@@ -59,9 +75,11 @@ async def launch(zygote_socket: str, region: Any, until: Callable[..., Any]) -> 
             params=(),
             state=(StateSpec("a", "int64", (4,), "sum"),),
         )
+        if whole:
+            kernel = dataclasses.replace(kernel, **WHOLE)
         return await Sandbox.start(
             path,
-            [Stage(kernel)],
+            [Stage(kernel, arrays={"mask": np.ones(8, np.uint8)} if whole else {})],
             dtype="<u2",
             shape=(8, 8),
             region_fds=region_fds or region.region_fds,
@@ -365,6 +383,148 @@ async def test_lies_are_noticed(launch: Launch, lie: str) -> None:
         await twice(sandbox)
     assert caught.value.kind == "lie"
     assert not sandbox.alive
+
+
+# Then the arguments of the compiled loop are at hand: parameters, state, feedback, out.
+OWN = (
+    "serve = session.Session.serve\n"
+    "def remember(self):\n    session.own = self\n    serve(self)\n"
+    "session.Session.serve = remember\n"
+)
+
+
+def with_rows(*frames: int) -> str:
+    """Answers every batch with rows of these frames."""
+    stores = "".join(
+        f"        session.own._arguments[0][2].rows[{n}] = ({frame}, 0)\n" for n, frame in enumerate(frames)
+    )
+    return (
+        OWN
+        + "def say(r):\n    if r.kind == 2:\n"
+        + stores
+        + f"        r = dataclasses.replace(r, row_count={len(frames)})\n"
+        "    honest(r)\nsession.say = say\n"
+    )
+
+
+def with_verdicts(*verdicts: int, judged: int = 2) -> str:
+    stores = "".join(f"    self._verdicts[{n}] = {verdict}\n" for n, verdict in enumerate(verdicts))
+    return f"def judge(self, frames, run, start):\n{stores}    return {judged}\nsession.Session._judge = judge\n"
+
+
+def with_reply(**changes: int) -> str:
+    changed = ", ".join(f"{name}={value}" for name, value in changes.items())
+    return f"session.say = lambda r: honest(dataclasses.replace(r, {changed}) if r.kind == 2 else r)\n"
+
+
+WHOLE_LIES = {
+    "rows of a later frame": with_rows(0, 2),
+    "rows of an earlier frame": with_rows(-1, 0),
+    "rows out of order": with_rows(1, 0),
+    "rows out of order inside": with_rows(0, 1, 0, 1),
+    "too many rows of one frame": with_rows(0, 1, 1, 1),
+    "more rows than there is room": with_reply(row_count=1 << 31),
+    "endless dropped rows": with_reply(dropped_rows=1 << 63),
+    "fewer frames without STOP": with_verdicts(1, 1, judged=1),
+    "no frame": with_verdicts(3, 1, judged=0),
+    "frames after a STOP": with_verdicts(3, 1),
+    "STOP twice": with_verdicts(3, 3),
+    "unreadable, and nothing was encoded": with_verdicts(253, 1),
+}
+
+
+@pytest.mark.parametrize("lie", WHOLE_LIES.values(), ids=WHOLE_LIES)
+async def test_lies_about_rows_and_verdicts(launch: Launch, lie: str) -> None:
+    sandbox = await launch(LIE + lie + HARMLESS + FINISH, whole=True)
+    with pytest.raises(SandboxFailed) as caught:
+        await judge(sandbox)
+    assert caught.value.kind == "lie"
+    assert not sandbox.alive
+
+
+async def test_a_replaced_frame_needs_an_out(launch: Launch) -> None:
+    sandbox = await launch(LIE + with_verdicts(2, 1) + HARMLESS)
+    with pytest.raises(SandboxFailed, match="an out that the kernel does not have"):
+        await judge(sandbox)
+
+
+async def test_verdicts_behind_a_stop_are_not_believed(launch: Launch) -> None:
+    sandbox = await launch(LIE + with_verdicts(3, 1, judged=1) + HARMLESS)
+    reply = await judge(sandbox)
+    assert reply.verdicts.tolist() == [STOP, NO_VERDICT]
+    assert reply.stopped_at == 0
+    await sandbox.close()
+
+
+FINISH_LIES = {
+    "another sequence": with_reply(sequence=77),
+    "frames": with_reply(index=1),
+    "rows": with_reply(row_count=1),
+    "feedback": with_reply(feedback_count=1),
+    "ready": with_reply(kind=1),
+    "refused": with_reply(kind=3),
+    "raised by a kernel that is not there": with_reply(kind=4, stage=1),
+    "raised in a frame": with_reply(kind=4, index=1),
+    "short": "session.say = lambda r: os.write(3, b'x') if r.kind == 2 else honest(r)\n",
+}
+
+
+@pytest.mark.parametrize("lie", FINISH_LIES.values(), ids=FINISH_LIES)
+async def test_lies_about_finish(launch: Launch, lie: str) -> None:
+    sandbox = await launch(LIE + lie + HARMLESS + FINISH, whole=True)
+    with pytest.raises(SandboxFailed) as caught:
+        await sandbox.finish({"a": np.zeros(4, np.int64)})
+    assert caught.value.kind == "lie"
+    assert not sandbox.alive
+
+
+FINISH_ENDS = {
+    "it makes a forbidden call": ("    called(2, 2, 0)\n", "forbidden system call"),
+    "it touches foreign memory": (
+        "    np.lib.stride_tricks.as_strided(state.a, (2,), (1 << 40,))[1] = 7\n",
+        "memory that is not its own",
+    ),
+    "it exits": ("    leave(0)\n", "it exited with status 0"),
+}
+
+
+@pytest.mark.parametrize(("body", "ending"), FINISH_ENDS.values(), ids=FINISH_ENDS)
+async def test_hostile_finish(launch: Launch, body: str, ending: str) -> None:
+    functions = (
+        "import ctypes\nimport numpy as np\nlibc = ctypes.CDLL(None)\ncalled, leave = libc.socket, libc._exit\n"
+        "called.restype = ctypes.c_int\ncalled.argtypes = [ctypes.c_int] * 3\n"
+        "leave.restype = None\nleave.argtypes = [ctypes.c_int]\n"
+    )
+    sandbox = await launch(functions + HARMLESS + "\n\ndef finish(state, params):\n" + body, whole=True)
+    with pytest.raises(SandboxFailed, match=ending) as caught:
+        await sandbox.finish({"a": np.zeros(4, np.int64)})
+    assert caught.value.kind == "crash"
+    assert not sandbox.alive
+
+
+# The memory of array parameters is the only read-only mapping of 64 bytes.
+FIND_ARRAYS = """
+import ctypes, gc, mmap
+import numpy as np
+arrays = [m for o in gc.get_objects() if isinstance(o, (tuple, list)) for m in o if isinstance(m, mmap.mmap)]
+arrays += [m for m in gc.get_objects() if isinstance(m, mmap.mmap)]
+arrays += [m for f in gc.get_objects() if isinstance(f, dict) for m in f.values() if isinstance(m, mmap.mmap)]
+import sys
+depth = sys._getframe()
+while depth is not None:
+    arrays += [m for m in depth.f_locals.values() if isinstance(m, mmap.mmap)]
+    depth = depth.f_back
+address = [np.frombuffer(m, np.uint8).ctypes.data for m in arrays if len(m) == 64][0]
+libc = ctypes.CDLL(None)
+"""
+
+
+async def test_array_parameters_cannot_be_written(launch: Launch) -> None:
+    with pytest.raises(SandboxFailed, match="memory that is not its own"):
+        await launch(FIND_ARRAYS + "ctypes.memset(address, 0, 8)\n" + HARMLESS + FINISH, whole=True)
+    attempt = "assert libc.mprotect(ctypes.c_void_p(address), 4096, 3) == 0, 'still read-only'\n"
+    with pytest.raises(KernelRefused, match="still read-only"):
+        await launch(FIND_ARRAYS + attempt + HARMLESS + FINISH, whole=True)
 
 
 EARLY_LIES = {
