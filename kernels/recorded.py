@@ -79,16 +79,12 @@ class Recorded:
     counts: Mapping[str, int]
     about_run: Mapping[str, str | int]
     """What /entry/run says, for a run."""
+    plot: tuple[str, Array] | None
+    """Name and values of the default plot."""
 
     @property
     def settings(self) -> int:
         return len(self.stages[-1].params)
-
-    @property
-    def plotted(self) -> Mapping[str, Array]:
-        """Arrays in the order in which one is the obvious one to plot."""
-        arrays = dict(self.result or self.state or {})
-        return arrays if self.verdicts is None else {**arrays, "verdicts": self.verdicts}
 
 
 def read(product: bytes) -> Recorded:
@@ -116,7 +112,18 @@ def _entry(entry: h5py.Group) -> Recorded:
         verdicts=np.asarray(entry["verdicts"][()], np.uint8) if "verdicts" in entry else None,
         counts=_counts(entry),
         about_run={name: _scalar(about[name]) for name in about if isinstance(about[name], h5py.Dataset)},
+        plot=_plot(entry),
     )
+
+
+def _plot(entry: h5py.Group) -> tuple[str, Array] | None:
+    """NeXus: ``default`` names an NXdata, its ``signal`` the dataset."""
+    default = str(entry.attrs.get("default", ""))
+    group = entry.get(default) if default else None
+    if not isinstance(group, h5py.Group) or "signal" not in group.attrs:
+        return None
+    signal = str(group.attrs["signal"])
+    return signal, np.asarray(group[signal][()])
 
 
 def _stages(entry: h5py.Group) -> tuple[RecordedStage, ...]:

@@ -21,6 +21,7 @@ from kernels.offline.body import Body
 from kernels.offline.memory import Window, window_bytes
 from kernels.offline.runner import Arrays, Found, Runner
 from kernels.recorded import Recorded, RecordedArray, RecordedInput
+from kernels.verdicts import AFTER_STOP
 
 Array = npt.NDArray[np.generic]
 
@@ -31,7 +32,7 @@ class Impossible(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Difference:
-    """``what``: state/NAME, result/NAME, rows/NAME, verdicts or gaps; ``how`` names the first place and both values."""
+    """``what``: state/NAME, result/NAME, rows/NAME or verdicts; ``how`` names the first place and both values."""
 
     what: str
     how: str
@@ -98,8 +99,8 @@ class Replay:
             self._take(found, self._frames)
             stopped = found.stopped_at is not None
         missing = self._frames + one.frames - sum(len(part) for part in self._verdicts)
-        if missing:  # behind a STOP
-            self._verdicts.append(np.full(missing, 255, np.uint8))
+        if missing:
+            self._verdicts.append(np.full(missing, AFTER_STOP, np.uint8))
         self._frames += one.frames
 
     async def end(self) -> Replayed:

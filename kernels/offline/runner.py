@@ -17,7 +17,7 @@ from kernels.contract import STOP, Stage
 from kernels.offline.body import Body
 from kernels.offline.memory import Window
 from kernels.sandbox import Batch, Reply, Sandbox, SandboxLimits
-from kernels.verdicts import UNREDUCED
+from kernels.verdicts import AFTER_STOP, UNREDUCED
 
 FEEDBACK_KEPT_MAX = 1_000_000
 STATE_SLOT, TIMING_SLOT = 0, 1
@@ -30,8 +30,9 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 @dataclasses.dataclass(slots=True)
 class Found:
-    """``verdicts``: one byte a frame, UNREDUCED for those behind a STOP or that could not be decoded. ``feedback``: (frame,
-    code, value), as emitted, at most FEEDBACK_KEPT_MAX of ``feedback_events``. ``rows`` None: the kernel has none."""
+    """``verdicts``: one byte a frame as in a product, AFTER_STOP behind a STOP, UNREDUCED where a frame could not be decoded.
+    ``feedback``: (frame, code, value), as emitted, at most FEEDBACK_KEPT_MAX of ``feedback_events``. ``rows`` None: the
+    kernel has none."""
 
     verdicts: npt.NDArray[np.uint8]
     state: Arrays
@@ -96,6 +97,7 @@ class Runner:
                 verdicts[start : start + batch.count] = np.where(reply.verdicts <= STOP, reply.verdicts, UNREDUCED)
                 stopped_at = reply.stopped_at
                 if stopped_at is not None:
+                    verdicts[stopped_at + 1 - first :] = AFTER_STOP
                     break
         rows = [reply.rows for reply in replies if reply.rows is not None]
         feedback = [event for reply in replies for event in reply.feedback]

@@ -101,6 +101,7 @@ def test_the_report_is_what_numpy_finds(
     assert report["feedback"]["by_code"] == {"3": kept}
     assert report["cores_for_40_gbps"] == -(-5_000_000_000 // report["bytes_per_s_a_core"])
     assert report["compile_s"] > 0
+    assert report["plot"] == "share", "what finish() made of the state"
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,7 +152,7 @@ def test_a_chain_and_a_stop(quick: Hiss, tmp_path: Path, frames: np.ndarray) -> 
     assert done.code == 0, done.err
     assert done.json["state"]["corner"]["values"] == [float(frames[:6, 0, 0].max() / 4)]
     assert (done.json["stopped_at"], done.json["timed_frames"]) == (5, 6)
-    assert done.json["verdicts"] == {"keep": 5, "drop": 0, "stop": 1, "not judged": 144}
+    assert done.json["verdicts"] == {"keep": 5, "drop": 0, "stop": 1, "behind stop": 144}
 
 
 def test_failures_name_the_line(quick: Hiss, tmp_path: Path, peaks: Path, frames: np.ndarray) -> None:

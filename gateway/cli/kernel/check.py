@@ -152,14 +152,10 @@ def _report(chain: Sequence[Given], body: Body, trial: Trial, png: Path | None, 
     from gateway.cli.kernel import plots
 
     found = trial.found
-    shown: dict[str, Any] = {
-        **({name: trial.result[name] for name in trial.result} if trial.result is not None else found.state),
-        "verdicts": found.verdicts,
-    }
-    name = plots.default_of(shown) or "verdicts"
+    name, values = plots.default_of(found.state, trial.result, found.verdicts)
     if png is not None:
         try:
-            png.write_bytes(plots.png(name, shown[name]))
+            png.write_bytes(plots.png(name, values))
         except OSError as error:
             raise CliError(f"--png {png}: {error.strerror}") from None
     document = describe(chain, body, trial)
@@ -169,7 +165,7 @@ def _report(chain: Sequence[Given], body: Body, trial: Trial, png: Path | None, 
     _print(document)
     if plot:
         print()
-        print(plots.text(name, shown[name]))
+        print(plots.text(name, values))
 
 
 def describe(chain: Sequence[Given], body: Body, trial: Trial) -> dict[str, Any]:
@@ -212,9 +208,10 @@ def describe(chain: Sequence[Given], body: Body, trial: Trial) -> dict[str, Any]
 def verdict_counts(verdicts: npt.NDArray[np.uint8]) -> dict[str, int]:
     """How many of each; those that did not occur are left out, but for keep and drop."""
     from kernels.contract import DROP, KEEP, REPLACE, STOP
-    from kernels.verdicts import UNREDUCED
+    from kernels.verdicts import AFTER_STOP, UNREDUCED
 
-    names = {KEEP: "keep", DROP: "drop", REPLACE: "replace", STOP: "stop", UNREDUCED: "not judged"}
+    names = {KEEP: "keep", DROP: "drop", REPLACE: "replace", STOP: "stop", AFTER_STOP: "behind stop"}
+    names[UNREDUCED] = "not readable"
     counts = {name: int((verdicts == value).sum()) for value, name in names.items()}
     return {name: count for name, count in counts.items() if count or name in ("keep", "drop")}
 

@@ -25,9 +25,12 @@ Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]
 
 
-def default_of(arrays: Mapping[str, Array]) -> str | None:
-    """The array whose plot is the obvious one, by the rule of the product's default plot; None if there is none."""
-    return next((name for name, values in arrays.items() if values.size > 1), None)
+def default_of(state: Mapping[str, Array], result: Mapping[str, Array] | None, verdicts: Array) -> tuple[str, Array]:
+    """The obvious plot, by the rule of a product's default one: what finish() changed, else the first state array of more
+    than one value, else the verdicts."""
+    found = {name: values for name, values in (result or {}).items() if values.tobytes() != state[name].tobytes()}
+    found = {**found, **{name: values for name, values in state.items() if name not in found}, "verdicts": verdicts}
+    return next(((name, values) for name, values in found.items() if values.size > 1), ("verdicts", verdicts))
 
 
 def text(name: str, values: Array) -> str:

@@ -192,9 +192,8 @@ class Page:
             yield "no product yet"
             return
         yield summary(self.newest.key, product, self.frames_per_s)
-        name = plots.default_of(product.plotted)
-        if name is not None:
-            yield plots.text(name, product.plotted[name])
+        if product.plot is not None:
+            yield plots.text(*product.plot)
 
 
 def summary(key: str, product: Recorded, frames_per_s: float) -> str:
