@@ -14,9 +14,9 @@ apply).
 through.
 Set ``BINS`` to the number of bins of your table.
 
-State: ``frames``; ``total`` (counts by bin, over all frames); ``squares`` (squares of each frame's counts by bin,
-summed). They are float64 so that float frames work too; for integer frames ``total`` is exact up to 2^53 counts a
-bin.
+State: ``frames``; ``one_frame`` (room to work in: zero between frames); ``total`` (counts by bin, over all frames);
+``squares`` (squares of each frame's counts by bin, summed). They are float64 so that float frames work too; for
+integer frames ``total`` is exact up to 2^53 counts a bin.
 Result: ``intensity`` (counts a pixel and frame, normalised), ``sigma`` (its standard error if pixels are counts with
 Poisson noise), ``spread`` (standard deviation of a single frame's intensity over the frames; NaN for less than two),
 ``axis``. NaN in empty bins.
@@ -33,6 +33,7 @@ STATE = {
     "frames": ("int64", (1,), "sum"),
     "total": ("float64", (BINS,), "sum"),
     "squares": ("float64", (BINS,), "sum"),
+    "one_frame": ("float64", (BINS,), "sum"),
     "intensity": ("float64", (BINS,), "sum"),
     "sigma": ("float64", (BINS,), "sum"),
     "spread": ("float64", (BINS,), "sum"),
@@ -42,7 +43,7 @@ STATE = {
 
 def frame(frame, params, state, index, out, feedback):
     bins = params.bin
-    counts = np.zeros(BINS)
+    counts = state.one_frame
     for y in range(frame.shape[0]):
         for x in range(frame.shape[1]):
             if bins[y, x] >= 0:
@@ -50,6 +51,7 @@ def frame(frame, params, state, index, out, feedback):
     for i in range(BINS):
         state.total[i] += counts[i]
         state.squares[i] += counts[i] * counts[i]
+        counts[i] = 0.0
     state.frames[0] += 1
     return KEEP
 

@@ -44,7 +44,7 @@ STATE = {
 
 
 def frame(frame, params, state, index, out, feedback):
-    pixels = frame.ravel()
+    pixels = frame.reshape(frame.size)
     pixel = params.pixel
     share = params.share
     for i in range(BINS):

@@ -42,22 +42,29 @@ STATE = {
 OUT = ("uint16", "same")
 
 
-def common_mode(residual, quiet, min_quiet):
+def steps_of(value, pedestal):
+    return np.int32((np.float32(value) - pedestal) * np.float32(STEPS))
+
+
+def common_mode(values, pedestal, mask, quiet, min_quiet):
     n = 0
     total = 0
-    for x in range(residual.size):
-        if abs(residual[x]) <= quiet:
+    for x in range(values.size):
+        residual = steps_of(values[x], pedestal[x])
+        # `&`, not `and`: both sides are computed for many pixels at once, instead of a branch for each pixel.
+        if (mask[x] == 0) & (abs(residual) <= quiet):
             n += 1
-            total += residual[x]
+            total += residual
     return np.float32(total / n) if n >= max(min_quiet, 1) else np.float32(0.0)
 
 
-def count(residual, common, photons_a_step, threshold, out):
+def count(values, pedestal, mask, common, photons_a_step, threshold, out):
     photons = 0
     overflow = 0
-    for x in range(residual.size):
-        charge = (np.float32(residual[x]) - common) * photons_a_step
-        n = max(np.int32(charge + np.float32(0.5)), np.int32(1)) if charge >= threshold else np.int32(0)
+    for x in range(values.size):
+        charge = (np.float32(steps_of(values[x], pedestal[x])) - common) * photons_a_step
+        n = max(np.int32(charge + np.float32(0.5)), np.int32(1))
+        n = n if (charge >= threshold) & (mask[x] == 0) else np.int32(0)
         overflow += n > MOST
         n = min(n, np.int32(MOST))
         photons += n
@@ -66,25 +73,22 @@ def count(residual, common, photons_a_step, threshold, out):
 
 
 def frame(frame, params, state, index, out, feedback):
-    pedestal = params.pedestal
-    mask = params.mask
     width = frame.shape[1]
     strip = max(params.strip, 1)
     quiet = np.int32(params.quiet * STEPS)
     photons_a_step = np.float32(1.0 / (params.adu * STEPS))
-    residual = np.empty(width, np.int32)  # of one row, in steps; far below zero where masked
     photons = 0
     overflow = 0
     for y in range(frame.shape[0]):
-        for x in range(width):
-            steps = np.int32((np.float32(frame[y, x]) - pedestal[y, x]) * np.float32(STEPS))
-            residual[x] = -(2**30) if mask[y, x] != 0 else steps
         for start in range(0, width, strip):
-            # A slice counts from 0: an index that might be negative would keep the compiler from using the whole width
-            # of the processor's registers.
-            part = residual[start : min(start + strip, width)]
-            common = common_mode(part, quiet, params.min_quiet)
-            n, over = count(part, common, photons_a_step, params.threshold, out[y, start : start + part.size])
+            # Slices count from 0: an index that might be negative would keep the compiler from using the whole width of
+            # the processor's registers.
+            stop = min(start + strip, width)
+            values = frame[y, start:stop]
+            pedestal = params.pedestal[y, start:stop]
+            mask = params.mask[y, start:stop]
+            common = common_mode(values, pedestal, mask, quiet, params.min_quiet)
+            n, over = count(values, pedestal, mask, common, photons_a_step, params.threshold, out[y, start:stop])
             photons += n
             overflow += over
     state.frames[0] += 1

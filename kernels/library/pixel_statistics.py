@@ -44,7 +44,7 @@ def frame(frame, params, state, index, out, feedback):
         for x in range(frame.shape[1]):
             value = np.int64(frame[y, x])
             # A choice of values instead of a branch: all of it in vector registers, however many pixels are out of range.
-            fits = params.lowest <= value and value <= params.highest
+            fits = (params.lowest <= value) & (value <= params.highest)
             value = value if fits else 0
             unused[y, x] += not fits
             total[y, x] += value

@@ -11,10 +11,11 @@ Lumma, L. B. Lurio, S. G. J. Mochrie, M. Sutton, Rev. Sci. Instrum. 71 (2000) 32
 detectors: averages over the pixels of a ring before the division).
 
 Arrays: ``pixel`` int32, at most ``PIXELS`` long: numbers of the pixels of the region, counted along the frame's rows,
-ring by ring; ``first`` int32, ``RINGS + 1``: where each ring begins among them, and the end. prepare.rings makes both.
+ring by ring; ``first`` int32, ``RINGS + 1``: where each ring begins among them, and the end. prepare.rings makes
+both.
 Parameters: ``frame_s``: time from frame to frame in seconds.
-State: the correlator (``history``, ``history_rings``, ``pending``, ``seen``) and its sums (``products``, ``left``,
-``right``, ``pairs``); ``frames``; ``counts`` (of each ring, over all frames).
+State: the correlator (``history``, ``history_rings``, ``seen``) and its sums (``products``, ``left``, ``right``,
+``pairs``); ``frames``; ``counts`` (of each ring, over all frames).
 Result: ``g2`` (rings by lags, without unit; NaN where there is no pair yet), ``lag`` (frames), ``lag_s`` (seconds),
 ``intensity`` (mean of each ring, counts a pixel and frame).
 Verdict: KEEP. Frames: two-dimensional integers of at most 32 bits; the region's values below 2^20. ORDERED: one
@@ -37,7 +38,6 @@ STATE = {
     "counts": ("int64", (RINGS,), "sum"),
     "history": ("int32", (LEVELS, CHANNELS, PIXELS), "sum"),
     "history_rings": ("int64", (LEVELS, CHANNELS, RINGS), "sum"),
-    "pending": ("int32", (LEVELS, PIXELS), "sum"),
     "seen": ("int64", (LEVELS,), "sum"),
     "products": ("float64", (RINGS, LAGS), "sum"),
     "left": ("float64", (RINGS, LAGS), "sum"),
@@ -60,23 +60,20 @@ def place(level, lag):
     return lag - 1 if level == 0 else CHANNELS - 1 + (level - 1) * HALF + lag - HALF
 
 
-def correlate(state, params, level, values):
-    """Take the newest value of each pixel into a level: into its history, and with what is there into its sums."""
+def correlate(state, params, level):
+    """Take a level's newest values, which are in its history, into its sums with the values before them."""
     slot = state.seen[level] % CHANNELS
-    now = state.history[level, slot]
-    for p in range(values.size):
-        now[p] = values[p]
     state.seen[level] += 1
     lags = min(CHANNELS, state.seen[level])
-    for ring in range(RINGS):
-        start = params.first[ring]
-        stop = params.first[ring + 1]
-        state.history_rings[level, slot, ring] = added(now[start:stop])
+    for ring in range(state.counts.size):
+        now = state.history[level, slot, params.first[ring] : params.first[ring + 1]]
+        state.history_rings[level, slot, ring] = added(now)
         for lag in range(first_lag(level), lags):
-            before = (slot - lag) % CHANNELS
+            earlier = (slot - lag) % CHANNELS
+            before = state.history[level, earlier, params.first[ring] : params.first[ring + 1]]
             at = place(level, lag)
-            state.products[ring, at] += multiplied(now[start:stop], state.history[level, before, start:stop])
-            state.left[ring, at] += state.history_rings[level, before, ring]
+            state.products[ring, at] += multiplied(now, before)
+            state.left[ring, at] += state.history_rings[level, earlier, ring]
             state.right[ring, at] += state.history_rings[level, slot, ring]
     for lag in range(first_lag(level), lags):
         state.pairs[place(level, lag)] += 1
@@ -97,22 +94,25 @@ def multiplied(now, before):
 
 
 def frame(frame, params, state, index, out, feedback):
-    pixels = frame.ravel()
+    pixels = frame.reshape(frame.size)
     n = min(params.pixel.size, PIXELS)
-    values = np.empty(n, np.int32)
-    for p in range(n):
-        values[p] = pixels[params.pixel[p]]
-    state.frames[0] += 1
-    for ring in range(RINGS):
-        state.counts[ring] += added(values[params.first[ring] : params.first[ring + 1]])
-    for level in range(LEVELS):
-        correlate(state, params, level, values)
-        if state.seen[level] % 2 == 1:  # the first of two: the level above waits for the second
+    level = 0
+    # A level above the first has a new value when two of the level below are complete.
+    while level < LEVELS and (level == 0 or state.seen[level - 1] % 2 == 0):
+        newest = state.history[level, state.seen[level] % CHANNELS]
+        if level == 0:
             for p in range(n):
-                state.pending[level, p] = values[p]
-            return KEEP
-        for p in range(n):
-            values[p] += state.pending[level, p]
+                newest[p] = pixels[params.pixel[p]]
+        else:
+            first = state.history[level - 1, (state.seen[level - 1] - 2) % CHANNELS]
+            second = state.history[level - 1, (state.seen[level - 1] - 1) % CHANNELS]
+            for p in range(n):
+                newest[p] = first[p] + second[p]
+        correlate(state, params, level)
+        level += 1
+    state.frames[0] += 1
+    for ring in range(state.counts.size):
+        state.counts[ring] += state.history_rings[0, (state.seen[0] - 1) % CHANNELS, ring]
     return KEEP
 
 
@@ -121,15 +121,15 @@ def ring_pixels(params, ring):
 
 
 def finish(state, params):
-    for ring in range(RINGS):
+    for ring in range(state.counts.size):
         seen = state.frames[0] * np.float64(ring_pixels(params, ring))
         state.intensity[ring] = state.counts[ring] / seen if seen > 0.0 else np.nan
-    for level in range(LEVELS):
+    for level in range(state.seen.size):
         for lag in range(first_lag(level), CHANNELS):
             at = place(level, lag)
             state.lag[at] = lag << level
             state.lag_s[at] = state.lag[at] * params.frame_s
-            for ring in range(RINGS):
+            for ring in range(state.counts.size):
                 pairs = state.pairs[at] * np.float64(ring_pixels(params, ring))
                 below = state.left[ring, at] * state.right[ring, at]
                 state.g2[ring, at] = state.products[ring, at] * pairs / below if below > 0.0 else np.nan

@@ -42,7 +42,6 @@ def count_row(row):
 
 def frame(frame, params, state, index, out, feedback):
     width = frame.shape[1]
-    out[:] = 0
     n = 0
     for y in range(frame.shape[0]):
         in_row = count_row(frame[y])
