@@ -22,7 +22,7 @@ import numpy.typing as npt
 from numba.core import errors
 from numba.core import types as numba_types
 
-from kernels import explain
+from kernels import cautions, explain
 from kernels.calls import Feedback, append_of, emit, jit
 from kernels.contract import VERDICTS, Kernel
 from kernels.explain import FOLDER, MAX_REASON_CHARS
@@ -104,6 +104,11 @@ class Program:
             raise NotCompiled(self._first_line("frame"), reason, self._stage)
         if self.finish is not None:
             self.guarded(lambda: self.finish.compile((state_type, params_type)), "finish")
+
+    def cautions(self) -> list[tuple[int, str]]:
+        """What compiles and is probably not meant, by line."""
+        found = (cautions.of(self._namespace[name]) for name in self._functions)
+        return sorted(caution for some in found for caution in some)
 
     def guarded(self, compiling: Callable[[], object], function: str = "frame") -> None:
         """Call, and translate what the compiler raises."""

@@ -104,7 +104,16 @@ class Batch:
 class Sandbox:
     """One sandboxed process. Belongs to one event loop; ``run`` calls queue up."""
 
-    def __init__(self, process: SandboxProcess, output: Output, spec: wire.SandboxSpec, limits: SandboxLimits) -> None:
+    def __init__(
+        self,
+        process: SandboxProcess,
+        output: Output,
+        spec: wire.SandboxSpec,
+        limits: SandboxLimits,
+        cautions: tuple[str, ...] = (),
+    ) -> None:
+        self.cautions = cautions
+        """What compiled and is probably not meant, each with its file and line."""
         self._process = process
         self._output: Output | None = output
         self._spec = spec
@@ -170,12 +179,13 @@ class Sandbox:
             if arrays_bytes:
                 fds.insert(0, await _written(arrays, places, arrays_bytes))
                 stack.callback(os.close, fds[0])
-            process, output, refusals = await _launch(zygote_socket, spec, fds, limits)
-        if refusals:
+            process, output, answers = await _launch(zygote_socket, spec, fds, limits)
+        refusal = next((answer for answer in answers if answer.kind == wire.KIND_REFUSED), None)
+        if refusal is not None:
             await process.kill()
             output.close()
-            raise _refusal(kernels, refusals[0])
-        return cls(process, output, spec, limits)
+            raise _refusal(kernels, refusal)
+        return cls(process, output, spec, limits, _cautions(kernels, answers))
 
     @property
     def alive(self) -> bool:
@@ -328,38 +338,45 @@ class Sandbox:
             raise ValueError(f"first frame {batch.first_frame}")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checked:
+    """A kernel that compiles for some frames at least."""
+
+    refused: dict[str, str]
+    """Why it does not, for each dtype it does not compile for."""
+    cautions: tuple[str, ...]
+    """What compiled and is probably not meant."""
+
+
 async def check(
     zygote_socket: str,
     kernel: Kernel,
     dtypes: Sequence[tuple[str, int]] = DEFAULT_LAYOUTS,
     limits: SandboxLimits = _DEFAULT_LIMITS,
-) -> dict[str, str]:
+) -> Checked:
     """Compile in a throwaway sandbox for each (dtype, dimensions); raises KernelRefused if it compiles for none.
 
-    Returns, for each dtype it does not compile for, the reason: a histogram indexed by pixel values is right to compile
-    for integers only. Raises SandboxFailed when it could not be tried.
+    A histogram indexed by pixel values is right to compile for integers only. Raises SandboxFailed when it could not be tried.
     """
     layouts = tuple((dtype, (2,) * ndim) for dtype, ndim in dtypes)
     for dtype, shape in layouts:
         _check_geometry(dtype, shape)
         _check_out(kernel, (dtype, shape))
     spec = _spec([wire.StageSpec(kernel, resolve_params(kernel, {}), ())], layouts, limits, compile_only=True)
-    process, output, refusals = await _launch(zygote_socket, spec, (), limits)
+    process, output, answers = await _launch(zygote_socket, spec, (), limits)
     await process.kill()
     output.close()
-    if refusals and len({refusal.index for refusal in refusals}) >= len(layouts):
-        raise _refusal([kernel], refusals[0])
-    return {
-        layouts[refusal.index][0]: str(_refusal([kernel], refusal))
-        for refusal in refusals
-        if refusal.index < len(layouts)
-    }
+    refusals = {answer.index: answer for answer in answers if answer.kind == wire.KIND_REFUSED}
+    if len(refusals) >= len(layouts):
+        raise _refusal([kernel], next(iter(refusals.values())))
+    refused = {layouts[n][0]: str(_refusal([kernel], refusal)) for n, refusal in refusals.items() if n < len(layouts)}
+    return Checked(refused, _cautions([kernel], answers))
 
 
 async def _launch(
     zygote_socket: str, spec: wire.SandboxSpec, fds: Sequence[int], limits: SandboxLimits
 ) -> tuple[SandboxProcess, Output, list[wire.RawReply]]:
-    """A process that has compiled, or has refused for every layout; raises SandboxFailed with the process gone."""
+    """A process that has compiled, or refused every layout, and what it said; raises SandboxFailed with it gone."""
     kernels = [stage.kernel for stage in spec.stages]
     output = Output(OutputLayout(kernels, spec.layouts[0], spec.slots, spec.out_frames))
     try:
@@ -390,23 +407,33 @@ async def _compile_or_kill(process: SandboxProcess, layouts: int, timeout_s: flo
 
 
 async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> list[wire.RawReply]:
-    """The refusals, one for each layout at most, heard before READY or the end."""
-    refusals: list[wire.RawReply] = []
+    """What is heard before READY or the end: refusals, one for each layout at most, and cautions."""
+    answers: list[wire.RawReply] = []
     deadline = asyncio.get_running_loop().time() + timeout_s
     while True:
         reply = await process.receive(max(0.0, deadline - asyncio.get_running_loop().time()))
         if reply is None:
+            refusals = [answer for answer in answers if answer.kind == wire.KIND_REFUSED]
             if refusals:
                 # It ended without READY: it compiled for none, or its module did not load at all.
                 return [dataclasses.replace(refusals[0], index=index) for index in range(layouts)]
             raise SandboxFailed("crash", "")
         if reply.kind == wire.KIND_READY:
-            return refusals
+            return answers
         if reply.kind == wire.KIND_FAILED:
             raise SandboxFailed("unavailable", f"lock-down: {reply.text}")
-        if reply.kind != wire.KIND_REFUSED or len(refusals) == layouts:
+        most = layouts if reply.kind == wire.KIND_REFUSED else layouts * wire.MAX_CAUTIONS
+        if reply.kind not in (wire.KIND_REFUSED, wire.KIND_CAUTION) or most <= sum(
+            a.kind == reply.kind for a in answers
+        ):
             raise SandboxFailed("lie", "an answer that nothing asked for, before the first batch")
-        refusals.append(reply)
+        answers.append(reply)
+
+
+def _cautions(kernels: Sequence[Kernel], answers: Sequence[wire.RawReply]) -> tuple[str, ...]:
+    """Each once, however many layouts it was said of."""
+    found = [str(_refusal(kernels, answer)) for answer in answers if answer.kind == wire.KIND_CAUTION]
+    return tuple(dict.fromkeys(found))
 
 
 async def _written(

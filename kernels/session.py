@@ -207,10 +207,14 @@ def _loaded(spec: SandboxSpec) -> Chain:
 
 def _compiled(chain: Chain, layout: int, frame: Geometry, memories: Sequence[StageMemory]) -> Drive | None:
     try:
-        return chain.compile(frame, memories)
+        drive = chain.compile(frame, memories)
     except NotCompiled as refusal:
         _refuse(layout, refusal)
         return None
+    last = len(chain.programs) - 1
+    for line, text in chain.programs[last].cautions()[: wire.MAX_CAUTIONS]:
+        say(RawReply(wire.KIND_CAUTION, index=layout, stage=last, line=line, text=text))
+    return drive
 
 
 def _refuse(layout: int, refusal: NotCompiled) -> None:

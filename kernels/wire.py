@@ -142,10 +142,11 @@ KIND_PROBE = 5
 """A self-test probe survived; the text is its outcome."""
 KIND_FAILED = 6
 """The process could not be locked down, and runs nothing; the text says why."""
-KIND_WARNED = 7
-"""Kernel ``stage`` compiles for layout ``index`` and does something that its author should know; before READY."""
-_TEXT_KINDS = (KIND_REFUSED, KIND_RAISED, KIND_PROBE, KIND_FAILED, KIND_WARNED)
-MAX_WARNINGS = 16
+KIND_CAUTION = 7
+"""Kernel ``stage`` compiles for layout ``index`` and does something that is probably not meant; before READY."""
+_TEXT_KINDS = (KIND_REFUSED, KIND_RAISED, KIND_PROBE, KIND_FAILED, KIND_CAUTION)
+MAX_CAUTIONS = 8
+"""For each layout."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class RawReply:
 
     kind: int
     index: int = 0
-    """Frames that were judged (DONE), the frame (RAISED), or the layout (REFUSED, WARNED)."""
+    """Frames that were judged (DONE), the frame (RAISED), or the layout (REFUSED, CAUTION)."""
     sequence: int = 0
     stage: int = 0
     line: int = 0

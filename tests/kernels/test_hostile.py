@@ -529,6 +529,7 @@ async def test_array_parameters_cannot_be_written(launch: Launch) -> None:
 
 EARLY_LIES = {
     "flood of refusals": "for n in range(100):\n    honest(wire.RawReply(3, line=1, text='no'))\n",
+    "flood of cautions": "for n in range(100):\n    honest(wire.RawReply(7, line=1, text='x'))\n",
     "answers before the first batch": "honest(wire.RawReply(2, 1, 1))\n",
     "garbage": "os.write(3, b'garbage')\n",
 }

@@ -269,7 +269,7 @@ def test_resolved_arrays_are_as_declared() -> None:
 
 
 async def test_a_kernel_is_checked_before_its_arrays_are_there(zygote_socket: str) -> None:
-    assert await check(zygote_socket, admit("k", CORRECT.encode())) == {}
+    assert (await check(zygote_socket, admit("k", CORRECT.encode()))).refused == {}
     wrong = CORRECT.replace("state.mean[n] =", "state.mean[n, 0] =")
     with pytest.raises(KernelRefused) as caught:
         await check(zygote_socket, admit("k", wrong.encode()))
@@ -394,3 +394,23 @@ async def test_what_raises_names_the_line(start: Start, source: str) -> None:
     line = next(number for number, line in enumerate(source.splitlines(), 1) if "# <-" in line)
     with pytest.raises(SandboxFailed, match=rf"crash: frame 0: k\.py:{line}: \w+Error"):
         await sandbox.run(batch(np.zeros((1, 8, 8), "<u2")))
+
+
+MIXED = {
+    "min": "    n = min(frame[0, 0], 5)  # <-\n    return KEEP if n > 3 else DROP\n",
+    "one or the other": "    n = frame[0, 0] if index > 3 else 0  # <-\n    return KEEP if n > 3 else DROP\n",
+    "in a branch": "    n = index\n    if n > 3:\n        n = frame[0, 0]  # <-\n    return KEEP if n > 3 else DROP\n",
+    "in a helper": "    return KEEP if h(frame[0, 0]) > 3 else DROP\n\n\ndef h(a):\n    return max(a, 0)  # <-\n",
+    "not": "    n = 0\n    n += frame[0, 0]\n    n = max(n, 3) * np.int64(frame[0, 1])\n    return KEEP if n / 2 > 0 else DROP\n",
+}
+
+
+@pytest.mark.parametrize("body", MIXED.values(), ids=MIXED)
+async def test_integers_that_become_floats_are_pointed_out(start: Start, zygote_socket: str, body: str) -> None:
+    source = HEAD + body
+    lines = [number for number, line in enumerate(source.splitlines(), 1) if "# <-" in line]
+    sandbox = await start(source, "<u8")
+    assert [caution.partition(" ")[0] for caution in sandbox.cautions] == [f"k.py:{line}:" for line in lines]
+    assert all("float64" in caution for caution in sandbox.cautions)
+    checked = await check(zygote_socket, admit("k", source.encode()), [("<u8", 2), ("<u8", 3), ("<u2", 2)])
+    assert checked.cautions == sandbox.cautions

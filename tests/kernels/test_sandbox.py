@@ -22,7 +22,7 @@ from kernels.contract import DROP, KEEP, StateSpec, merge
 from kernels.decode import table
 from kernels.decode.encoding import Encoding, Filter
 from kernels.gate import admit
-from kernels.sandbox import Batch, Sandbox, SandboxFailed, SandboxLimits, check
+from kernels.sandbox import Batch, Checked, Sandbox, SandboxFailed, SandboxLimits, check
 from kernels.selftest import self_test
 from kernels.wire import MAX_BATCH, MAX_FEEDBACK, UNREADABLE
 from tests.kernels.sandboxes import HEAD, LIMITS, Start, batch, children_of, place, stage, zygote_pid
@@ -280,9 +280,9 @@ async def test_wrong_arguments(start: Start, zygote_socket: str) -> None:
 
 
 async def test_check_accepts_and_refuses(start: Start, zygote_socket: str) -> None:
-    assert await check(zygote_socket, admit("k", (HEAD + "    return KEEP\n").encode())) == {}
+    assert await check(zygote_socket, admit("k", (HEAD + "    return KEEP\n").encode())) == Checked({}, ())
     binned = HEAD + "    return KEEP if (1, 0)[frame[0, 0] % 2] else DROP\n"
-    refused = await check(zygote_socket, admit("k", binned.encode()))
+    refused = (await check(zygote_socket, admit("k", binned.encode()))).refused
     assert list(refused) == ["<f4"]
     assert refused["<f4"].startswith("k.py:2: ")
     with pytest.raises(KernelRefused, match=r"k\.py:2: ") as caught:
