@@ -8,8 +8,9 @@ Parameters: ``top``, ``bottom``, ``left``, ``right`` in pixels; ``low``, ``high`
 frame's sum over the region is in order.
 State: ``frames`` (frames), ``counts`` (sum over the region and all frames), ``brightest_pixel`` (counts),
 ``moment_y``, ``moment_x`` (counts times pixels, from the frame's corner), ``dim``, ``bright`` (frames out of range).
-Result: ``centre`` (y and x of the centre of mass in pixels, NaN where there were no counts), ``mean`` (counts a
-frame).
+Result: ``centre_milli`` (y and x of the centre of mass over all frames, in thousandths of a pixel, the centre of the
+first pixel being 0; -1 where there were no counts). It is an integer because a core of an FPGA has integers only; the
+moments divided by ``counts`` are the centre to any precision.
 Feedback: code 1 below the range, code 2 above it; value: the frame's sum over the region in counts.
 Verdict: KEEP. Frames: two-dimensional integers of at most 32 bits.
 """
@@ -32,8 +33,7 @@ STATE = {
     "brightest_pixel": ("int64", (1,), "max"),
     "dim": ("int64", (1,), "sum"),
     "bright": ("int64", (1,), "sum"),
-    "centre": ("float64", (2,), "sum"),
-    "mean": ("float64", (1,), "sum"),
+    "centre_milli": ("int64", (2,), "sum"),
 }
 
 
@@ -62,6 +62,12 @@ def frame(frame, params, state, index, out, feedback):
 
 
 def finish(state, params):
-    state.centre[0] = state.moment_y[0] / state.counts[0]
-    state.centre[1] = state.moment_x[0] / state.counts[0]
-    state.mean[0] = state.counts[0] / state.frames[0]
+    state.centre_milli[0] = thousandths(state.moment_y[0], state.counts[0])
+    state.centre_milli[1] = thousandths(state.moment_x[0], state.counts[0])
+
+
+def thousandths(moment, counts):
+    """``1000 * moment // counts``, which might not fit if it were computed in this order; -1 where there is nothing."""
+    if counts <= 0:
+        return -1
+    return 1000 * (moment // counts) + 1000 * (moment % counts) // counts

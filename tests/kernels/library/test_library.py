@@ -60,3 +60,32 @@ def test_what_is_not_there_is_named() -> None:
         library.source("azimuthal", STATE=1)
     with pytest.raises(KeyError):
         library.path("../gate")
+
+
+OFFLOADED = ("threshold", "total", "histogram", "roi", "saturation_guard", "window3x3")
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_says_that_it_runs_on_an_fpga_and_does(name: str, dtype: str) -> None:
+    from kernels.offload.build import build
+
+    assert "Runs on an FPGA" in " ".join(library.describe(name).split())
+    build(admit(name, library.source(name)), dtype, (195, 487))
+
+
+def test_nobody_else_says_so() -> None:
+    says = [name for name in library.names() if "FPGA as well" in " ".join(library.describe(name).split())]
+    assert sorted(says) == sorted(OFFLOADED)
+
+
+@pytest.mark.parametrize("name", library.names())
+def test_makes_no_arrays_in_frame(name: str) -> None:
+    """A kernel that makes none is compiled once, and without reference counts (kernels/calls.py)."""
+    makers = ("empty", "zeros", "ones", "full", "copy", "where", "arange", "astype", "ravel", "flatten")
+    calls = [node.func.attr for node in ast.walk(ast.parse(library.source(name))) if _is_method(node)]
+    assert not set(calls) & set(makers)
+
+
+def _is_method(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
