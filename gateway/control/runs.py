@@ -36,6 +36,16 @@ class Gap(msgspec.Struct, frozen=True):
     frames: int
 
 
+class Truncated(msgspec.Struct, frozen=True):
+    """An object whose rest a kernel's STOP made unwanted: it holds what had arrived."""
+
+    key: str
+    stopped_at: int
+    """The frame for which the kernel said STOP."""
+    frames: int
+    discarded_bytes: int
+
+
 class Frames(msgspec.Struct):
     """Sums over the frame ledgers (ingest.records.FrameLedger)."""
 
@@ -45,6 +55,7 @@ class Frames(msgspec.Struct):
     replaced: int = 0
     stored: int = 0
     unreduced: int = 0
+    after_stop: int = 0
     missing: int = 0
     """Frames inside gaps."""
     trailing_bytes: int = 0
@@ -69,6 +80,8 @@ class RunStatus(msgspec.Struct):
     frames: Frames = msgspec.field(default_factory=Frames)
     gap_count: int = 0
     gaps: list[Gap] = []
+    truncated_objects: int = 0
+    truncated: list[Truncated] = []
     missing_objects: int = 0
     missing: list[Missing] = []
     complete: bool = True
@@ -124,7 +137,14 @@ def _count_frames(status: RunStatus, key: bytes, ledger: FrameLedger) -> None:
     frames.replaced += ledger.replaced
     frames.stored += ledger.stored
     frames.unreduced += ledger.unreduced
+    frames.after_stop += ledger.after_stop
     frames.trailing_bytes += ledger.trailing_bytes
+    if ledger.truncated:
+        status.truncated_objects += 1
+        if len(status.truncated) < NAMED_MAX:
+            stopped_at = ledger.stopped_at if ledger.stopped_at is not None else -1
+            cut = Truncated(_text(key), stopped_at, ledger.received, ledger.discarded_bytes)
+            status.truncated.append(cut)
     for first, count in ledger.gaps:
         frames.missing += count
         status.gap_count += 1
