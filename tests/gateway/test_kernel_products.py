@@ -271,3 +271,77 @@ def test_watch_draws_lines_where_there_is_no_terminal(here: Hiss, bucket: Bucket
     assert "received 5" in done.out
     absent = here("kernel", "watch", "no-such-bucket/hits", "--for", "5", "--data", str(real_node.data_dir))
     assert absent.code == 2
+
+
+SCALE = """\
+PARAMS = {"gain": ("float32", "frame")}
+OUT = ("float32", "same")
+
+
+def frame(frame, params, state, index, out, feedback):
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            out[y, x] = frame[y, x] * params.gain[y, x]
+    return REPLACE
+"""
+BRIGHTEST = """\
+STATE = {"sum": ("float64", (4, 6), "sum"), "mean": ("float64", (4, 6), "sum"), "frames": ("int64", (1,), "sum")}
+ROWS = {"brightest": "float32"}
+
+
+def finish(state, params):
+    for y in range(4):
+        for x in range(6):
+            state.mean[y, x] = state.sum[y, x] / state.frames[0]
+
+
+def frame(frame, params, state, index, out, feedback):
+    state.frames[0] += 1
+    for y in range(4):
+        for x in range(6):
+            state.sum[y, x] += frame[y, x]
+    append(feedback, frame.max())
+    return KEEP
+"""
+
+
+def test_a_chain_with_an_array_from_submission_to_reproduction(
+    here: Hiss, quick: Hiss, bucket: Bucket, poll: Poll, tmp_path: Path
+) -> None:
+    node = ("--data", str(bucket.node.data_dir))
+    (tmp_path / "scale.py").write_text(SCALE)
+    (tmp_path / "brightest.py").write_text(BRIGHTEST)
+    here("kernel", "remove", f"{bucket.name}/hits", *node)
+    done = here("kernel", "submit", str(tmp_path / "scale.py"), "--bucket", bucket.name, *node, "--match", "none/*")
+    assert (done.code, "not sent: gain" in done.out) == (0, True), done.err
+    done = here("kernel", "submit", str(tmp_path / "brightest.py"), "--bucket", bucket.name, "--after", "scale", *node)
+    assert done.code == 0, done.err
+    bucket.put("run/a.raw", frames(20))
+
+    def state(name: str) -> tuple[str, str]:
+        rows = here("kernel", "list", bucket.name, "--json", *node).json
+        return next((row["state"], row["reason"]) for row in rows if row["name"] == name)
+
+    assert state("scale") == (
+        "waiting", "for array gain: `hiss kernel submit … --array gain=FILE.npy`"
+    )  # fmt: skip
+    gain = np.linspace(0.5, 2, 24, dtype=np.float32).reshape(SHAPE)
+    np.save(tmp_path / "gain.npy", gain)
+    arguments = ("--array", f"gain={tmp_path / 'gain.npy'}", "--match", "none/*")
+    done = here("kernel", "submit", str(tmp_path / "scale.py"), "--bucket", bucket.name, *arguments, *node)
+    assert done.code == 0, done.err
+    assert state("scale")[0] == "running"
+
+    def product() -> bytes | None:
+        answer = bucket.call("GET", "_products/brightest/run/a.raw.nxs")
+        return answer.content if answer.status_code == 200 else None
+
+    recorded = read(poll(product, "the product, once the array is there", 90))
+    assert [stage.name for stage in recorded.stages] == ["scale", "brightest"]
+    assert recorded.rows is not None
+    scaled = frames(20).astype(np.float32) * gain
+    np.testing.assert_array_equal(recorded.rows["brightest"], scaled.max(axis=(1, 2)))
+    done = quick("kernel", "reproduce", f"{bucket.name}/_products/brightest/run/a.raw.nxs", "--json", *node)
+    assert (done.code, done.json["differences"]) == (0, []), done.err
+    gone = here("kernel", "remove", f"{bucket.name}/scale", *node)
+    assert f"removed s3://{bucket.name}/_kernels/scale/gain.npy" in gone.out
