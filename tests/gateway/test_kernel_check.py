@@ -186,6 +186,20 @@ def test_no_frames_no_file_no_array(quick: Hiss, tmp_path: Path, peaks: Path, fr
     assert (done.code, "holds float32, declared is uint8" in done.err) == (2, True)
 
 
+def test_a_shipped_kernel_with_its_size_changed(quick: Hiss, tmp_path: Path, frames: np.ndarray) -> None:
+    listed = quick("kernel", "list", "--library", "--json").json
+    (statistics,) = [one for one in listed if one["name"] == "pixel_statistics"]
+    assert statistics["constants"].keys() >= {"HEIGHT", "WIDTH"}
+    assert "pixel_statistics" in quick("kernel", "list", "--library").out
+    np.save(tmp_path / "frames.npy", frames)
+    size = ("--constant", "HEIGHT=30", "--constant", "WIDTH=40", "--seconds", "0", "--json")
+    done = quick("kernel", "check", "pixel_statistics", "--frames", str(tmp_path / "frames.npy"), *size)
+    assert done.code == 0, done.err
+    assert any(one["sum"] == int(frames.sum(dtype=np.int64)) for one in done.json["state"].values())
+    done = quick("kernel", "check", "pixel_statistics", "--frames", "x", "--constant", "DEPTH=1")
+    assert (done.code, "has no constant DEPTH" in done.err) == (2, True)
+
+
 # -- plots
 
 

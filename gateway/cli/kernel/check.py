@@ -18,7 +18,7 @@ import typer
 
 from gateway.cli import options
 from gateway.cli.kernel.source import Given, Refused, load, parse_arrays, parse_params
-from gateway.cli.kernel.submit import Arrays, Params, What
+from gateway.cli.kernel.submit import Arrays, Constants, Params, What
 from gateway.cli.output import CliError, ExitCode, human_rate, print_json, print_table
 from ingest.ports import KernelRefused
 
@@ -43,6 +43,7 @@ def check(
     dataset: Annotated[str, typer.Option(help="The frames' dataset in an HDF5 file, if not the obvious one.")] = "",
     params: Params = "",
     arrays: Arrays = None,
+    constants: Constants = None,
     after: Annotated[
         list[str] | None,
         typer.Option("--after", metavar="FILE|NAME", help="The kernel before it; repeatable, in order."),
@@ -58,7 +59,7 @@ def check(
     Parameters and arrays of kernels before it are written KERNEL.NAME.
     """
     try:
-        chain = [load(one) for one in (*(after or ()), what)]
+        chain = [*(load(one) for one in after or ()), load(what, constants=constants or ())]
         stages = _stages(chain, parse_params(params), arrays or ())
         body = _body(frames, {"frame-dtype": dtype, "frame-shape": shape, "frame-dataset": dataset})
         try:

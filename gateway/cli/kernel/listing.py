@@ -10,7 +10,6 @@ import typer
 
 from gateway.cli import node, options
 from gateway.cli.kernel.change import Place
-from gateway.cli.kernel.source import library_description, library_names
 from gateway.cli.kernel.state import Submitted, place, submitted
 from gateway.cli.output import CliError, print_json, print_table
 from gateway.cli.s3 import S3
@@ -58,15 +57,16 @@ def list_kernels(
 
 
 def _list_library(as_json: bool) -> None:
-    descriptions = {name: library_description(name) for name in library_names()}
+    from kernels import library
+
     if as_json:
-        print_json([{"name": name, "description": text} for name, text in descriptions.items()])
+        rows = [
+            {"name": name, "description": library.describe(name), "constants": library.constants(name)}
+            for name in library.names()
+        ]
+        print_json(rows)
         return
-    print_table(("kernel", "what it computes"), [(name, _first_line(text)) for name, text in descriptions.items()])
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    print_table(("kernel", "what it computes"), [(name, library.summary(name)) for name in library.names()])
 
 
 def show(

@@ -7,13 +7,12 @@ whose message is ``file:line: reason`` and the line itself with a mark below it.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gateway.cli.output import CliError, print_json
 from ingest.ports import KernelRefused
@@ -70,28 +69,32 @@ class Given:
 
     kernel: Kernel
     bytes: bytes
-    library: bool = False
 
     @property
     def text(self) -> str:
         return self.bytes.decode("utf-8", "replace")
 
 
-def load(what: str, name: str = "") -> Given:
-    """FILE, or a name of the shipped library. Raises CliError, Refused."""
+def load(what: str, name: str = "", constants: Sequence[str] = ()) -> Given:
+    """FILE, or a name of the shipped library with some of the constants at its top changed. Raises CliError, Refused."""
+    from kernels import library
+
     path = Path(what)
     if path.is_file():
+        if constants:
+            raise CliError(f"{path}: --constant is for shipped kernels; change the line in the file")
         if path.stat().st_size > SOURCE_BYTES_MAX:
             raise CliError(f"{path} is larger than the {SOURCE_BYTES_MAX} bytes of a kernel")
         return admitted(name or path.stem, path.read_bytes())
-    source = library_source(what)
-    if source is None:
-        shipped = ", ".join(library_names()) or "none"
-        raise CliError(f"{what}: neither a file nor a shipped kernel; shipped are: {shipped}")
-    return admitted(name or what, source.encode(), library=True)
+    if what not in library.names():
+        raise CliError(f"{what}: neither a file nor a shipped kernel; shipped are: {', '.join(library.names())}")
+    try:
+        return admitted(name or what, library.source(what, **parse_assignments(constants)))
+    except KeyError as error:
+        raise CliError(f"--constant: {error.args[0]}") from None
 
 
-def admitted(name: str, source: bytes, *, library: bool = False) -> Given:
+def admitted(name: str, source: bytes) -> Given:
     """Through the gate, and given the name it is to have. Raises Refused."""
     from kernels.attach import kernel_name
     from kernels.gate import admit
@@ -99,31 +102,9 @@ def admitted(name: str, source: bytes, *, library: bool = False) -> Given:
     if kernel_name(f"_kernels/{name}.py".encode()) is None:
         raise CliError(f"{name!r} is no kernel name: a letter, then letters, digits, _ or - (give one with --name)")
     try:
-        return Given(admit(name, source), source, library)
+        return Given(admit(name, source), source)
     except KernelRefused as refusal:
         raise Refused.of(refusal, source.decode("utf-8", "replace")) from None
-
-
-def library_names() -> Sequence[str]:
-    library = _library()
-    return tuple(library.names()) if library is not None else ()
-
-
-def library_source(name: str) -> str | None:
-    library = _library()
-    return bytes(library.source(name)).decode() if library is not None and name in library.names() else None
-
-
-def library_description(name: str) -> str:
-    library = _library()
-    return str(library.describe(name)) if library is not None else ""
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("kernels.library")
-    except ModuleNotFoundError:
-        return None
 
 
 # -- parameters

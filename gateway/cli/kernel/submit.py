@@ -37,6 +37,10 @@ Arrays = Annotated[
     list[str] | None, typer.Option("--array", metavar="NAME=FILE.npy", help="A parameter array; repeatable.")
 ]
 
+Constants = Annotated[
+    list[str] | None, typer.Option("--constant", metavar="NAME=VALUE", help="A number at the top of a shipped kernel.")
+]
+
 
 def submit(
     what: What,
@@ -44,6 +48,7 @@ def submit(
     match: Annotated[str, typer.Option(help="Glob over keys; * crosses /.")] = "*",
     params: Params = "",
     arrays: Arrays = None,
+    constants: Constants = None,
     raw: Annotated[Raw, typer.Option(help="What of the raw frames stays (needs hiss.raw-filter=allow).")] = Raw.ALL,
     after: Annotated[str, typer.Option(metavar="KERNEL", help="Its frames are this kernel's OUT.")] = "",
     device: Annotated[Device, typer.Option(help="What it runs on.")] = Device.CPU,
@@ -57,7 +62,7 @@ def submit(
 ) -> None:
     """Submit a kernel to a bucket: from the next frame on it runs. Exit code 2 with file, line and reason if refused."""
     try:
-        given = load(what, name)
+        given = load(what, name, constants or ())
         values = parse_params(params)
         chosen = {
             "match": (match, "*"),
