@@ -180,8 +180,12 @@ class Catalog(Protocol):
         """Products of runs that do not reflect what is stored now."""
         ...
 
-    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int) -> None:
-        """The run had no partials of this kernel, and its product was deleted."""
+    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int, *, keep: bool = False) -> None:
+        """The run had no partials of this kernel, and its product was deleted; ``keep``: members wait for its end."""
+        ...
+
+    async def defer_reductions(self, bucket: str, run: bytes, kernel: str, object_ids: Sequence[bytes]) -> None:
+        """These members of a run are reduced when it closes: ``pending_reductions`` no longer names them."""
         ...
 
     async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]: ...

@@ -398,6 +398,8 @@ class OwedInRun(msgspec.Struct, frozen=True):
     failed: int
     failures: tuple[tuple[bytes, str], ...] = ()
     """(key, reason) of members that were given up; the first few."""
+    waiting: tuple[bytes, ...] = ()
+    """object_ids of the pending ones."""
 
 
 class ReductionCount(msgspec.Struct, frozen=True):

@@ -331,6 +331,12 @@ class KernelHost:
     def succeeded(self, bucket: str, attachment: Attachment) -> None:
         self._strikes.succeeded(bucket, attachment.kernel.sha256)
 
+    async def attachment(self, bucket: str, kernel: str) -> Attachment | None:
+        """See ``RunHost``."""
+        await self.prepare(bucket)
+        found = [one for one in self._registry.known(bucket) if one.name == kernel]
+        return found[0] if found and not self._disabled(bucket, found[0]) else None
+
     def refused(self, lane: Lane) -> None:
         """The kernel does not compile for this layout."""
         self._tally.error("compile")
@@ -357,7 +363,8 @@ class KernelHost:
         names = {attachment.kernel.name for attachment in attachments}
         every = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
         trailing = record.length - geometry.origin - geometry.frame_bytes
-        ledger = OneFrame(names, trailing, prior_of(record, complete=every <= names))
+        ruling = [attachment.name for attachment in attachments if attachment.raw != "all"]
+        ledger = OneFrame(names, trailing, prior_of(record, complete=every <= names), ruling)
         shares: Sequence[FrameBatch | None] = [None] * len(attachments)
         if frame is not None:
             shares = SharedBatch(frame, len(attachments)).shares
@@ -535,7 +542,7 @@ class KernelHost:
         )
         domain.hold()
         try:
-            found = record.geometry or await self._geometry(record, domain)
+            found = record.geometry or await self.geometry(record, domain)
             readable = isinstance(found, FrameGeometry) and found.frame_bytes + BLOCK_BYTES <= domain.region_bytes
             if isinstance(found, FrameGeometry) and readable and is_single(found, record.length):
                 waiting = {one.name: one.owed or misfit(one, found) for one in attachments}
@@ -556,7 +563,7 @@ class KernelHost:
         finally:
             reduction.aborted()
 
-    async def _geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
+    async def geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
         length = min(record.length, HEADER_BYTES_MAX)
         head = b""
         if length:

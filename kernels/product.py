@@ -89,24 +89,33 @@ def build(lineage: Lineage, outcome: Findings | str) -> memoryview:
 
 
 def _findings(entry: h5py.Group, kernel: Kernel, findings: Findings) -> None:
-    states = nexus.group(entry, "state", "NXcollection")
-    plots = []
-    for spec in kernel.state:
-        values = findings.state[spec.name]
-        dataset = nexus.array(states, spec.name, values)
-        dataset.attrs["merge"] = spec.merge
-        if values.size > 1:
-            plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
-    if findings.result is not None:
-        plots = [*_result(entry, kernel, findings.state, findings.result), *plots]
+    plots = write_state(entry, kernel, findings.state, findings.result)
     if findings.rows is not None and kernel.rows is not None:
-        _rows(entry, kernel.rows, findings.rows)
+        write_rows(entry, kernel.rows, findings.rows)
     verdicts = nexus.array(entry, "verdicts", findings.verdicts)
     verdicts.attrs["meaning"] = ", ".join(f"{value} {name}" for value, name in _VERDICTS.items())
     # A dot: no state array has such a name.
     plots.append(nexus.plot(entry, "verdicts.plot", "verdicts", verdicts, 1))
     entry.attrs["default"] = plots[0]
     _frames(entry, findings)
+
+
+def write_state(
+    entry: h5py.Group,
+    kernel: Kernel,
+    state: Mapping[str, npt.NDArray[np.generic]],
+    result: Mapping[str, npt.NDArray[np.generic]] | None,
+) -> list[str]:
+    """State and result arrays with their plots; the names of the plots, best first."""
+    states = nexus.group(entry, "state", "NXcollection")
+    plots = []
+    for spec in kernel.state:
+        values = state[spec.name]
+        dataset = nexus.array(states, spec.name, values)
+        dataset.attrs["merge"] = spec.merge
+        if values.size > 1:
+            plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
+    return plots if result is None else [*_result(entry, kernel, state, result), *plots]
 
 
 def _result(
@@ -128,9 +137,14 @@ def _result(
     return changed + same
 
 
-def _rows(entry: h5py.Group, spec: RowsSpec, rows: npt.NDArray[np.void]) -> None:
-    """Columns of one length. A viewer scatters the first column that is no coordinate over x and y, or over the frame."""
+def write_rows(
+    entry: h5py.Group, spec: RowsSpec, rows: npt.NDArray[np.void], objects: npt.NDArray[np.int64] | None = None
+) -> None:
+    """Columns of one length; ``objects``: which member of a run each row is of. A viewer scatters the first column that is
+    no coordinate over x and y, or over the frame."""
     group = nexus.group(entry, "rows", "NXdata")
+    if objects is not None:
+        nexus.array(group, "object", objects)
     names = [FRAME_COLUMN, *(name for name, _ in spec.fields)]
     for name in names:
         nexus.array(group, name, np.ascontiguousarray(rows[name]))

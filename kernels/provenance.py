@@ -84,7 +84,7 @@ def _array_uses(group: h5py.Group, bucket: str, uses: list[ArrayUse]) -> None:
     values = nexus.group(group, "values", "NXcollection")
     for use in uses:
         name = f"{use.crc64nvme:016x}"
-        if use.values.nbytes <= ARRAY_VALUES_BYTES_MAX and name not in values:
+        if 0 < use.values.nbytes <= ARRAY_VALUES_BYTES_MAX and name not in values:
             nexus.array(values, name, use.values)
 
 

@@ -493,8 +493,11 @@ class CatalogClient:
     async def run_products_due(self, limit: int) -> Sequence[RunProductRecord]:
         return self._readers.read(lambda reader: reader.run_products_due(limit))
 
-    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int) -> None:
-        await self._call(wire.MarkRunStored(bucket, run, kernel, reflects), _nothing)
+    async def run_stored(self, bucket: str, run: bytes, kernel: str, reflects: int, *, keep: bool = False) -> None:
+        await self._call(wire.MarkRunStored(bucket, run, kernel, reflects, keep), _nothing)
+
+    async def defer_reductions(self, bucket: str, run: bytes, kernel: str, object_ids: Sequence[bytes]) -> None:
+        await self._call(wire.DeferReductions(bucket, run, kernel, tuple(object_ids)), _nothing)
 
     async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]:
         return await self._scan(lambda reader: reader.partials(bucket, run, kernel))

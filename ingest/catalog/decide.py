@@ -105,7 +105,8 @@ class Decider:
             wire.MarkArchiveDeleted: self._mark_archive_deleted,
             wire.FailReduction: self._fail_reduction,
             wire.CloseRun: self._close_run,
-            wire.MarkRunStored: lambda m: e.RunStored(m.bucket, m.run, m.kernel, m.reflects),
+            wire.MarkRunStored: lambda m: e.RunStored(m.bucket, m.run, m.kernel, m.reflects, m.keep),
+            wire.DeferReductions: lambda m: e.ReductionsDeferred(m.bucket, m.run, m.kernel, m.object_ids),
         }
 
     def decide(self, mutation: wire.Mutation, sequence: int, now_ns: int) -> e.Entry | Known:
@@ -254,6 +255,7 @@ class Decider:
                 object_id.hex()
                 for object_id, of in owed
                 if self._db.execute(statements.REDUCTION, of).fetchone() is None
+                and not self._is_in(partial.replaces, object_id)
             ]
             if gone:
                 raise MembersGone(" ".join(gone))
@@ -262,6 +264,11 @@ class Decider:
             row = self._db.execute(statements.PARTIAL, {"of": old}).fetchone()
             if row is None or tuple(row[:4]) != of_run:
                 raise StaleVersion(f"partial {old.hex()} of this run has gone")
+
+    def _is_in(self, replaced: tuple[bytes, ...], object_id: bytes) -> bool:
+        """Whether a member counts in one of the partials that go with the commit."""
+        found = self._db.execute(statements.PARTIALS_OF_MEMBER, {"object_id": object_id}).fetchall() if replaced else ()
+        return any(partial in replaced for (partial,) in found)
 
     def _close_run(self, mutation: wire.CloseRun) -> e.Entry | Known:
         of = {"of_bucket": mutation.bucket, "of_run": mutation.run}

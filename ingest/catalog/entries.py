@@ -150,6 +150,15 @@ class ReductionFailed(msgspec.Struct, frozen=True, array_like=True, tag="reducti
     """False: nothing was tried; the error says what the reduction waits for."""
 
 
+class ReductionsDeferred(msgspec.Struct, frozen=True, array_like=True, tag="reductions-deferred"):
+    """They wait for their run to close."""
+
+    bucket: str
+    run: bytes
+    kernel: str
+    object_ids: tuple[bytes, ...]
+
+
 class RunClosed(msgspec.Struct, frozen=True, array_like=True, tag="run-closed"):
     bucket: str
     run: bytes
@@ -158,12 +167,13 @@ class RunClosed(msgspec.Struct, frozen=True, array_like=True, tag="run-closed"):
 
 
 class RunStored(msgspec.Struct, frozen=True, array_like=True, tag="run-stored"):
-    """The run has no partials of this kernel any more, and no product."""
+    """The run has no partials of this kernel, and no product. ``keep``: it will have."""
 
     bucket: str
     run: bytes
     kernel: str
     reflects: int
+    keep: bool = False
 
 
 Entry = (
@@ -189,6 +199,7 @@ Entry = (
     | Relocated
     | ArchiveDeleted
     | ReductionFailed
+    | ReductionsDeferred
     | RunClosed
     | RunStored
 )

@@ -58,6 +58,7 @@ class Index:
             e.ReductionFailed: self._reduction_failed,
             e.RunClosed: self._runs.closed,
             e.RunStored: lambda _, entry: self._runs.stored(entry),
+            e.ReductionsDeferred: self._runs.deferred,
         }
 
     def apply(self, sequence: int, entry: e.Entry) -> list[Extent]:

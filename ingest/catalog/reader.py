@@ -251,7 +251,7 @@ class Reader:
         of = {"bucket": bucket, "start": run, "end": key_after(run), "skip": len(run) + 1, "kernel": kernel}
         pending = self._db.execute(statements.OWED_IN_RUN, of | {"limit": limit}).fetchall()
         failed = self._db.execute(statements.FAILED_IN_RUN, of | {"limit": limit}).fetchall()
-        return OwedInRun(len(pending), len(failed), tuple(failed[:FAILURES_NAMED_MAX]))
+        return OwedInRun(len(pending), len(failed), tuple(failed[:FAILURES_NAMED_MAX]), tuple(i for (i,) in pending))
 
     def reduction_counts(self, bucket: str) -> list[ReductionCount]:
         groups: dict[str, list[tuple[int, str, int, int]]] = {}

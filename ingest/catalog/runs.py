@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable
 
 from ingest.catalog import rows, statements
-from ingest.catalog.entries import RunClosed, RunStored
+from ingest.catalog.entries import ReductionsDeferred, RunClosed, RunStored
 from ingest.records import ObjectRecord, PartialOf, RunProductOf
 from ingest.runs import closes, run_of
 
@@ -69,10 +69,12 @@ class RunIndex:
             if row is None:
                 continue
             since = min(since, row[4])
-            count += row[5]
             self._db.execute(statements.MOVE_MEMBERS, {"of": old, "to": record.object_id})
             self._db.execute(statements.DELETE_PARTIAL, {"of": old})
             self._drop_object(sequence, old)
+        if partial.replaces:
+            # Members may be both named and taken over.
+            (count,) = self._db.execute(statements.COUNT_MEMBERS, {"of": record.object_id}).fetchone()
         self._db.execute(
             statements.INSERT_PARTIAL,
             {
@@ -148,8 +150,16 @@ class RunIndex:
         of = {"of_bucket": bucket, "of_run": product.run, "of_kernel": product.kernel, "reflects": product.reflects}
         self._db.execute(statements.RUN_PRODUCT_STORED, of)
 
+    def deferred(self, sequence: int, entry: ReductionsDeferred) -> None:
+        for object_id in entry.object_ids:
+            self._db.execute(statements.DEFER_REDUCTION, {"of": object_id, "of_kernel": entry.kernel})
+        self.changed(sequence, entry.bucket, entry.run, entry.kernel)
+
     def stored(self, entry: RunStored) -> None:
         of = {"of_bucket": entry.bucket, "of_run": entry.run, "of_kernel": entry.kernel, "reflects": entry.reflects}
+        if entry.keep:
+            self._db.execute(statements.RUN_PRODUCT_STORED, of)
+            return
         self._db.execute(statements.DELETE_RUN_PRODUCT, of)
         if self._db.execute(statements.RUN_PRODUCTS_OF, of).fetchone() is None:
             # Nothing is left of it. A member that has come meanwhile brings it back with its partial.

@@ -176,7 +176,7 @@ reductions = Table(
     Column("attempts", Integer, nullable=False),
     _flag("given_up"),
     Column("error", Text, nullable=False),
-    # Paid once by a partial that is gone: nobody is at it.
+    # 1: paid once by a partial that is gone: nobody is at it. 2: waits for its run to close.
     Column("released", Integer, nullable=False, server_default=text("0")),
     Index("reductions_released", "slot", sqlite_where=text("released = 1 AND given_up = 0")),
     Index("reductions_given_up", "kernel", sqlite_where=text("given_up = 1")),

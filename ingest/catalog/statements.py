@@ -356,9 +356,10 @@ REDUCTION_FAILED = _sql(
         error=_p("error"),
     )
 )
+DEFER_REDUCTION = _sql(sa.update(reductions).where(_reduction_key).values(released=literal_column("2")))
 _pending_reductions = (
     sa.select(reductions.c.object_id, reductions.c.kernel, reductions.c.attempts, reductions.c.released)
-    .where(reductions.c.given_up == literal_column("0"))
+    .where(reductions.c.given_up == literal_column("0"), reductions.c.released < literal_column("2"))
     .order_by(reductions.c.attempts, reductions.c.sequence)
     .limit(_limit)
     .offset(_none)
@@ -511,6 +512,7 @@ PUT_MEMBER = _sql(
 )
 PARTIALS_OF_MEMBER = _sql(sa.select(members.c.partial).where(members.c.object_id == _p("object_id")))
 MEMBERS_OF_PARTIAL = _sql(sa.select(members.c.object_id).where(members.c.partial == _p("of")))
+COUNT_MEMBERS = _sql(sa.select(sa.func.count()).select_from(members).where(members.c.partial == _p("of")))
 DELETE_MEMBERS = _sql(sa.delete(members).where(members.c.partial == _p("of")))
 MOVE_MEMBERS = _sql(sa.update(members).where(members.c.partial == _p("of")).values(partial=_p("to")))
 PUT_OUTCOME = _sql(

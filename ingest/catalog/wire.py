@@ -148,6 +148,15 @@ class FailReduction(msgspec.Struct, frozen=True, array_like=True, tag="fail-redu
     counted: bool = True
 
 
+class DeferReductions(msgspec.Struct, frozen=True, array_like=True, tag="defer-reductions"):
+    """These reductions wait for their run to close; all members of one run."""
+
+    bucket: str
+    run: bytes
+    kernel: str
+    object_ids: tuple[bytes, ...]
+
+
 class CloseRun(msgspec.Struct, frozen=True, array_like=True, tag="close-run"):
     """``before_ns``: only if no member arrived since then (0: in any case)."""
 
@@ -162,6 +171,8 @@ class MarkRunStored(msgspec.Struct, frozen=True, array_like=True, tag="mark-run-
     run: bytes
     kernel: str
     reflects: int
+    keep: bool = False
+    """It has members that wait for its end."""
 
 
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
@@ -203,6 +214,7 @@ Mutation = (
     | MarkArchiveDeleted
     | FailReduction
     | CloseRun
+    | DeferReductions
     | MarkRunStored
 )
 

@@ -19,13 +19,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, MembersGone, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import Domain, FeedbackEvent, FrameBatch
 from ingest.records import CommitObject, FrameGeometry, ObjectRecord, PartialMember, PartialOf
 from kernels.attach import Attachment
-from kernels.contract import DROP, REPLACE, merge
+from kernels.contract import DROP, FRAME_COLUMN, REPLACE, merge
 from kernels.lane import TRANSIENT, Lane, StateArrays
 from kernels.passes import Gone, Hopeless, LoadedBatch, Postponed, load
 from kernels.runs import partial as partials
@@ -33,6 +34,7 @@ from kernels.runs.ledger import OneFrame
 from kernels.runs.names import exact, partial_key
 from kernels.sandbox import Reply
 from kernels.scheduler import Run
+from kernels.wire import UNREADABLE
 
 if TYPE_CHECKING:
     from kernels.runs.gather import RunHost
@@ -59,6 +61,7 @@ class Entry:
     ledger: OneFrame
     verdict: int | None = None
     told: bool = False
+    rows: npt.NDArray[np.void] | None = None
     gone: bool = False
     """It is in no state here; who is to care for it knows."""
 
@@ -131,28 +134,44 @@ class Cell:
         if reply.feedback:
             now_ns = time.time_ns()
             events = [
-                FeedbackEvent(entry.record.bucket, entry.record.key, batch.kernel.name, 0, code, value, now_ns)
+                FeedbackEvent(
+                    entry.record.bucket, entry.record.key, batch.kernel.name, 0, code, value, now_ns, run.live
+                )
                 for number, code, value in reply.feedback
                 if not (entry := self.entries[number]).told
             ]
             batch.feedback_events += len(events)
             batch.host.context.feedback.publish(events)
+        if not all(entry.told for entry in entries):
+            batch.dropped_rows += reply.dropped_rows
         for entry, verdict in zip(entries, reply.verdicts.tolist(), strict=True):
             entry.told = True
-            entry.verdict = verdict
+            # Stored bytes that cannot be decoded: known once, never judged.
+            entry.verdict = None if verdict == UNREADABLE else verdict
+        if reply.rows is not None:
+            self._take_rows(reply.rows)
         if reply.dropped_feedback:
             batch.host.context.tally.feedback_dropped(reply.dropped_feedback)
         batch.host.context.tally.judged(reply.verdicts, live=run.live)
+
+    def _take_rows(self, rows: npt.NDArray[np.void]) -> None:
+        numbers, starts = np.unique(rows[FRAME_COLUMN], return_index=True)
+        for number, table in zip(numbers.tolist(), np.split(rows, starts[1:]), strict=True):
+            table = table.copy()
+            table[FRAME_COLUMN] = 0
+            self.entries[number].rows = table
 
     def stopped(self, frame: int) -> None:
         """Never called: each member is a stream of its own."""
 
     def restarted(self) -> None:
-        """As ``stopped``."""
+        """Of an ordered kernel: its members were announced again by ``voided``."""
+        self.state = None
 
     def voided(self, first: int, count: int) -> None:
         for entry in self.entries[first : first + count]:
             entry.verdict = None
+            entry.rows = None
 
     def merge(self, state: StateArrays) -> None:
         if self.state is None:
@@ -185,7 +204,9 @@ class Batch:
         lane: Lane,
         domain: Domain,
         done: Callable[[bytes, str], None],
+        replaces: tuple[bytes, ...] = (),
     ) -> None:
+        """``replaces``: partials that go when this one is stored, members and all."""
         self.host = host
         self.run = run
         self.group = group
@@ -194,10 +215,13 @@ class Batch:
         self.lane = lane
         self.domain = domain
         self.feedback_events = 0
+        self.dropped_rows = 0
         self.changed = asyncio.Event()
         self.over = asyncio.Event()
         self._done = done
-        self._each = not exact(self.kernel)
+        self._replaces = replaces
+        # An ordered kernel has one state whatever it sums: its order is decided before it begins.
+        self._each = not exact(self.kernel) and not self.kernel.ordered
         self._members_max = MEMBERS_MAX
         if self._each:
             size = sum(spec.size_bytes for spec in self.kernel.state)
@@ -368,7 +392,7 @@ class Batch:
             gone = set(str(refusal).split())
             left = [entry for entry in entries if entry.record.object_id.hex() not in gone]
             for entry in left:
-                entry.verdict = None
+                entry.verdict = entry.rows = None
                 entry.ledger.record(self.kernel.name, None)
             return left
         except (StaleVersion, NoSuchKey, NoSuchBucket):
@@ -399,6 +423,7 @@ class Batch:
                     run=self.run,
                     group=self.group,
                     members=tuple(PartialMember(entry.record.object_id, entry.ledger.ledger()) for entry in entries),
+                    replaces=self._replaces,
                     batch=True,
                 ),
             )
@@ -427,10 +452,10 @@ class Batch:
             (cell,) = cells
             state = _state(cell)
         return partials.Partial(
-            origin=partials.Origin(
-                self.kernel.name, self.kernel.source, self.attachment.match, dict(self.attachment.params)
-            ),
+            origin=partials.origin_of(self.attachment),
             members=tuple(_member(entries[at]) for at in order),
+            rows=b"".join(rows.tobytes() for at in order if (rows := entries[at].rows) is not None),
+            rows_left_out=self.dropped_rows,
             state=partials.state_bytes(state),
             each=self._each,
             started_ns=self._started_ns,
@@ -454,4 +479,5 @@ def _member(entry: Entry) -> partials.Member:
         dropped=int(verdict == DROP),
         replaced=int(verdict == REPLACE),
         unreduced=int(verdict is None),
+        rows=0 if entry.rows is None else len(entry.rows),
     )

@@ -15,10 +15,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Protocol
 
+from ingest.errors import IngestError
 from ingest.ports import Catalog, Domain, FrameBatch, LandingPad
 from ingest.records import FrameGeometry, ObjectRecord
 from ingest.runs import run_of
 from kernels.attach import Attachment
+from kernels.formats import NotFrames
 from kernels.lane import Lane, LaneKey
 from kernels.passes import PassContext, Postponed
 from kernels.runs.batch import Batch, Entry
@@ -29,6 +31,9 @@ log = logging.getLogger("hiss.kernels")
 
 ENTRIES_MAX = 1 << 16
 """Members of all batches at once; further ones stay owed until the sweep comes back to them."""
+
+DEFER_S = 0.1
+"""How long members of ordered kernels are collected for one mutation."""
 
 
 class RunHost(Protocol):
@@ -43,6 +48,13 @@ class RunHost(Protocol):
     async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None: ...
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
+    async def geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
+        """From the version's first bytes. Raises Gone, Postponed or Hopeless."""
+        ...
+
+    async def attachment(self, bucket: str, kernel: str) -> Attachment | None:
+        """As the bucket has it now; None when it is not there or is disabled."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +79,7 @@ class Gatherer:
         self._open: dict[BatchKey, Batch] = {}
         self._batches: set[Batch] = set()
         self._held: set[tuple[bytes, str]] = set()
+        self._deferred: dict[tuple[str, bytes, str], list[bytes]] = {}
         self._closed = False
 
     def holds(self, object_id: bytes, kernel: str) -> bool:
@@ -88,6 +101,11 @@ class Gatherer:
     ) -> None:
         """Take a member; ``frame`` is its frame in the arena, which is released in any case."""
         identity = (record.object_id, attachment.kernel.name)
+        if attachment.kernel.ordered:
+            if frame is not None:
+                frame.release()
+            self._defer(record, attachment.kernel.name)
+            return
         if self.full or identity in self._held:
             if frame is not None:
                 frame.release()
@@ -105,6 +123,28 @@ class Gatherer:
         if batch.full:
             del self._open[key]
             batch.close()
+
+    def _defer(self, record: ObjectRecord, kernel: str) -> None:
+        """A kernel that must see the run's frames in order of their keys is run by the keeper, once the run is closed."""
+        place = (record.bucket, run_of(record.key), kernel)
+        if self._closed or (record.object_id, kernel) in self._held:
+            return
+        self._held.add((record.object_id, kernel))
+        if place not in self._deferred:
+            self._deferred[place] = []
+            self._host.spawn(self._tell_deferred(place), "defer")
+        self._deferred[place].append(record.object_id)
+
+    async def _tell_deferred(self, place: tuple[str, bytes, str]) -> None:
+        await asyncio.sleep(DEFER_S)
+        object_ids = self._deferred.pop(place)
+        try:
+            await self._host.catalog.defer_reductions(*place, object_ids)
+        except IngestError as error:
+            log.warning("%d members of ordered kernel %s were not put off: %s", len(object_ids), place[2], error)
+        finally:
+            for object_id in object_ids:
+                self.done(object_id, place[2])
 
     def done(self, object_id: bytes, kernel: str) -> None:
         """The member was stored, is gone, or is left to the sweep."""

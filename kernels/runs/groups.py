@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import io
 from collections.abc import Sequence
+from urllib.parse import unquote_to_bytes
 
 import h5py
 
@@ -22,14 +23,19 @@ from kernels.gate import admit
 from kernels.runs import partial as partials
 from kernels.runs.gather import RunHost
 from kernels.runs.merge import Total
-from kernels.runs.partial import BadPartial, Origin, Partial
+from kernels.runs.partial import ArrayOrigin, BadPartial, Origin, Partial, Stage, StageValues
 
 
 @dataclasses.dataclass(slots=True)
 class Group:
-    kernel: Kernel
+    kernels: tuple[Kernel, ...]
+    """The chain; the kernel itself comes last."""
     origin: Origin
     total: Total
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.kernels[-1]
 
 
 async def load_group(
@@ -45,8 +51,8 @@ async def load_group(
         body = await _body(host, bucket, one)
         if group is None:
             origin = await asyncio.to_thread(_origin, one, body)
-            kernel = await asyncio.to_thread(_admitted, origin)
-            group = Group(kernel, origin, Total(kernel))
+            kernels = await asyncio.to_thread(_admitted, origin)
+            group = Group(kernels, origin, Total(kernels[-1]))
         part = await _partial(host, bucket, one, body, group.kernel, group.origin)
         await asyncio.to_thread(group.total.add, one.object_id, part)
     assert group is not None, name
@@ -55,6 +61,12 @@ async def load_group(
 
 async def read_partial(host: RunHost, bucket: str, one: PartialRecord, kernel: Kernel, origin: Origin) -> Partial:
     return await _partial(host, bucket, one, await _body(host, bucket, one), kernel, origin)
+
+
+async def read_members(host: RunHost, one: PartialRecord) -> list[bytes]:
+    """object_ids of a batch's members."""
+    partial = await asyncio.to_thread(partials.decode, await _body(host, "", one))
+    return [member.object_id for member in partial.members]
 
 
 async def _body(host: RunHost, bucket: str, one: PartialRecord) -> bytearray:
@@ -80,17 +92,36 @@ def _origin(one: PartialRecord, body: bytearray) -> Origin:
         return partials.decode(body).origin
     try:
         with h5py.File(io.BytesIO(body), "r") as file:
-            process = file["entry/process"]
-            params = {name: values[()].flat[0].item() for name, values in process["parameters"].items()}
-            note = process["kernel"]
-            name = note["file_name"].asstr()[()].removesuffix(".py")
-            return Origin(name, note["data"].asstr()[()], note["match"].asstr()[()], params)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            entry = file["entry"]
+            before = sorted((name for name in entry if name.startswith("process_")), key=lambda name: int(name[8:]))
+            processes = [entry[name] for name in (*before, "process")]
+            epochs = 1 + int(entry["source/epochs"][()][:, 2].max())
+            return Origin(
+                match=entry["process/kernel/match"].asstr()[()],
+                stages=tuple(_stage(process["kernel"]) for process in processes),
+                settings=tuple(tuple(_values(process, epoch) for process in processes) for epoch in range(epochs)),
+            )
+    except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise BadPartial(str(error)) from None
 
 
-def _admitted(origin: Origin) -> Kernel:
+def _stage(note: h5py.Group) -> Stage:
+    return Stage(note["file_name"].asstr()[()].removesuffix(".py"), note["data"].asstr()[()])
+
+
+def _values(process: h5py.Group, epoch: int) -> StageValues:
+    arrays = {}
+    for name, uses in process["arrays"].items():
+        place = uses["location"].asstr()[epoch]
+        key = unquote_to_bytes(place.removeprefix("s3://").partition("/")[2])
+        object_id, crc = (uses[column][epoch].decode() for column in ("object_id", "crc64nvme"))
+        arrays[name] = ArrayOrigin(key, bytes.fromhex(object_id), int(crc, 16))
+    params = {name: values[()].flat[epoch].item() for name, values in process["parameters"].items()}
+    return StageValues(params, arrays)
+
+
+def _admitted(origin: Origin) -> tuple[Kernel, ...]:
     try:
-        return admit(origin.name, origin.source.encode())
+        return tuple(admit(stage.name, stage.source.encode()) for stage in origin.stages)
     except KernelRefused as refusal:
         raise BadPartial(f"its kernel is refused now: {refusal}") from None

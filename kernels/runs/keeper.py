@@ -27,8 +27,9 @@ from ingest.records import (
     RunProductOf,
     RunProductRecord,
 )
-from kernels.runs import merge, product
+from kernels.runs import merge, ordered, product
 from kernels.runs import partial as partials
+from kernels.runs.conclude import conclude
 from kernels.runs.gather import RunHost
 from kernels.runs.groups import Group, load_group, read_partial
 from kernels.runs.names import folder, owner, partial_key, run_key
@@ -76,6 +77,7 @@ class RunKeeper:
         self._slot = slot
         self._workers = workers
         self._kept: dict[_Identity, _Kept] = {}
+        self._ordering: set[_Identity] = set()
 
     async def run(self) -> None:
         """Forever."""
@@ -135,9 +137,11 @@ class RunKeeper:
         for name in kept.groups.keys() - by_group.keys():
             del kept.groups[name]
         newest = max(by_group, key=lambda name: max(one.since for one in by_group[name]), default=None)
+        if await self._order(due, owed, listed):
+            return False  # it stays due: what comes of it is stored then
         if newest is None:
-            await self._empty(due, owed.failed > 0)
-            return True
+            await self._empty(due, owed)
+            return not owed.pending
         for name, found in by_group.items():
             kept.groups[name] = await load_group(self._host, run.bucket, name, found, kept.groups.get(name))
         for name in sorted(by_group.keys() - {newest}):
@@ -154,6 +158,10 @@ class RunKeeper:
 
     async def _store(self, due: RunProductRecord, kept: _Kept, name: str, newest: str, owed: OwedInRun) -> None:
         run, group = due.run, kept.groups[name]
+        result = None
+        if group.kernel.has_finish and (geometry := group.total.geometry()) is not None:
+            state = await asyncio.to_thread(group.total.state)
+            result = await conclude(self._host, run.bucket, due.kernel, name, geometry, state)
         listing_all = run.closed_ns or sum(len(members) for members in group.total.members.values()) <= MEMBERS_LIVE_MAX
 
         def make() -> memoryview:
@@ -161,7 +169,7 @@ class RunKeeper:
             return product.build(
                 product.RunFindings(
                     run=run,
-                    kernel=group.kernel,
+                    kernels=group.kernels,
                     origin=group.origin,
                     group=name,
                     state=group.total.state(),
@@ -177,6 +185,9 @@ class RunKeeper:
                     ended_ns=group.total.ended_ns,
                     feedback_events=group.total.feedback_events,
                     sums=product.sums_of(members),
+                    result=result,
+                    rows=group.total.rows(),
+                    rows_left_out=group.total.rows_left_out,
                 )
             )  # fmt: skip
 
@@ -204,11 +215,37 @@ class RunKeeper:
         await self._host.pad.store(request, body)
         self._host.context.tally.product()
 
-    async def _empty(self, due: RunProductRecord, failed: bool) -> None:
-        """No member is left, or none could be reduced."""
+    async def _order(self, due: RunProductRecord, owed: OwedInRun, listed: Sequence[PartialRecord]) -> bool:
+        """Members of an ordered kernel wait for the run to close; then they are judged beside the keeper's work. True while
+        they are."""
+        identity = (due.run.bucket, due.run.run, due.kernel)
+        if identity in self._ordering:
+            return True
+        if not due.run.closed_ns or not owed.waiting:
+            return False
+        attachment = await self._host.attachment(due.run.bucket, due.kernel)
+        if attachment is None or not attachment.kernel.ordered:
+            return False
+        self._ordering.add(identity)
+
+        async def judge() -> None:
+            try:
+                await ordered.judge(self._host, due, attachment, owed.waiting, list(listed))
+            except IngestError as error:
+                log.warning("ordered run %r was not judged: %s", due.run.run, error)
+                await asyncio.sleep(REFRESH_S)
+            finally:
+                self._ordering.discard(identity)
+
+        self._host.spawn(judge(), "ordered run")
+        return True
+
+    async def _empty(self, due: RunProductRecord, owed: OwedInRun) -> None:
+        """No member is left, or none could be reduced, or all of them wait for the end of the run."""
         run, catalog = due.run, self._host.catalog
-        if failed:
-            owed = await catalog.owed_in_run(run.bucket, run.run, due.kernel, OWED_COUNT_MAX)
+        if owed.pending:
+            await catalog.run_stored(run.bucket, run.run, due.kernel, due.changed, keep=True)
+        elif owed.failed:
             body = await self._host.in_thread(lambda: product.build_failure(run, due.kernel, owed, due.changed))
             await self._put(due, run_key(due.kernel, run.run), body, final=True)
         else:
@@ -238,7 +275,7 @@ class RunKeeper:
         small = sorted(
             (one for one in listed if one.batch and one.members <= COMPACT_MEMBERS // 2), key=lambda o: o.since
         )
-        if len(small) < (2 if everything else COMPACT_FROM):
+        if group.kernel.ordered or len(small) < (2 if everything else COMPACT_FROM):
             return
         chosen: list[PartialRecord] = []
         members = 0

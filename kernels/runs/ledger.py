@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ingest.records import FrameLedger, ObjectRecord
-from kernels.contract import DROP, REPLACE
+from kernels.contract import DROP, KEEP, REPLACE, STOP
 
 
 class OneFrame:
-    """Kept if any kernel keeps it, dropped if all drop it, unreduced otherwise (as kernels/verdicts.py counts)."""
+    """Kept if any kernel keeps it, else replaced if any replaces it, dropped if all drop it, else unreduced: as
+    kernels/verdicts.py counts."""
 
-    __slots__ = ("_prior", "_trailing_bytes", "_verdicts")
+    __slots__ = ("_prior", "_ruling", "_trailing_bytes", "_verdicts")
 
-    def __init__(self, kernels: Iterable[str], trailing_bytes: int, prior: FrameLedger | None) -> None:
-        """``prior``: what kernels that are not among ``kernels`` said before."""
+    def __init__(
+        self, kernels: Iterable[str], trailing_bytes: int, prior: FrameLedger | None, ruling: Iterable[str] = ()
+    ) -> None:
+        """``prior``: what kernels that are not among ``kernels`` said before. ``ruling``: kernels that filter raw data
+        decide alone."""
         self._verdicts: dict[str, int | None] = dict.fromkeys(kernels)
+        self._ruling = frozenset(ruling)
         self._trailing_bytes = trailing_bytes
         self._prior = prior
 
@@ -24,18 +29,21 @@ class OneFrame:
         self._verdicts[kernel] = verdict
 
     def ledger(self) -> FrameLedger:
-        said = self._verdicts.values()
-        kept = int(any(verdict not in (None, DROP) for verdict in said))
-        dropped = int(all(verdict == DROP for verdict in said))
+        said = [verdict for name, verdict in self._verdicts.items() if not self._ruling or name in self._ruling]
+        kept = int(any(verdict in (KEEP, STOP) for verdict in said))
+        replaced = int(REPLACE in said and not kept)
+        dropped = int(bool(said) and all(verdict == DROP for verdict in said))
         if self._prior is not None:
-            kept, dropped = max(kept, self._prior.kept), min(dropped, self._prior.dropped)
+            kept = max(kept, self._prior.kept)
+            replaced = 0 if kept else max(replaced, self._prior.replaced)
+            dropped = 0 if kept or replaced else min(dropped, self._prior.dropped)
         return FrameLedger(
             received=1,
             kept=kept,
             dropped=dropped,
-            replaced=int(REPLACE in said),
+            replaced=replaced,
             stored=1,
-            unreduced=1 - kept - dropped,
+            unreduced=1 - kept - replaced - dropped,
             trailing_bytes=self._trailing_bytes,
         )
 
@@ -43,4 +51,5 @@ class OneFrame:
 def prior_of(record: ObjectRecord, complete: bool) -> FrameLedger | None:
     """The stored ledger, where it holds verdicts of kernels that are not asked now (``complete`` is False)."""
     ledger = record.ledger
-    return ledger if not complete and ledger is not None and ledger.kept + ledger.dropped > 0 else None
+    judged = 0 if ledger is None else ledger.kept + ledger.dropped + ledger.replaced
+    return ledger if not complete and judged else None

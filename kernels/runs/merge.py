@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ingest.records import FrameGeometry
 from kernels.contract import Kernel, merge
 from kernels.runs.names import exact
 from kernels.runs.partial import Member, Partial, StateArrays
@@ -75,7 +77,22 @@ def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
         started_ns=min(one.started_ns for one in found),
         ended_ns=max(one.ended_ns for one in found),
         feedback_events=sum(one.feedback_events for one in found),
+        rows=b"".join(table.tobytes() for table in _tables(kernel, found)),
+        rows_left_out=sum(one.rows_left_out for one in found),
     )
+
+
+def _tables(kernel: Kernel, partials: Collection[Partial]) -> list[npt.NDArray[np.void]]:
+    """Every member's rows, in key order."""
+    found: list[tuple[bytes, npt.NDArray[np.void]]] = []
+    for partial in partials:
+        table = partial.table(kernel)
+        if table is None:
+            return []
+        ends = np.cumsum([member.rows for member in partial.members])
+        parts = np.split(table, ends[:-1])
+        found += [(member.key, part) for member, part in zip(partial.members, parts, strict=True)]
+    return [table for _, table in sorted(found, key=lambda one: one[0])]
 
 
 class Total:
@@ -91,6 +108,9 @@ class Total:
         self.started_ns = 0
         self.ended_ns = 0
         self.feedback_events = 0
+        self.rows_left_out = 0
+        self._rows: dict[bytes, Partial] = {}
+        """Partials without their states, of kernels with rows."""
 
     def add(self, identity: bytes, partial: Partial) -> None:
         """Each once. Raises BadPartial; then nothing has changed."""
@@ -100,7 +120,9 @@ class Total:
         else:
             partial.arrays(self.kernel)
             self._partials[identity] = partial
+        self._keep_rows(identity, partial)
         self.members[identity] = partial.members
+        self.rows_left_out += partial.rows_left_out
         self.started_ns = min(self.started_ns or partial.started_ns, partial.started_ns)
         self.ended_ns = max(self.ended_ns, partial.ended_ns)
         self.feedback_events += partial.feedback_events
@@ -110,14 +132,32 @@ class Total:
         for identity in old:
             del self.members[identity]
             self._partials.pop(identity, None)
+            self._rows.pop(identity, None)
+        self._keep_rows(new, partial)
         self.members[new] = partial.members
         if not self._exact:
             self._partials[new] = partial
+
+    def _keep_rows(self, identity: bytes, partial: Partial) -> None:
+        if partial.table(self.kernel) is not None:
+            self._rows[identity] = msgspec.structs.replace(partial, state={})
+
+    def rows(self) -> npt.NDArray[np.void] | None:
+        """Ordered by key, then frame."""
+        if self.kernel.rows is None:
+            return None
+        tables = _tables(self.kernel, self._rows.values())
+        return np.concatenate(tables) if tables else np.zeros(0, self.kernel.rows.dtype)
 
     def state(self) -> dict[str, npt.NDArray[np.generic]]:
         if not self._exact:
             return in_key_order(self.kernel, self._partials.values())
         return {name: array.copy() for name, array in self._state.items()}
+
+    def geometry(self) -> FrameGeometry | None:
+        """The layout of some member's frames."""
+        layouts = (member.geometry for group in self.members.values() for member in group)
+        return next((geometry for geometry in layouts if geometry is not None), None)
 
     def all_members(self) -> list[Member]:
         """In key order."""
@@ -128,4 +168,9 @@ class Total:
         """Memory it takes, about."""
         members = sum(len(group) for group in self.members.values())
         kept = sum(len(data) for one in self._partials.values() for data in one.state.values())
-        return sum(array.nbytes for array in self._state.values()) + 400 * members + kept
+        return (
+            sum(array.nbytes for array in self._state.values())
+            + 400 * members
+            + kept
+            + sum(len(one.rows) for one in self._rows.values())
+        )

@@ -18,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ingest.records import FrameGeometry, ObjectRecord, ObjectState
-from kernels.contract import Kernel
+from kernels.attach import Attachment
+from kernels.contract import DROP, KEEP, REPLACE, STOP, Kernel
+from kernels.lineage import ArrayUse, Settings, StageSettings
+from kernels.verdicts import AFTER_STOP, UNREDUCED
 
 StateArrays = dict[str, npt.NDArray[np.generic]]
 
@@ -47,7 +50,10 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     replaced: int = 0
     unreduced: int = 0
     gaps: tuple[tuple[int, int], ...] = ()
+    after_stop: int = 0
     rows: int = 0
+    epochs: tuple[tuple[int, int], ...] = ((0, 0),)
+    """(first frame, number in ``Origin.settings``)"""
 
     def record(self, bucket: str) -> ObjectRecord:
         """What lineage says about an input; where its bytes lie now is not in it."""
@@ -67,13 +73,61 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
-class Origin(msgspec.Struct, frozen=True):
-    """What made the states of a group: enough to admit the kernel again."""
+class Stage(msgspec.Struct, frozen=True, array_like=True):
+    """One kernel of a chain."""
 
     name: str
     source: str
-    match: str
+
+
+class ArrayOrigin(msgspec.Struct, frozen=True, array_like=True):
+    """The version of a parameter array that was used."""
+
+    key: bytes
+    object_id: bytes
+    crc64nvme: int
+
+
+class StageValues(msgspec.Struct, frozen=True, array_like=True):
     params: dict[str, int | float]
+    arrays: dict[str, ArrayOrigin] = {}
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """What made the states of a group: enough to admit its kernels again, and for the lineage."""
+
+    match: str
+    stages: tuple[Stage, ...]
+    """The kernel itself comes last."""
+    settings: tuple[tuple[StageValues, ...], ...]
+    """Of every stage, in the order of the epochs of a member."""
+
+    def lineage(self) -> tuple[Settings, ...]:
+        return tuple(
+            tuple(
+                StageSettings(
+                    stage.params,
+                    {
+                        name: ArrayUse(array.key, array.object_id, array.crc64nvme, np.zeros(0, np.uint8))
+                        for name, array in stage.arrays.items()
+                    },
+                )
+                for stage in epoch
+            )
+            for epoch in self.settings
+        )
+
+
+def origin_of(attachment: Attachment) -> Origin:
+    values = tuple(
+        StageValues(
+            dict(stage.params),
+            {name: ArrayOrigin(use.key, use.object_id, use.crc64nvme) for name, use in stage.arrays.items()},
+        )
+        for stage in attachment.stages
+    )
+    stages = tuple(Stage(stage.name, stage.kernel.source) for stage in attachment.stages)
+    return Origin(attachment.match, stages, (values,))
 
 
 class Partial(msgspec.Struct, frozen=True):
@@ -88,7 +142,20 @@ class Partial(msgspec.Struct, frozen=True):
     feedback_events: int = 0
     rows: bytes = b""
     """Of all members, in their order."""
+    rows_left_out: int = 0
     format: int = FORMAT
+
+    def table(self, kernel: Kernel) -> npt.NDArray[np.void] | None:
+        """The rows, in the order of the members; None where the kernel has none. Raises BadPartial."""
+        if kernel.rows is None:
+            return None
+        try:
+            table = np.frombuffer(self.rows, kernel.rows.dtype)
+        except ValueError as error:
+            raise BadPartial(str(error)) from None
+        if len(table) != sum(member.rows for member in self.members):
+            raise BadPartial("its rows are not those of its members")
+        return table
 
     def arrays(self, kernel: Kernel) -> StateArrays:
         """Read-only views of ``state``. Raises BadPartial."""
@@ -135,6 +202,9 @@ def from_product(data: bytes | bytearray, record: ObjectRecord, kernel: Kernel, 
             verdicts = entry["verdicts"][()]
             gaps = tuple((int(first), int(count)) for first, count in entry["frames/gaps"][()])
             events = int(entry["frames/feedback_events"][()])
+            left_out = int(entry["frames/rows_left_out"][()])
+            rows = _table(entry, kernel)
+            epochs = tuple((int(first), int(number)) for _, first, number in entry["source/epochs"][()])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise BadPartial(str(error)) from None
     for spec in kernel.state:
@@ -144,14 +214,38 @@ def from_product(data: bytes | bytearray, record: ObjectRecord, kernel: Kernel, 
         record,
         record.geometry,
         frames=counts["received"],
-        kept=int(np.count_nonzero((verdicts == 1) | (verdicts == 3))),
-        dropped=int(np.count_nonzero(verdicts == 0)),
-        replaced=int(np.count_nonzero(verdicts == 2)),
-        unreduced=int(np.count_nonzero(verdicts == 255)),
+        kept=int(np.count_nonzero((verdicts == KEEP) | (verdicts == STOP))),
+        dropped=int(np.count_nonzero(verdicts == DROP)),
+        replaced=int(np.count_nonzero(verdicts == REPLACE)),
+        unreduced=int(np.count_nonzero(verdicts == UNREDUCED)),
+        after_stop=int(np.count_nonzero(verdicts == AFTER_STOP)),
         gaps=gaps,
+        rows=len(rows),
+        epochs=epochs,
     )
     each = {name: array[np.newaxis] for name, array in state.items()}
-    return Partial(origin, (member,), state_bytes(each), True, record.modified_ns, record.modified_ns, events)
+    return Partial(
+        origin=origin,
+        members=(member,),
+        state=state_bytes(each),
+        each=True,
+        started_ns=record.modified_ns,
+        ended_ns=record.modified_ns,
+        feedback_events=events,
+        rows=rows.tobytes(),
+        rows_left_out=left_out,
+    )
+
+
+def _table(entry: h5py.Group, kernel: Kernel) -> npt.NDArray[np.void]:
+    if kernel.rows is None:
+        return np.zeros(0, np.dtype([("frame", "<i8")]))
+    group = entry["rows"]
+    names = kernel.rows.dtype.names or ()
+    table = np.zeros(len(group[names[0]]), kernel.rows.dtype)
+    for name in names:
+        table[name] = group[name][()]
+    return table
 
 
 def member_of(record: ObjectRecord, geometry: FrameGeometry | None, *, frames: int, **counts: object) -> Member:

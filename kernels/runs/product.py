@@ -7,6 +7,7 @@ In: a ``RunFindings``. Out: its bytes. What is different from an object's produc
     /entry/run/failures       (key, reason) of members that the kernel failed on; the first few
     /entry/members            one row a member, ordered by key: key, object_id, crc64nvme, frames, kept, dropped, replaced,
                               unreduced
+    /entry/rows               as in an object's product, with a column ``object``: the row of /entry/members
     /entry/frames             sums over the members; gaps as (member, first frame, frames missing)
 """
 
@@ -21,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ingest.records import OwedInRun, RunRecord
-from kernels import nexus, provenance
+from kernels import nexus, product, provenance
 from kernels.contract import Kernel
-from kernels.lineage import Input, Lineage, StageSettings, environment, location
+from kernels.lineage import Epoch, Input, Lineage, environment, location
 from kernels.runs.partial import Member, Origin
 
 CONTENT_TYPE = "application/x-hdf5"
-_COUNTS = ("frames", "kept", "dropped", "replaced", "unreduced")
+_COUNTS = ("frames", "kept", "dropped", "replaced", "unreduced", "after_stop")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class RunFindings:
     """``members`` in key order; all of them, or the first ``listed`` of ``count``."""
 
     run: RunRecord
-    kernel: Kernel
+    kernels: tuple[Kernel, ...]
     origin: Origin
     group: str
     state: Mapping[str, npt.NDArray[np.generic]]
@@ -49,6 +50,14 @@ class RunFindings:
     ended_ns: int
     feedback_events: int
     sums: Mapping[str, int]
+    rows: npt.NDArray[np.void] | None = None
+    """Ordered by key, then frame."""
+    rows_left_out: int = 0
+    result: Mapping[str, npt.NDArray[np.generic]] | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        return self.kernels[-1]
 
     @property
     def status(self) -> str:
@@ -98,14 +107,11 @@ def _entry(file: h5py.File, title: str) -> h5py.Group:
 
 
 def _state(entry: h5py.Group, findings: RunFindings) -> None:
-    states = nexus.group(entry, "state", "NXcollection")
-    plots = []
-    for spec in findings.kernel.state:
-        values = findings.state[spec.name]
-        dataset = nexus.array(states, spec.name, values)
-        dataset.attrs["merge"] = spec.merge
-        if values.size > 1:
-            plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
+    plots = product.write_state(entry, findings.kernel, findings.state, findings.result)
+    if findings.rows is not None and findings.kernel.rows is not None:
+        objects = np.repeat(np.arange(len(findings.members)), [member.rows for member in findings.members])
+        rows = findings.rows[: len(objects)]
+        product.write_rows(entry, findings.kernel.rows, rows, objects)
     if plots:
         entry.attrs["default"] = plots[0]
 
@@ -142,6 +148,7 @@ def _frames(entry: h5py.Group, findings: RunFindings) -> None:
     dataset = nexus.array(group, "gaps", np.array(gaps, np.int64).reshape(-1, 3))
     dataset.attrs["columns"] = "member, first frame, frames missing"
     nexus.number(group, "feedback_events", findings.feedback_events)
+    nexus.number(group, "rows_left_out", findings.rows_left_out)
 
 
 def _members(entry: h5py.Group, members: Sequence[Member]) -> None:
@@ -158,8 +165,17 @@ def _lineage(findings: RunFindings) -> Lineage:
     return Lineage(
         kernel=findings.kernel,
         match=findings.origin.match,
-        settings=((StageSettings(findings.origin.params),),),
-        inputs=tuple(Input(member.record(bucket), member.geometry, member.frames) for member in findings.members),
+        settings=findings.origin.lineage(),
+        before=findings.kernels[:-1],
+        inputs=tuple(
+            Input(
+                member.record(bucket),
+                member.geometry,
+                member.frames,
+                tuple(Epoch(first, number) for first, number in member.epochs),
+            )
+            for member in findings.members
+        ),
         started_ns=findings.started_ns,
         ended_ns=findings.ended_ns,
         run=findings.run.run,

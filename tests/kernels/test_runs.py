@@ -315,3 +315,138 @@ def test_a_run_without_new_members_is_closed_after_its_timeout(scene: Scene) -> 
         check_count(file, scene.frames())
     finally:
         assert scene.client.request("PUT", f"/{BUCKET}", "tagging=", tags.format("default").encode()).ok
+
+
+PROFILE = """
+STATE = {"profile": ("float32", (32,), "sum"), "n": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            state.profile[x] += np.float32(frame[y, x]) * np.float32(0.1)
+    state.n[0] += 1
+    return KEEP
+"""
+
+
+def profile(values: np.ndarray) -> np.ndarray:
+    """PROFILE's state over one frame, in the kernel's own order of additions."""
+    total = np.zeros(32, np.float32)
+    for row in values:
+        total += row.astype(np.float32) * np.float32(0.1)
+    return total
+
+
+def test_float_sums_are_merged_in_the_order_of_keys(scene: Scene) -> None:
+    scene.kernel("profile", PROFILE)
+    numbers = list(range(30))
+    np.random.default_rng(5).shuffle(numbers)
+    for number in numbers:
+        scene.put(f"{RUN}{number:04}.npy", frame(number))
+    scene.put(f"{RUN}0011.npy", frame(111))
+    assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"").ok
+    file = scene.wait("profile", lambda f: status(f) == "closed" and f["entry/run/members"][()] == 30, "closed")
+    wanted = np.zeros(32, np.float32)
+    for key in scene.members():
+        wanted += profile(scene.stored[key][0])
+    assert file["entry/state/profile"][()].tobytes() == wanted.tobytes()
+    assert file["entry/state/n"][0] == 30
+
+
+PEAKS = """
+STATE = {"n": ("int64", (2,), "sum"), "mean": ("float64", (1,), "max")}
+ROWS = {"x": "float32", "value": "uint16"}
+
+def finish(state, params):
+    state.mean[0] = state.n[1] / max(state.n[0], 1)
+
+def frame(frame, params, state, index, out, feedback):
+    for x in range(frame.shape[1]):
+        if frame[0, x] >= 900:
+            append(feedback, x, frame[0, x])
+            state.n[1] += 1
+    state.n[0] += 1
+    return KEEP
+"""
+
+
+def test_rows_and_results_of_a_run(scene: Scene) -> None:
+    scene.kernel("peaks", PEAKS)
+    for number in (5, 3, 9, 1):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.put(f"{RUN}4.npy", np.stack([frame(40), frame(41)]))
+    file = scene.wait("peaks", lambda f: f["entry/run/members"][()] == 5, "five members")
+    wanted = [
+        (place, number, x, values[0, x])
+        for place, key in enumerate(scene.members())
+        for number, values in enumerate(scene.stored[key])
+        for x in range(32)
+        if values[0, x] >= 900
+    ]
+    rows = file["entry/rows"]
+    seen = zip(*(rows[name][()].tolist() for name in ("object", "frame", "x", "value")), strict=True)
+    assert [tuple(map(int, row)) for row in seen] == [tuple(map(int, row)) for row in wanted]
+    assert file["entry/result/mean"][0] == len(wanted) / 6
+    assert not np.isfinite(file["entry/state/mean"][0]), "the state is as it was merged"
+
+
+ORDER = """
+ORDERED = True
+STATE = {"last": ("int64", (1,), "max"), "chain": ("int64", (1,), "max"), "n": ("int64", (1,), "max")}
+
+def frame(frame, params, state, index, out, feedback):
+    if state.n[0] < 0:
+        state.n[0] = 0
+        state.chain[0] = 7
+    state.chain[0] = (state.chain[0] * 31 + np.int64(frame[0, 0]) + index) % 1000003
+    state.n[0] += 1
+    return KEEP
+"""
+
+
+def chain(frames: np.ndarray) -> int:
+    value = 7
+    for one in frames:
+        value = (value * 31 + int(one[0, 0])) % 1000003
+    return value
+
+
+def test_an_ordered_kernel_sees_a_run_in_the_order_of_its_keys(scene: Scene) -> None:
+    scene.kernel("order", ORDER)
+    for number in (4, 2, 9, 7, 1, 8):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    until(
+        lambda: (
+            [p["pending"] for r in hiss(scene.node, "run", "list", f"s3://{BUCKET}")["runs"] for p in r["products"]]
+            == [6]
+        ),
+        "the members wait for the run to close",
+    )
+    assert scene.product("order") is None
+    assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"").ok
+    file = scene.wait("order", lambda f: status(f) == "closed", "the run is closed")
+    assert (file["entry/state/n"][0], file["entry/state/chain"][0]) == (6, chain(scene.frames()))
+    # Out of order and late: judged from the beginning, once the run is closed again.
+    scene.put(f"{RUN}3.npy", frame(33))
+    scene.put(f"{RUN}7.npy", frame(77))
+    assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"").ok
+    file = scene.wait("order", lambda f: status(f) == "closed" and f["entry/run/members"][()] == 7, "closed again")
+    assert (file["entry/state/n"][0], file["entry/state/chain"][0]) == (7, chain(scene.frames()))
+    assert [key.rpartition("/")[2] for key in file["entry/members/key"].asstr()] == [
+        f"{n}.npy" for n in (1, 2, 3, 4, 7, 8, 9)
+    ]
+
+
+def test_members_that_fail_are_named(scene: Scene) -> None:
+    source = COUNT.replace("    n = 0\n", "    n = 0\n    frame[40, 0]\n", 1).replace(
+        "frame[40, 0]", "state.hits[0] += frame[index + 40, 0]"
+    )
+    scene.kernel("count", source)
+    for number in range(3):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    file = scene.wait("count", lambda f: f["entry/run/failed"][()] == 3, "a product that says why")
+    assert "index" in file["entry/error"].asstr()[()]
+    scene.kernel("count", COUNT)
+    for number in range(3):
+        scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.complete("count")
