@@ -45,10 +45,12 @@ class Found:
 
 
 class Runner:
-    """Made by ``start``; ``close`` it. ``compile_s``: from the fork to the first batch."""
+    """Made by ``start``; ``close`` it. ``compile_s``: from the fork to the first batch; ``cautions``: lines of the kernel that
+    are probably not meant so, as ``file:line: text``."""
 
     def __init__(self, sandbox: Sandbox, window: Window, compile_s: float) -> None:
         self.compile_s = compile_s
+        self.cautions = sandbox.cautions
         self._sandbox = sandbox
         self._window = window
 

@@ -161,4 +161,7 @@ def test_tls_on_all_three_ports(start_node: Poll, certificate: tuple[Path, Path]
     body = tmp_path / "frame"
     body.write_bytes(os.urandom(3_000_000))
     assert node.hiss("send", str(body), "s3://sealed/run/", "--wait", "--ca", str(certificate[0])).returncode == 0
+    assert node.hiss("kernel", "list", "sealed", "--json", "--ca", str(certificate[0])).stdout == "[]\n"
+    absent = node.hiss("kernel", "params", "sealed/hits", "--ca", str(certificate[0]))
+    assert (absent.returncode, absent.stderr) == (2, "hiss: s3://sealed/_kernels/hits.py: is not there\n")
     assert node.stop() == 0

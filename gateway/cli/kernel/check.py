@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 VALUES_SHOWN_MAX = 16
 ROWS_SHOWN = 5
 FEEDBACK_SHOWN = 10
+TIMED_BYTES_ENOUGH = 4 << 20
+"""A pass over fewer bytes is mostly the round trip to the sandbox."""
 
 
 def check(
@@ -198,9 +200,11 @@ def describe(chain: Sequence[Given], body: Body, trial: Trial) -> dict[str, Any]
             "first": [{"frame": frame, "code": code, "value": _number(value)} for frame, code, value in
                       found.feedback[:FEEDBACK_SHOWN]],
         },
+        "cautions": list(trial.cautions),
         "compile_s": round(trial.compile_s, 3),
         "bytes_per_s_a_core": round(trial.bytes_per_s),
         "cores_for_40_gbps": math.ceil(LINE_BYTES_PER_S / trial.bytes_per_s),
+        "timed_bytes": trial.timed_frames * body.frame_bytes,
         "timed_frames": trial.timed_frames,
         "timed_passes": trial.passes,
     }  # fmt: skip
@@ -232,6 +236,12 @@ def _number(value: Any) -> Any:
     return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
+def _few(timed_bytes: int) -> str:
+    """On a node small frames go to the sandbox many at a time, here no more than there are."""
+    enough = timed_bytes >= TIMED_BYTES_ENOUGH
+    return "" if enough else " at most: so few bytes say little about a rate, try it on more frames"
+
+
 def _print(document: dict[str, Any]) -> None:
     chain = " → ".join([*document["after"], document["kernel"]])
     feedback = document["feedback"]
@@ -247,8 +257,9 @@ def _print(document: dict[str, Any]) -> None:
         ) + (f", {feedback['dropped']} dropped" if feedback["dropped"] else "")),
         ("speed", f"{human_rate(document['bytes_per_s_a_core'])} a core (median of {document['timed_passes']} passes over "
                   f"{document['timed_frames']} frames)"),
-        ("40 Gbps", f"needs {document['cores_for_40_gbps']} cores"),
+        ("40 Gbps", f"needs {document['cores_for_40_gbps']} cores" + _few(document["timed_bytes"])),
     ]  # fmt: skip
+    facts += [("caution", caution) for caution in document["cautions"]]
     for name, value in facts:
         print(f"{name:32} {value}")
     for title in ("state", "result"):

@@ -31,6 +31,7 @@ class Trial:
     found: Found
     result: dict[str, npt.NDArray[np.generic]] | None
     compile_s: float
+    cautions: tuple[str, ...]
     bytes_per_s: float
     timed_frames: int
     passes: int
@@ -49,7 +50,7 @@ async def run(zygote_socket: str, stages: Sequence[Stage], body: Body, frames: i
             await runner.close()
     finally:
         window.close()
-    return Trial(frames, found, result, runner.compile_s, rate, timed, passes)
+    return Trial(frames, found, result, runner.compile_s, runner.cautions, rate, timed, passes)
 
 
 def _timed(found: Found, frames: int) -> int:
