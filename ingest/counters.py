@@ -92,6 +92,8 @@ METRICS: tuple[Metric, ...] = (
            (("kind", ("crash", "timeout", "lie", "format", "compile", "refused")),)),
     Metric("hiss_kernels_refused", "gauge", "1 while no kernel runs because the machine cannot confine them.",
            merge="max"),
+    Metric("hiss_kernels_disabled", "gauge", "Kernels that failed too often, off until another source is put.",
+           merge="max"),
     Metric("hiss_kernel_sandboxes", "gauge", "Sandbox processes alive."),
     Metric("hiss_kernel_lag_frames", "gauge", "Frames received and not yet judged."),
     Metric("hiss_kernel_catchup_frames_total", "counter", "Frames reduced from disk after the fact."),

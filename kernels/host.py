@@ -438,6 +438,8 @@ class KernelHost:
         grace_s = 0.0
         while True:
             self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
+            await self._strikes.look_around()
+            self._tally.disabled.set(self._strikes.disabled_count)
             if loop.time() >= due_s or await self._released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:

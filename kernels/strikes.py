@@ -1,13 +1,15 @@
 """Which kernels fail: three failures in a row, without a product in between, disable a kernel until another source is put.
 
-In: failures and successes of sandboxes. Out: whether a kernel is disabled; and, for whoever shows the state of kernels, a
-small JSON file of this worker, replaced as a whole in a thread whenever something changed. What always holds: the file's
-absence, or a disk that refuses it, changes no decision.
+In: failures and successes of sandboxes; the files of the node's other workers. Out: whether a kernel is disabled; and a
+small JSON file of this worker, replaced as a whole in a thread whenever something changed, which its successor begins with,
+the other workers read, and whoever shows the state of kernels. What always holds: what one worker disabled is disabled in
+all of them a moment later, also after a restart; a disk that refuses the file costs that, and no decision of this worker.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -43,8 +45,14 @@ class Strikes:
         self._strikes_max = strikes_max
         self._file = file
         self._known: dict[tuple[str, str], Strike] = {}
+        self._elsewhere: frozenset[tuple[str, str]] = frozenset()
+        """Disabled by the node's other workers."""
+        self._times: dict[Path, int] = {}
         self._writing: asyncio.Task[None] | None = None
         self._stale = False
+        if file is not None:
+            for strike in read_all([file]):
+                self._known[strike.bucket, strike.sha256] = strike
 
     def failed(self, bucket: str, kernel: str, sha256: str, error: str) -> Strike:
         before = self._known.pop((bucket, sha256), None)
@@ -62,12 +70,28 @@ class Strikes:
 
     def disabled(self, bucket: str, sha256: str) -> bool:
         strike = self._known.get((bucket, sha256))
-        return strike is not None and strike.disabled
+        return (strike is not None and strike.disabled) or (bucket, sha256) in self._elsewhere
 
-    def clear_file(self) -> None:
-        """A slot's last process may have left one; this one has nothing to say yet."""
+    @property
+    def disabled_count(self) -> int:
+        """Kernels that are disabled on this node."""
+        here = {key for key, strike in self._known.items() if strike.disabled}
+        return len(here | self._elsewhere)
+
+    async def look_around(self) -> None:
+        """Learn what the other workers disabled; costs a look at the folder while nothing changed."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            await asyncio.to_thread(self._look_around, self._file)
+
+    def _look_around(self, own: Path) -> None:
+        times: dict[Path, int] = {}
+        for file in own.parent.glob(FILE_PATTERN):
+            if file != own:
+                with contextlib.suppress(OSError):
+                    times[file] = file.stat().st_mtime_ns
+        if times != self._times:
+            self._times = times
+            self._elsewhere = frozenset((one.bucket, one.sha256) for one in read_all(times) if one.disabled)
 
     def _publish(self) -> None:
         if self._file is None:
@@ -100,6 +124,8 @@ def read_all(files: Iterable[Path]) -> list[Strike]:
         try:
             with file.open("rb") as opened:
                 found += msgspec.json.decode(opened.read(_FILE_BYTES_MAX), type=list[Strike])
+        except FileNotFoundError:
+            continue
         except (OSError, msgspec.MsgspecError) as error:
-            log.debug("%s was passed over: %s", file, error)
+            log.warning("%s was passed over: %s", file, error)
     return found

@@ -23,6 +23,7 @@ class Tally:
         self._feedback_dropped = counters.cell("hiss_feedback_dropped_total")
         self._errors = {kind: counters.cell("hiss_kernel_errors_total", kind) for kind in ERROR_KINDS}
         self.sandboxes = counters.cell("hiss_kernel_sandboxes")
+        self.disabled = counters.cell("hiss_kernels_disabled")
         self.lag = counters.cell("hiss_kernel_lag_frames")
 
     def judged(self, verdicts: npt.NDArray[np.uint8], *, live: bool) -> None:

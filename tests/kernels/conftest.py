@@ -445,7 +445,7 @@ def make_node(
     store: object, feedback: object, zygote_socket: str
 ) -> Callable[..., contextlib.AbstractAsyncContextManager[Node]]:
     @contextlib.asynccontextmanager
-    async def make(**changes: object) -> AsyncIterator[Node]:
+    async def make(strikes_file: Path | None = None, **changes: object) -> AsyncIterator[Node]:
         counters = Counters(None, 0)
         host = KernelHost(
             store,
@@ -456,6 +456,7 @@ def make_node(
             0,
             limits(**changes),
             Clearance(zygote_socket, standing=CLEARED),
+            strikes_file,
         )
         await host.start()
         try:

@@ -61,8 +61,8 @@ async def test_ledgers_add_up_and_gaps_are_named(scan: Any) -> None:
     status = await ask(scan)
     assert (status["safe_to_clear"], status["verdict"]) == (False, "incomplete")
     assert status["frames"] == {
-        "received": 17, "kept": 11, "dropped": 6, "replaced": 0, "stored": 17, "unreduced": 1, "missing": 3,
-        "trailing_bytes": 5,
+        "received": 17, "kept": 11, "dropped": 6, "replaced": 0, "stored": 17, "unreduced": 1, "after_stop": 0,
+        "missing": 3, "trailing_bytes": 5,
     }  # fmt: skip
     assert status["gaps"] == [
         {"key": "run1/b", "first_frame": 3, "frames": 2}, {"key": "run1/b", "first_frame": 9, "frames": 1}
