@@ -384,3 +384,28 @@ async def test_an_ordered_kernel_sees_every_frame_in_sequence(node: Node, frames
         assert file["entry/state/wrong"][0] == 0
         assert file["entry/state/n"][0] == 40
     assert adds_up(ledger_of(node, b"a.raw"))
+
+
+# -- before the first frame
+
+
+async def test_a_new_kernel_is_compiled_before_its_first_frame(node: Node, frames: np.ndarray, until: Until) -> None:
+    node.attach("level", LEVEL, params='{"low": 3}')
+    first = await node.open(b"a.raw", frames)
+    first.sniff()
+    first.offer(0, 40)
+    first.commit()
+    await until(lambda: node.has_product("level", b"a.raw"))
+    compiled = set(node.pids())
+    await node.host.check(BUCKET, "total", TOTAL.encode(), {})
+    node.attach("total", TOTAL)
+    # Nobody asked for it yet.
+    await until(lambda: set(node.pids()) - compiled)
+    warm = set(node.pids()) - compiled
+    second = await node.open(b"b.raw", frames)
+    second.sniff()
+    second.offer(0, 40)
+    second.commit()
+    await until(lambda: node.has_product("total", b"b.raw"))
+    assert warm <= set(node.pids()), "the stream was judged by the process that was there"
+    assert node.count("hiss_kernel_catchup_frames_total") == 0

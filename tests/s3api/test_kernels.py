@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 Raw = Callable[..., httpx.Response]
@@ -58,3 +60,25 @@ def test_products_are_read_only(raw: Raw, code_of: Code, bucket: str) -> None:
         assert (answer.status_code, code_of(answer)) == (403, "AccessDenied")
         assert "written by kernels" in answer.text
     assert raw("DELETE", path).status_code == 204
+
+
+def npy(values: Any) -> bytes:
+    target = io.BytesIO()
+    np.save(target, values)
+    return target.getvalue()
+
+
+def test_arrays_are_stored_as_they_are(raw: Raw, s3: Any, bucket: str) -> None:
+    array = npy(np.arange(1_000_000, dtype=np.float32))
+    s3.put_object(Bucket=bucket, Key="_kernels/hits/flat.npy", Body=array)
+    assert s3.get_object(Bucket=bucket, Key="_kernels/hits/flat.npy")["Body"].read() == array
+    # What SDKs do with large files.
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="_kernels/hits/mask.npy")["UploadId"]
+    s3.abort_multipart_upload(Bucket=bucket, Key="_kernels/hits/mask.npy", UploadId=upload)
+
+
+def test_what_is_no_array_is_refused(raw: Raw, code_of: Code, bucket: str) -> None:
+    answer = raw("PUT", f"/{bucket}/_kernels/hits/mask.npy", b"\x89PNG\r\n" * 20000)
+    assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
+    assert "hits/mask.npy:1: not a .npy file" in answer.text
+    assert raw("HEAD", f"/{bucket}/_kernels/hits/mask.npy").status_code == 404
