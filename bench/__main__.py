@@ -33,7 +33,9 @@ def main() -> int:
     figures = []
     with (
         bare.serve("receiver") as port,
-        running(options.folder, f"buffer_bytes={_buffer_bytes(options.folder)}") as node,
+        running(
+            options.folder, f"buffer_bytes={_buffer_bytes(options.folder)}", "feedback_zmq=tcp://127.0.0.1:*"
+        ) as node,
     ):
         node.bucket("memory", "memory")
         node.bucket("disk", "disk")

@@ -85,7 +85,7 @@ def test_errors_name_their_source_and_come_all_at_once(tmp_path: Path) -> None:
     config.write_text("workers = 99\n")
     lines = refused({}, {"HISS_KERNELS": "maybe"}, config).splitlines()
     assert f"workers = 99 (from {config}): allowed is a whole number of processes from 1 to 31" in lines
-    assert "kernels = 'maybe' (from environment): allowed is on or off" in lines
+    assert "kernels = 'maybe' (from environment): allowed is on or off or unconfined" in lines
     assert "s3prt (from environment) is not a setting" in refused({}, {"HISS_S3PRT": "1"})
 
 

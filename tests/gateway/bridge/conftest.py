@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,19 +164,32 @@ def need(package: str, extra: str) -> None:
         pytest.fail(f"{package} is not installed")
 
 
-@pytest.fixture
-def ioc(tmp_path: Path) -> Iterator[Peer]:
-    """An EPICS PVAccess server with ``BL1:*`` variables."""
+@contextlib.contextmanager
+def serve_ioc(folder: Path) -> Iterator[Peer]:
     need("p4p", "epics")
-    (tmp_path / "epics").touch()
-    process, conf = start(IOC, str(tmp_path / "epics"))
+    (folder / "epics").touch()
+    process, conf = start(IOC, str(folder / "epics"))
     environment = {
         "EPICS_PVA_NAME_SERVERS": f"127.0.0.1:{conf['EPICS_PVAS_SERVER_PORT']}",
         "EPICS_PVA_AUTO_ADDR_LIST": "NO",
         "EPICS_PVA_ADDR_LIST": "",
     }
-    yield Peer(process, tmp_path / "epics", environment, lambda name: f"epics:{name}")
-    end(process)
+    try:
+        yield Peer(process, folder / "epics", environment, lambda name: f"epics:{name}")
+    finally:
+        end(process)
+
+
+@pytest.fixture(scope="session")
+def running_ioc() -> Callable[[Path], contextlib.AbstractContextManager[Peer]]:
+    """``with running_ioc(folder) as peer``: an EPICS PVAccess server with ``BL1:*`` variables."""
+    return serve_ioc
+
+
+@pytest.fixture
+def ioc(tmp_path: Path) -> Iterator[Peer]:
+    with serve_ioc(tmp_path) as peer:
+        yield peer
 
 
 @pytest.fixture
@@ -210,11 +222,3 @@ def bridge() -> Iterator[Bridge]:
     yield begin
     for process in processes:
         end(process)
-
-
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"timed out: {what}"
-        time.sleep(0.02)
-    return value

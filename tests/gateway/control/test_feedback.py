@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import socket
@@ -14,7 +15,9 @@ import httpx
 import pytest
 
 from gateway.control.feedback.hub import entry_of
-from gateway.control.feedback.ring import Ring
+from gateway.control.feedback.ring import Filter, Ring
+from gateway.control.feedback.sse import SSE as SSE_FORM
+from gateway.control.feedback.websocket import WEBSOCKET
 from ingest.counters import CONTROL, Counters
 from ingest.paths import socket_address
 from ingest.ports import FeedbackEvent
@@ -277,3 +280,50 @@ def test_a_ring_keeps_the_last_events_without_holes() -> None:
         assert ring.oldest == max(1, number - 3)
         held = [json.loads(entry.data)["frame"] for _, entry in ring.since(ring.oldest)]
         assert held == list(range(ring.oldest, ring.next))
+
+
+def test_subscribers_at_the_same_place_share_what_was_rendered() -> None:
+    ring = Ring(16)
+    ring.append(entry_of(event(1), None))
+    for wanted in (Filter(), Filter(kernel="hits")):
+        assert ring.chunk(1, wanted, SSE_FORM)[0] is ring.chunk(1, Filter(wanted.kernel), SSE_FORM)[0]
+    assert ring.chunk(1, Filter(), WEBSOCKET)[0] != ring.chunk(1, Filter(), SSE_FORM)[0]
+    ring.append(entry_of(event(2), None))
+    assert ring.chunk(1, Filter(), SSE_FORM)[1] == 3
+
+
+async def test_subscribers_that_read_nothing_cost_the_others_nothing(scan: Any, poll: Any) -> None:
+    """As many as there may be, but one."""
+    gauge = Counters(scan.counters_fd, CONTROL).cell("hiss_feedback_subscribers", "sse")
+    token = base64.b64encode(b"ROOTKEY:root-secret").decode()
+    request = (
+        f"GET /v1/feedback?bucket=scan HTTP/1.1\r\nHost: localhost\r\nAuthorization: Basic {token}\r\n\r\n".encode()
+    )
+    with contextlib.ExitStack() as stack:
+        for _ in range(255):
+            idle = stack.enter_context(socket.create_connection(("127.0.0.1", scan.port)))
+            idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            idle.sendall(request)
+        await asyncio.to_thread(poll, lambda: gauge.value() == 255, "all are subscribed")
+        async with subscribed(scan) as quick:
+            before_s = time.process_time()
+            for first in range(0, 20_000, 500):
+                scan.hub.publish([event(first + number) for number in range(500)])
+                assert await quick.frames(500) == list(range(first, first + 500))
+            # This process is subscriber, server and worker in one: some 3 s of its time are the reading subscriber's.
+            assert time.process_time() - before_s < 20
+
+
+async def test_a_subscriber_that_takes_nothing_is_gone_after_a_while(
+    start: Any, poll: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.control.process.STALL_S", 1.0)
+    node = await start()
+    await node.catalog.create_bucket("scan", "root")
+    gauge = Counters(node.counters_fd, CONTROL).cell("hiss_feedback_subscribers", "sse")
+    async with node.client() as client, client.stream("GET", "/v1/feedback?bucket=scan"):
+        await asyncio.to_thread(poll, lambda: gauge.value() == 1, "subscribed")
+        for _ in range(20):
+            node.hub.publish([event(number, key=b"k" * 1000) for number in range(500)])
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(poll, lambda: gauge.value() == 0, "its connection is reset", 20)
