@@ -29,7 +29,7 @@ BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 BUCKETS_OF_RATE_MAX = 4096
 STREAMS_EVERY_S = 0.05
-"""Openings and closings within this time are told together: a stream that is over sooner is never told of."""
+"""An opening is told at once, closings together after this time: a series of short streams is told of as one."""
 STREAMS_TOLD_MAX = 4096
 
 
@@ -129,8 +129,6 @@ class SocketFeedback:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._streams_timer is not None:
-            self._streams_timer.cancel()
         self.flush()
         self._tell_streams()
         if self._wire is not None and self._wire.transport is not None:
@@ -150,8 +148,11 @@ class SocketFeedback:
 
     def stream_opened(self, bucket: str, kernels: Sequence[str]) -> None:
         """See ``FeedbackSink``."""
-        self._streams.update((bucket, kernel) for kernel in kernels)
-        self._tell_streams_soon()
+        pairs = [(bucket, kernel) for kernel in kernels]
+        self._streams.update(pairs)
+        # At once: should this process die now, its stream's silence must count.
+        if any(pair not in self._streams_told for pair in pairs):
+            self._tell_streams()
 
     def stream_closed(self, bucket: str, kernels: Sequence[str]) -> None:
         """See ``FeedbackSink``."""
@@ -159,7 +160,8 @@ class SocketFeedback:
             self._streams[bucket, kernel] -= 1
             if self._streams[bucket, kernel] <= 0:
                 del self._streams[bucket, kernel]
-        self._tell_streams_soon()
+        if self._streams_timer is None:
+            self._streams_timer = asyncio.get_running_loop().call_later(STREAMS_EVERY_S, self._tell_streams)
 
     def flush(self) -> None:
         while self._queue and self._wire is not None and self._wire.room:
@@ -170,13 +172,11 @@ class SocketFeedback:
         self.flush()
         self._tell_streams()
 
-    def _tell_streams_soon(self) -> None:
-        if self._streams_timer is None:
-            self._streams_timer = asyncio.get_running_loop().call_later(STREAMS_EVERY_S, self._tell_streams)
-
     def _tell_streams(self) -> None:
         """Events first: what a stream emitted is known before its end is."""
-        self._streams_timer = None
+        if self._streams_timer is not None:
+            self._streams_timer.cancel()
+            self._streams_timer = None
         running = sorted(self._streams)[:STREAMS_TOLD_MAX]
         if running != self._streams_told and not self._queue and self._wire is not None and self._wire.room:
             self._streams_told = running
