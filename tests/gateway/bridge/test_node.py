@@ -82,8 +82,8 @@ class Beamline:
     def bucket(self, name: str, **actions: str) -> None:
         """A bucket with these actions and no others, whose kernel's sandbox is warm: frames are judged as they arrive."""
         if name not in self.actions:
-            assert self.s3("PUT", f"/{name}").status_code == 200
-            deadline = time.monotonic() + 40
+            assert self.s3("PUT", f"/{name}").status_code in (200, 409)
+            deadline = time.monotonic() + 80
             while (answer := self.s3("PUT", f"/{name}/_kernels/speak.py", KERNEL)).status_code == 503:
                 assert time.monotonic() < deadline, "the zygote is not ready"
             assert answer.status_code == 200, answer.text
