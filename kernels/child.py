@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from kernels import lockdown, probes, session, wire
+from kernels.layout import reader
 from kernels.session import CHANNEL_FD, EXIT_FAILED, EXIT_HUNG_UP
 from kernels.wire import RawReply, SandboxSpec
 
@@ -64,6 +65,10 @@ def _confined(
         os._exit(EXIT_FAILED)
     if spec.probe:
         _probe(spec.probe, regions, tolerant=confinement.tolerant)
+    if spec.reader:
+        lockdown.install_filter(lockdown.RUN, tolerant=confinement.tolerant)
+        session.say(RawReply(wire.KIND_READY))
+        reader.serve(regions)
     served = session.Session(spec, output, arrays, regions)
     gc.collect()
     gc.freeze()

@@ -136,6 +136,13 @@ def _npy(head: memoryview) -> tuple[np.dtype[np.generic], tuple[int, ...], int] 
     return (*_npy_header(bytes(head[start : start + length])), start + length)
 
 
+def npy_geometry(head: memoryview, declared: FrameGeometry | None) -> FrameGeometry | int:
+    """The frames of the array that begins here (``origin``: where its first begins), or how many bytes are needed to say.
+    ValueError with the reason."""
+    found = _npy(head)
+    return found if isinstance(found, int) else _refine(found, declared)
+
+
 def _npy_header(raw: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
     broken = ValueError("the .npy header is broken")
     try:

@@ -109,15 +109,19 @@ class SandboxProcess:
             return False
         return True
 
-    async def receive(self, timeout_s: float) -> wire.RawReply | None:
-        """The next reply; None when the process has ended. Raises TimeoutError, or SandboxFailed("lie")."""
+    async def receive_datagram(self, size_max: int, timeout_s: float) -> bytes | None:
+        """The next datagram, cut to ``size_max`` bytes; None when the process has ended. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
             await _readable(self._channel)
         try:
-            datagram = self._channel.recv(wire.REPLY_BYTES + wire.MAX_TEXT_BYTES + 1)
+            return self._channel.recv(size_max) or None
         except OSError:
             return None
-        if not datagram:
+
+    async def receive(self, timeout_s: float) -> wire.RawReply | None:
+        """The next reply; None when the process has ended. Raises TimeoutError, or SandboxFailed("lie")."""
+        datagram = await self.receive_datagram(wire.REPLY_BYTES + wire.MAX_TEXT_BYTES + 1, timeout_s)
+        if datagram is None:
             return None
         reply = wire.parse_reply(datagram)
         if reply is None:

@@ -17,6 +17,7 @@ from kernels import explain
 from kernels.chain import Chain, arguments_of, blank_memories
 from kernels.contract import ArraySpec, Kernel, OutSpec, ParamSpec, RowsSpec, StateSpec
 from kernels.decode.warmup import warm_decoders
+from kernels.layout.reader import warm_reader
 from kernels.program import NotCompiled, Program
 
 _USUAL = """
@@ -97,6 +98,7 @@ def _run(*kernels: Kernel, dtype: str = "<u2") -> None:
 def warm() -> None:
     """Compile and run, and fail in every way a user's kernel can fail; decode once with every codec."""
     warm_decoders()
+    warm_reader()
     explain.remember_lines()
     _run(_kernel("usual", _USUAL, declared=True))
     _run(_kernel("allocates", _ALLOCATES))

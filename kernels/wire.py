@@ -93,6 +93,8 @@ class SandboxSpec(msgspec.Struct, frozen=True):
     populate: bool
     probe: str = ""
     """Name of a self-test probe to attempt instead of a kernel; see kernels/probes.py."""
+    reader: bool = False
+    """Read the structure of a stored file instead of running a kernel; see kernels/layout/reader.py."""
 
 
 class ForkRequest(msgspec.Struct, frozen=True, tag="fork"):

@@ -10,17 +10,18 @@ default plot; the largest numeric image; the largest numeric line. Three dimensi
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from kernels.decode.encoding import Encoding, Filter
 from kernels.decode.table import ENTRY
+from kernels.layout.hdf5_types import Structure
 from kernels.layout.index import CHUNK_STORED_BYTES_MAX, CHUNKS_MAX
 
 OBJECTS_MAX = 20_000
@@ -36,20 +37,8 @@ class NotReadable(Exception):
     """Why the file has no frames for kernels; fit for the scientist."""
 
 
-class Structure(msgspec.Struct, frozen=True, tag="structure"):
-    """A stack of frames. ``origin``: where a contiguous dataset begins in the file; -1: it is chunked."""
-
-    dataset: str
-    shape: tuple[int, ...]
-    frames: int
-    encoding: Encoding
-    origin: int
-    chunks: int
-    """Stored chunks that follow."""
-
-
 def read_structure(
-    file: BinaryIO, dataset: str, frame_shape: tuple[int, ...] | None
+    file: io.RawIOBase | io.BytesIO, dataset: str, frame_shape: tuple[int, ...] | None
 ) -> tuple[Structure, npt.NDArray[np.void]]:
     """Raises NotReadable, or whatever HDF5 makes of a broken file."""
     with h5py.File(file, "r") as opened:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,19 @@ class FrameIndex:
         self._lengths.append(length)
         self._skipped.append(0)
         self.count += 1
+
+    def extend(self, offset: int, length: int, count: int) -> None:
+        """``count`` more frames of one size, one behind the other."""
+        if count > 0:
+            self._offsets.extend(range(offset, offset + length * count, length))
+            self._lengths.extend([length] * count)
+            self._skipped.extend(bytes(count))
+            self.count += count
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Body offset of every chunk, in the order of their numbers."""
+        return self._offsets
 
     def fill(self, entries: npt.NDArray[np.void], body_bytes: int) -> None:
         """Chunks of a finished file, from a sandbox: ValueError for what cannot be."""
