@@ -23,7 +23,7 @@ class Piece:
     """One span of a stream: where its bytes lie in memory, in the body and in the segment. A ``WriteItem``."""
 
     __slots__ = (
-        "batches", "durable", "file_offset", "fill", "hashed", "in_work", "label", "limit",
+        "batches", "carried", "durable", "file_offset", "fill", "hashed", "in_work", "label", "limit",
         "position", "reservation", "span", "start", "stream", "write_bytes", "written",
     )  # fmt: skip
 
@@ -37,6 +37,8 @@ class Piece:
         self.start = start
         self.position = position
         self.fill = start
+        self.carried = 0
+        """Body bytes in front of ``start``, which the piece before holds, too."""
         self.limit = span.size_bytes
         self.write_bytes = 0
         self.label: AlignedBuffer | None = None
@@ -88,15 +90,16 @@ class Piece:
 class SpanBatch:
     """Whole frames in one span, offered to the kernel room (implements ``ingest.ports.FrameBatch``)."""
 
-    __slots__ = ("_piece", "_state", "count", "first_frame", "offset", "region")
+    __slots__ = ("_piece", "_state", "count", "first_frame", "offset", "position", "region")
 
-    def __init__(self, piece: Piece, region: int, offset: int, first_frame: int, count: int) -> None:
+    def __init__(self, piece: Piece, region: int, offset: int, first_frame: int, count: int, position: int = 0) -> None:
         self._piece = piece
         self._state = "offered"
         self.region = region
         self.offset = offset
         self.first_frame = first_frame
         self.count = count
+        self.position = position
         piece.batches.add(self)
 
     @property

@@ -246,6 +246,9 @@ class FrameBatch(Protocol):
     """Byte offset of the first frame in the region."""
     first_frame: int
     count: int
+    position: int
+    """Body offset of the byte at ``offset``: where the frames do not lie back to back, an index says where in the body
+    each is stored, and this where that is in memory."""
 
     @property
     def revoked(self) -> bool:
@@ -320,14 +323,51 @@ class LandingPad(Protocol):
         ...
 
 
+class FrameScanner(Protocol):
+    """Finds frames that only the body itself tells of (messages, arrays one behind the other), as the body arrives."""
+
+    def feed(self, data: memoryview) -> None:
+        """The next bytes of the body, in order. Never raises."""
+        ...
+
+    @property
+    def frames(self) -> int:
+        """Whole frames found so far."""
+        ...
+
+    @property
+    def settled(self) -> int:
+        """Body bytes up to the end of the last whole frame or message."""
+        ...
+
+    @property
+    def horizon(self) -> int | None:
+        """Body offset up to which it is known where frames begin and end; None: no more will be found."""
+        ...
+
+    @property
+    def unit_bytes(self) -> int:
+        """Stored bytes of the frame under way."""
+        ...
+
+    def boundary(self, limit: int) -> int:
+        """The largest body offset up to ``limit`` that does not lie inside a known frame's stored bytes."""
+        ...
+
+    def first_from(self, offset: int) -> int:
+        """Number of the first frame whose stored bytes begin at or behind a body offset."""
+        ...
+
+
 class FrameReduction(Protocol):
     """All kernels of one stream. Calls come from the worker's event loop and must return at once."""
 
     domain: Domain
 
-    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
-        """Find the geometry from the body's first bytes: a geometry; or the number of bytes needed to say
-        (more than ``len(head)``); or None: no frames here, the body is stored as it is."""
+    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | FrameScanner | int | None:
+        """Find the geometry from the body's first bytes: a geometry; or a scanner, to be fed the whole body from its
+        first byte; or the number of bytes needed to say (more than ``len(head)``); or None: no frames can be offered
+        while the body arrives, it is stored as it is."""
         ...
 
     def offer(self, batch: FrameBatch) -> None: ...

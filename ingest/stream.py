@@ -23,8 +23,8 @@ from ingest.digests import Hash, RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.piece import Piece, SpanBatch
-from ingest.ports import FrameReduction
-from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
+from ingest.ports import FrameReduction, FrameScanner
+from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, FrameGeometry
 from ingest.rest import Rest
 from ingest.segments import Reservation, Segment
 from ingest.span_table import OwedSpan
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 SNIFF_BYTES = 64 << 10
 """Most bytes handed out at a time until the frames' geometry is known."""
+CARRY_BYTES_MAX = 2 * SNIFF_BYTES
+"""Most bytes of a frame that are moved to the next span with it, where it does not fit the one it began in."""
 SNIFF_BYTES_MAX = SLAB_BYTES // 2
 """A header that is still not complete after this much is no header."""
 
@@ -60,6 +62,7 @@ class SpanStream(Body):
         self.reduction = reduction
         self._sniffing = reduction is not None
         self._sniff_needed = 0
+        self._scan: FrameScanner | None = None
         self._next_frame = 0
         self._pieces: list[Piece] = []
         self._open: Piece | None = None
@@ -94,8 +97,15 @@ class SpanStream(Body):
         piece = self._open or self._next_piece()
         if piece is None:
             return None
-        end = min(piece.limit, piece.fill + SNIFF_BYTES) if self._sniffing else piece.limit
-        return piece.span.view[piece.fill : end]
+        return piece.span.view[piece.fill : min(piece.limit, piece.fill + self._window())]
+
+    def _window(self) -> int:
+        """Bytes to hand out at most: not far beyond what is known of the frames, so that little of a frame is received
+        before it is known whether it fits the span."""
+        if self._sniffing:
+            return SNIFF_BYTES
+        horizon = self._scan.horizon if self._scan is not None else None
+        return SLAB_BYTES << 16 if horizon is None else max(0, horizon - self.length) + SNIFF_BYTES
 
     def received(self, count: int) -> None:
         if self._rest is not None:
@@ -112,9 +122,12 @@ class SpanStream(Body):
             raise StreamAborted("the body is longer than it said")
         if self._sniffing and self.length >= self._sniff_needed:
             self._sniff(piece.payload, complete=False)
+        elif self._scan is not None:
+            self._scan.feed(piece.span.view[piece.fill - count : piece.fill])
+            self._offer_found(self._scan, piece)
         if self.geometry is not None:
             self._offer_frames(piece)
-        if piece.fill == piece.limit:
+        if piece.fill == piece.limit and self._open is piece:
             self._close_piece(last=self.length == self.spec.length)
 
     async def writable(self) -> None:
@@ -181,9 +194,12 @@ class SpanStream(Body):
             file_offset = reservation.offset + LABEL_BYTES + self._reserved_used - start
             span.view[:start] = self._carry[:start]
         piece = self._open = Piece(self, span, reservation, file_offset, start, self.length)
-        piece.limit = min(span.size_bytes, start + reservation.capacity - self._reserved_used)
+        piece.carried = 0 if start == LABEL_BYTES and file_offset == reservation.offset else start
+        piece.limit = self._room(piece)
         self._limit_to_frames(piece)
         self._pieces.append(piece)
+        if self._scan is not None:
+            self._limit_to_found(self._scan, piece)
         return piece
 
     def _reserve(self) -> Reservation:
@@ -199,8 +215,13 @@ class SpanStream(Body):
     def _label(self, reservation: Reservation, position: int) -> Label:
         return self.plane.label(self.object_id, self.spec, reservation, position)
 
-    def _close_piece(self, *, last: bool) -> None:
-        """The open span is full, or the body has ended: hand it to the hashes and to the disk."""
+    def _room(self, piece: Piece) -> int:
+        """Where in its span a piece must end."""
+        return min(piece.span.size_bytes, piece.start + piece.reservation.capacity - self._reserved_used)
+
+    def _close_piece(self, *, last: bool, cut: int | None = None) -> None:
+        """The open span is full, or the body has ended: hand it to the hashes and to the disk. What lies behind offset
+        ``cut`` of the span, if given, goes to the next span, and is written from there."""
         piece = self._open
         assert piece is not None
         self._open = None
@@ -212,8 +233,11 @@ class SpanStream(Body):
             piece.write_bytes = end
             self._carry_bytes = 0
         else:
-            piece.write_bytes = piece.fill - piece.fill % BLOCK_BYTES
+            end = piece.fill if cut is None else cut
+            piece.write_bytes = end - end % BLOCK_BYTES
             self._carry_bytes = piece.fill - piece.write_bytes
+            if self._carry_bytes > len(self._carry):
+                self._carry = memoryview(bytearray(CARRY_BYTES_MAX + BLOCK_BYTES))
             self._carry[: self._carry_bytes] = piece.span.view[piece.write_bytes : piece.fill]
         piece.hashed = not self._hashes
         if self.memory:
@@ -312,6 +336,12 @@ class SpanStream(Body):
         self._sniffing = False
         if answer is None:
             return
+        if not isinstance(answer, FrameGeometry):
+            self._scan = answer
+            answer.feed(head)
+            if self._open is not None:
+                self._offer_found(answer, self._open)
+            return
         self.geometry = answer
         largest = self.domain.region_bytes if self.domain is not None else 0
         if answer.frame_bytes + 2 * LABEL_BYTES <= largest:
@@ -365,7 +395,49 @@ class SpanStream(Body):
             self.reduction.offer(SpanBatch(piece, region, piece.span.offset + offset, self._next_frame, count))
             self._next_frame = complete
 
+    def _offer_found(self, scan: FrameScanner, piece: Piece) -> None:
+        """Offer the frames that have become whole since; those that began before this span are read from disk later."""
+        assert self.reduction is not None
+        complete = scan.frames
+        if complete > self._next_frame:
+            low = piece.position - piece.carried
+            here = complete if self.domain is None else min(complete, max(scan.first_from(low), self._next_frame))
+            if here > self._next_frame:
+                self.reduction.lagging(self._next_frame, here - self._next_frame)
+            if complete > here and self.domain is not None:
+                region = self.domain.region_number(piece.span.region)
+                position = piece.position - piece.start
+                self.reduction.offer(SpanBatch(piece, region, piece.span.offset, here, complete - here, position))
+            self._next_frame = complete
+        self._limit_to_found(scan, piece)
+
+    def _limit_to_found(self, scan: FrameScanner, piece: Piece) -> None:
+        """End the span where the next frame begins that does not fit it. Where that frame has begun already, end it now:
+        the little that is there of the frame moves on with it."""
+        largest = self.domain.region_bytes if self.domain is not None else 0
+        while self.span_slabs * SLAB_BYTES < 2 * (scan.unit_bytes + LABEL_BYTES) <= largest:
+            self.span_slabs *= 2
+        room = self._room(piece)
+        shift = piece.start - piece.position
+        cut = scan.boundary(room - shift) + shift
+        piece.limit = room
+        if piece.fill < cut < room:
+            piece.limit = cut
+        elif (
+            room == piece.span.size_bytes
+            and piece.start + BLOCK_BYTES < cut <= piece.fill
+            and piece.fill - cut <= CARRY_BYTES_MAX
+            and cut < room
+            and self.length != self.spec.length
+        ):
+            self._close_piece(last=False, cut=cut)
+
     # -- the end
+
+    def frame_counts(self) -> tuple[int, int]:
+        if self._scan is None:
+            return super().frame_counts()
+        return self._scan.frames, self.length - self._scan.settled
 
     async def finish(self) -> StreamDigest:
         """Wait until every byte is stored at the bucket's durability level. Raises IngestError."""

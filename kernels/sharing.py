@@ -17,13 +17,14 @@ HOLD_S = 0.2
 class Share:
     """One kernel's share. ``release`` may be called again without harm."""
 
-    __slots__ = ("_claimed", "_over", "_parent", "count", "first_frame", "offset", "region")
+    __slots__ = ("_claimed", "_over", "_parent", "count", "first_frame", "offset", "position", "region")
 
     def __init__(self, parent: SharedBatch, batch: FrameBatch) -> None:
         self.region = batch.region
         self.offset = batch.offset
         self.first_frame = batch.first_frame
         self.count = batch.count
+        self.position = batch.position
         self._parent = parent
         self._claimed = False
         self._over = False

@@ -50,6 +50,13 @@ class FrameIndex:
         self._skipped.append(0)
         self.count += 1
 
+    def append_chunks(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        """One more frame in as many chunks as the grid has."""
+        self._offsets.extend(offsets)
+        self._lengths.extend(lengths)
+        self._skipped.extend(bytes(len(offsets)))
+        self.count += 1
+
     def extend(self, offset: int, length: int, count: int) -> None:
         """``count`` more frames of one size, one behind the other."""
         if count > 0:

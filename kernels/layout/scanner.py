@@ -70,6 +70,11 @@ class Scanner(abc.ABC):
         """Up to which body offset the structure is known."""
         return max(self.position, self._stack_end)
 
+    @property
+    def unit_bytes(self) -> int:
+        """Stored bytes of the frame under way, or of the last one."""
+        return self._stack_unit
+
     def boundary(self, limit: int) -> int:
         """The largest body offset up to ``limit`` that does not lie inside the stored bytes of a known frame."""
         if self._stack_start < limit < self._stack_end:

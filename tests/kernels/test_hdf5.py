@@ -36,9 +36,7 @@ def read(store: Any, zygote_socket: str) -> Read:
         record = store.put("b", b"x.h5", body, **metadata)
         domain = store.domain("b")
         before = len(os.listdir("/proc/self/fd"))
-        found = await read_stored_structure(
-            zygote_socket, store, record, domain, SandboxLimits(populate=False)
-        )
+        found = await read_stored_structure(zygote_socket, store, record, domain, SandboxLimits(populate=False))
         assert domain.live == 0
         assert len(os.listdir("/proc/self/fd")) <= before
         return found
