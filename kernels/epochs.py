@@ -20,6 +20,7 @@ from ingest.ports import Domain, FrameBatch
 from ingest.records import FrameGeometry, KernelEpoch, ObjectRecord
 from kernels.attach import Attachment
 from kernels.lane import STATE_ON_LOOP_BYTES_MAX, Lane, StateArrays
+from kernels.layout.index import FrameIndex
 from kernels.passes import CATCHUP_PIECES, EpochPass, PassContext, Report, merge_states
 from kernels.rows import Table
 from kernels.scheduler import NO_LIMIT
@@ -61,12 +62,15 @@ class KernelPass:
         bucket: str,
         key: bytes,
         stopped: Callable[[int], None],
+        index: FrameIndex | None = None,
     ) -> None:
+        """``index``: where the frames are, if they do not lie back to back as ``geometry`` says."""
         self.attachment = epochs[0][1]
         self.stopped_at: int | None = None
         self._context = context
         self._lane = lane
         self._geometry = geometry
+        self._index = index
         self._verdicts = verdicts
         self._row = row
         self._report = Report(context, self.attachment.kernel, verdicts, row, bucket, key)
@@ -90,6 +94,7 @@ class KernelPass:
                 first_frame,
                 self._changed,
                 self._stopped,
+                self._index,
             )
         )
 

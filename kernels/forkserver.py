@@ -112,7 +112,8 @@ class ForkServer:
             spec = self._decoder.decode(data).spec
         except msgspec.MsgspecError as error:
             return f"malformed request: {error}"
-        if len(fds) != 2 + bool(spec.arrays_bytes) + spec.region_count or not spec.layouts or not spec.stages:
+        runs_nothing = not spec.reader and not (spec.layouts and spec.stages)
+        if len(fds) != 2 + bool(spec.arrays_bytes) + spec.region_count or runs_nothing:
             return "the request does not match its descriptors"
         if not self._free_lanes:
             return "too many sandboxes are running"

@@ -33,8 +33,12 @@ from ingest.ports import (
 from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
-from kernels.formats import HEADER_BYTES_MAX, NotFrames, declared_geometry, sniff
+from kernels.formats import declared_geometry
 from kernels.lane import Lane, LaneKey
+from kernels.layout.detect import Kind, kind_of
+from kernels.layout.index import FrameIndex
+from kernels.layout.indexer import Layout, read_stored_structure
+from kernels.layout.stored import Found, find_layout
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
@@ -55,6 +59,8 @@ log = logging.getLogger("hiss.kernels")
 
 WARM_MAX = 4
 """Sandboxes started before their first frame, each time the kernels of a bucket change."""
+READERS_MAX = 2
+"""Processes that read the structure of stored files at once."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -135,6 +141,7 @@ class KernelHost:
         self._closed = False
         self._work = asyncio.Semaphore(0)
         self._sweep_now = asyncio.Event()
+        self._readers = asyncio.Semaphore(READERS_MAX)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
@@ -358,18 +365,19 @@ class KernelHost:
         geometry: FrameGeometry,
         domain: Domain,
         frame: FrameBatch | None,
+        index: FrameIndex | None = None,
     ) -> None:
         """See ``ReductionHost``."""
         names = {attachment.kernel.name for attachment in attachments}
         every = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
-        trailing = record.length - geometry.origin - geometry.frame_bytes
+        trailing = record.length - geometry.origin - geometry.frame_bytes if index is None else 0
         ruling = [attachment.name for attachment in attachments if attachment.raw != "all"]
         ledger = OneFrame(names, trailing, prior_of(record, complete=every <= names), ruling)
         shares: Sequence[FrameBatch | None] = [None] * len(attachments)
         if frame is not None:
             shares = SharedBatch(frame, len(attachments)).shares
         for attachment, share in zip(attachments, shares, strict=True):
-            self._gatherer.add(record, attachment, geometry, domain, ledger, share)
+            self._gatherer.add(record, attachment, geometry, domain, ledger, share, index)
 
     def _is_at(self, object_id: bytes, kernel: str) -> bool:
         return (object_id, kernel) in self._owing or self._gatherer.holds(object_id, kernel)
@@ -534,22 +542,15 @@ class KernelHost:
         if domain is None:
             self._pool.close_idle(lambda lane: lane.key.bucket != record.bucket)
             raise Postponed("no memory region is free")
-        info = StreamInfo(
-            record.bucket,
-            record.key,
-            record.object_id,
-            record.length,
-            record.headers.get("content-type", ""),
-            record.metadata,
-        )
+        info = _info_of(record)
         domain.hold()
         try:
-            found = record.geometry or await self.geometry(record, domain)
-            readable = isinstance(found, FrameGeometry) and found.frame_bytes + BLOCK_BYTES <= domain.region_bytes
-            if isinstance(found, FrameGeometry) and readable and is_single(found, record.length):
-                waiting = {one.name: one.owed or misfit(one, found) for one in attachments}
+            found = await self._layout(info, record, domain)
+            single, index = _single(found.layout, record, domain)
+            if single is not None:
+                waiting = {one.name: one.owed or misfit(one, single) for one in attachments}
                 ready = [one for one in attachments if not waiting[one.name]]
-                self.gather(record, ready, found, domain, None)
+                self.gather(record, ready, single, domain, None, index)
                 for name, reason in waiting.items():
                     if reason:
                         await self.postpone(record, name, Postponed(reason, waits=True))
@@ -565,18 +566,32 @@ class KernelHost:
         finally:
             reduction.aborted()
 
-    async def geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
-        length = min(record.length, HEADER_BYTES_MAX)
-        head = b""
-        if length:
-            loaded = await load(self.pad, record, 0, length, domain)
+    async def single(self, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
+        """See ``RunHost``."""
+        return _single((await self._layout(_info_of(record), record, domain)).layout, record, domain)
+
+    async def _layout(self, info: StreamInfo, record: ObjectRecord, domain: Domain) -> Found:
+        """How the frames of a stored version lie. Raises Gone, Postponed or Hopeless."""
+        if record.geometry is not None:
+            return Found.plain(record.geometry, record.length)
+
+        async def fetch(offset: int, length: int) -> bytes:
+            loaded = await load(self.pad, record, offset, length, domain)
             try:
-                head = os.pread(domain.region_fds[loaded.region], length, loaded.offset)
+                return os.pread(domain.region_fds[loaded.region], length, loaded.offset)
             finally:
                 loaded.release()
-        found = sniff(memoryview(head), record.key, record.metadata, complete=True)
-        assert not isinstance(found, int)
-        return found
+
+        async def read_structure() -> Layout:
+            limits = self.sandbox_limits
+            async with self._readers:
+                return await read_stored_structure(self.zygote_socket, self.pad, record, domain, limits)
+
+        try:
+            await self._clearance.granted()
+            return await find_layout(info, record.length, fetch, read_structure)
+        except SandboxFailed as failure:
+            raise Postponed(f"its structure cannot be read at the moment: {failure.message}") from None
 
     async def _give_up(self, record: ObjectRecord, kernel: str, error: str) -> None:
         log.warning("kernel %s over %s/%r: %s", kernel, record.bucket, record.key, error)
@@ -597,10 +612,27 @@ class KernelHost:
 
 def _is_small_single(key: bytes, metadata: Mapping[str, str], length: int) -> FrameGeometry | None:
     """The geometry of a body that is known from its head to be one small frame."""
-    if length > FRAME_BYTES_MAX or key.endswith(b".npy"):
+    if length > FRAME_BYTES_MAX:
         return None
     try:
+        if kind_of(memoryview(b""), key, "", metadata, complete=False) is not Kind.RAW:
+            return None
         declared = declared_geometry(metadata)
     except ValueError:
         return None
     return declared if declared is not None and is_single(declared, length) else None
+
+
+def _info_of(record: ObjectRecord) -> StreamInfo:
+    content_type = record.headers.get("content-type", "")
+    return StreamInfo(record.bucket, record.key, record.object_id, record.length, content_type, record.metadata)
+
+
+def _single(layout: Layout, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
+    """The geometry of a version that is exactly one frame, and where it is stored if it is not plain."""
+    if isinstance(layout, FrameIndex) and layout.is_single:
+        return layout.geometry, layout
+    if isinstance(layout, FrameGeometry) and is_single(layout, record.length):
+        readable = layout.frame_bytes + BLOCK_BYTES <= domain.region_bytes
+        return (layout, None) if readable else (None, None)
+    return None, None

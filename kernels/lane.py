@@ -48,6 +48,10 @@ START_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 class LaneClient(Protocol):
     """One kernel's pass over one stream, as its lane sees it. Calls come from the event loop and return at once."""
 
+    def table(self, run: Run) -> bytes:
+        """Where the stored chunks of the run's frames lie (kernels/decode/table.py); empty: plainly, back to back."""
+        ...
+
     def judged(self, run: Run, reply: Reply) -> None: ...
     def stopped(self, frame: int) -> None:
         """This frame said STOP; none behind it is judged. Called after ``judged``, and after what follows is void."""
@@ -178,11 +182,12 @@ class Lane:
 
     # -- the streams
 
-    def join(self, client: LaneClient, *, alone: bool = False) -> int:
-        """``alone``: the stream's frames are objects of one frame each, numbered as they come."""
+    def join(self, client: LaneClient, *, alone: bool = False, encoded: int = 0) -> int:
+        """``alone``: the stream's frames are objects of one frame each, numbered as they come. ``encoded``: where the
+        frames are found by ``LaneClient.table``, how many of them at most in one batch."""
         number = next(self._numbers)
         self._clients[number] = client
-        self._schedule.join(number, self._frame_bytes, alone=alone)
+        self._schedule.join(number, self._frame_bytes, alone=alone, encoded=encoded)
         self.idle_since_s = None
         if self._failure is not None:
             client.refused(*self._failure)
@@ -325,8 +330,11 @@ class Lane:
     async def _judge(self, run: Run) -> None:
         assert self._sandbox is not None
         began_s = time.perf_counter()
+        # A stream that left has no run begun any more.
+        table = self._clients[run.stream].table(run)
+        region, offset = (0, 0) if table else (run.region, run.offset)
         reply = await self._sandbox.run(
-            Batch(run.region, run.offset, self._frame_bytes, run.first_frame, run.count, run.slot, run.alone)
+            Batch(region, offset, self._frame_bytes, run.first_frame, run.count, run.slot, run.alone, table=table)
         )
         client = self._clients.get(run.stream)
         if client is not None:

@@ -24,6 +24,8 @@ from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
 from kernels.attach import Attachment
 from kernels.contract import Kernel, merge
 from kernels.lane import Lane, LaneRefused, StateArrays
+from kernels.layout.index import FrameIndex
+from kernels.layout.placing import batch_frames_max, loadable, stored_range, table_of
 from kernels.ranges import Ranges
 from kernels.rows import Rows
 from kernels.sandbox import Reply
@@ -72,11 +74,18 @@ class LoadedBatch:
     revoked = False
 
     def __init__(
-        self, loaded: LoadedBytes, first_frame: int, count: int, limits: tuple[asyncio.Semaphore, ...]
+        self,
+        loaded: LoadedBytes | None,
+        first_frame: int,
+        count: int,
+        limits: tuple[asyncio.Semaphore, ...],
+        position: int = 0,
     ) -> None:
-        """``limits`` were acquired for this piece and are given back with it."""
-        self.region = loaded.region
-        self.offset = loaded.offset
+        """``limits`` were acquired for this piece and are given back with it. ``loaded`` None: nothing of these frames was
+        ever written to the file. ``position``: body offset of what was loaded."""
+        self.region = loaded.region if loaded is not None else 0
+        self.offset = loaded.offset if loaded is not None else 0
+        self.position = position
         self.first_frame = first_frame
         self.count = count
         self._loaded = loaded
@@ -86,7 +95,8 @@ class LoadedBatch:
         return True
 
     def release(self) -> None:
-        self._loaded.release()
+        if self._loaded is not None:
+            self._loaded.release()
         for limit in self._limits:
             limit.release()
 
@@ -184,7 +194,9 @@ class EpochPass:
         first_frame: int,
         changed: asyncio.Event,
         stopped: Callable[[EpochPass, int], None],
+        index: FrameIndex | None = None,
     ) -> None:
+        """``index``: where the frames are, if they do not lie back to back as ``geometry`` says."""
         self.attachment = attachment
         self.first_frame = first_frame
         self.final = False
@@ -198,7 +210,8 @@ class EpochPass:
         self._changed = changed
         self._tell_stopped = stopped
         self._left = False
-        self._stream = lane.join(self)
+        self._index = index
+        self._stream = lane.join(self, encoded=batch_frames_max(index) if index is not None else 0)
 
     # -- frames
 
@@ -236,6 +249,11 @@ class EpochPass:
             raise Hopeless(refusal.kind, str(refusal)) from None
 
     # -- outcomes, from the lane
+
+    def table(self, run: Run) -> bytes:
+        if self._index is None:
+            return b""
+        return table_of(run.stream, self._index, run.first_frame, run.count, run.batches)
 
     def judged(self, run: Run, reply: Reply) -> None:
         self._report.judged(run, reply)
@@ -275,8 +293,9 @@ class EpochPass:
 
     async def catch_up(self, record: ObjectRecord, domain: Domain, window: asyncio.Semaphore) -> bool:
         """Read back every frame that lags now; False when none did. Raises Gone, Postponed or Hopeless."""
-        frame_bytes = self._geometry.frame_bytes
-        size = max(1, min(CATCHUP_FRAMES, CATCHUP_BYTES // frame_bytes))
+        size = CATCHUP_FRAMES
+        if self._index is None:
+            size = max(1, min(size, CATCHUP_BYTES // self._geometry.frame_bytes))
         head = self._take(size)
         if head is None:
             return False
@@ -296,25 +315,54 @@ class EpochPass:
             for limit in (window, self._context.pieces):
                 await limit.acquire()
                 held.append(limit)
-            loaded = await self._load(record, first, count, domain)
+            loaded, position = await self._load(record, first, count, domain)
         except BaseException:
             for limit in held:
                 limit.release()
             if not self.closed:
                 self._lane.lag(self._stream, first, count)
             raise
-        batch = LoadedBatch(loaded, first, count, tuple(held))
+        batch = LoadedBatch(loaded, first, count, tuple(held), position)
         if self.closed:
             batch.release()
         else:
             self._lane.offer(self._stream, batch, live=False)
 
     def _take(self, count_max: int) -> tuple[int, int] | None:
-        return None if self.closed else self._lane.load(self._stream, count_max)
+        head = None if self.closed else self._lane.load(self._stream, count_max)
+        if head is None or self._index is None:
+            return head
+        first, count = head
+        size = loadable(self._index, first, count, CATCHUP_BYTES)
+        if size < count:
+            self._lane.lag(self._stream, first + size, count - size)
+        return first, size
 
-    async def _load(self, record: ObjectRecord, first: int, count: int, domain: Domain) -> LoadedBytes:
+    async def _load(
+        self, record: ObjectRecord, first: int, count: int, domain: Domain
+    ) -> tuple[LoadedBytes | None, int]:
+        """The frames' stored bytes, and which body offset they begin at."""
+        if self._index is not None:
+            return await load_stored(self._context.pad, record, self._index, first, count, domain)
         start = self._geometry.origin + first * self._geometry.frame_bytes
-        return await load(self._context.pad, record, start, count * self._geometry.frame_bytes, domain)
+        return await load(self._context.pad, record, start, count * self._geometry.frame_bytes, domain), start
+
+
+async def load_stored(
+    pad: LandingPad, record: ObjectRecord, index: FrameIndex, first: int, count: int, domain: Domain
+) -> tuple[LoadedBytes | None, int]:
+    """The bytes that hold every chunk of these frames, and their body offset; None where no chunk was ever written."""
+    start, stop = stored_range(index, first, count)
+    if start == stop:
+        return None, 0
+    room = domain.region_bytes - BLOCK_BYTES
+    if stop - start > room:
+        raise Hopeless(
+            "format",
+            f"the chunks of frame {first} lie over {stop - start} bytes of the object, more than the {room} bytes kernels "
+            "can read at once",
+        )
+    return await load(pad, record, start, stop - start, domain), start
 
 
 def merge_states(kernel: Kernel, into: StateArrays, other: StateArrays) -> None:

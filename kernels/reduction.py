@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Catalog, Domain, FrameBatch, LandingPad, StreamInfo
+from ingest.ports import Catalog, Domain, FrameBatch, FrameScanner, LandingPad, StreamInfo
 from ingest.records import (
     BLOCK_BYTES,
     CommitObject,
@@ -34,8 +34,11 @@ from ingest.runs import run_of
 from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment, misfit
 from kernels.epochs import KernelPass, Outcome
-from kernels.formats import NotFrames, sniff
+from kernels.formats import NotFrames
 from kernels.lane import TRANSIENT, Lane
+from kernels.layout.index import FrameIndex
+from kernels.layout.live import Later, LiveScan, sniff_live
+from kernels.layout.stored import NO_IMAGE, Found
 from kernels.lineage import Epoch, Input, Lineage
 from kernels.passes import Gone, Hopeless, PassContext, Postponed
 from kernels.ranges import Ranges
@@ -83,6 +86,7 @@ class ReductionHost(Protocol):
         ...
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
+    def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None: ...
     def gather(
         self,
         record: ObjectRecord,
@@ -90,6 +94,7 @@ class ReductionHost(Protocol):
         geometry: FrameGeometry,
         domain: Domain,
         frame: FrameBatch | None,
+        index: FrameIndex | None = None,
     ) -> None:
         """The version is one frame: it goes into its run's state (kernels/runs). ``frame`` is released in any case."""
         ...
@@ -141,6 +146,10 @@ class Reduction:
         self.attachments = tuple(attachments)
         self._host = host
         self._geometry: FrameGeometry | None = None
+        self._index: FrameIndex | None = None
+        self._scan: LiveScan | None = None
+        self._later = False
+        self._gaps: tuple[tuple[int, int], ...] = ()
         self._trouble: Hopeless | None = None
         # Kernels that filter the raw data decide alone what becomes of a frame.
         ruling = [row for row, attachment in enumerate(self.attachments) if attachment.raw != "all"]
@@ -173,20 +182,37 @@ class Reduction:
 
     # -- the stream
 
-    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
+    def sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | FrameScanner | int | None:
         """See ``FrameReduction``. Asks for at most HEADER_BYTES_MAX bytes."""
         return self._sniff(head, complete=complete)
 
     @_contained
-    def _sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | int | None:
-        found = sniff(head, self.info.key, self.info.metadata, complete=complete)
+    def _sniff(self, head: memoryview, *, complete: bool) -> FrameGeometry | FrameScanner | int | None:
+        found = sniff_live(head, self.info, self._indexed, self._broken, complete=complete)
         if isinstance(found, int):
             return found
-        geometry = self.settle(found)
-        if geometry is not None:
-            self._arriving = True
-            self._host.context.feedback.stream_opened(self.info.bucket, self.kernels)
-        return geometry
+        if isinstance(found, Later):
+            self._later = True
+            return None
+        if isinstance(found, LiveScan):
+            self._scan = found
+            return found
+        if self.settle(found) is None:
+            return None
+        self._opened()
+        return self._geometry
+
+    def _opened(self) -> None:
+        self._arriving = True
+        self._host.context.feedback.stream_opened(self.info.bucket, self.kernels)
+
+    def _indexed(self, index: FrameIndex) -> None:
+        """The scanner has seen what the frames are like."""
+        if not self._over and self.settle(index) is not None:
+            self._opened()
+
+    def _broken(self, reason: str) -> None:
+        self.break_off("format", reason)
 
     def _arrived(self) -> None:
         """No further frame is to come: whoever listens to the feedback must not take silence for a failure."""
@@ -194,9 +220,12 @@ class Reduction:
             self._arriving = False
             self._host.context.feedback.stream_closed(self.info.bucket, self.kernels)
 
-    def settle(self, found: FrameGeometry | NotFrames) -> FrameGeometry | None:
-        """The geometry is known (or known to be none): open a pass for each kernel."""
-        if isinstance(found, FrameGeometry):
+    def settle(self, found: FrameGeometry | FrameIndex | NotFrames) -> FrameGeometry | None:
+        """It is known how the frames lie (or that there are none): open a pass for each kernel."""
+        if isinstance(found, FrameIndex):
+            self._index = found
+            found = found.geometry
+        elif isinstance(found, FrameGeometry):
             found = self._within_limits(found)
         if isinstance(found, NotFrames):
             self._trouble = Hopeless("format", found.reason)
@@ -205,7 +234,7 @@ class Reduction:
         self._host.seen(self.info.bucket, found)
         reasons = {row: one.owed or misfit(one, found) for row, one in enumerate(self.attachments)}
         self._waiting = {row: reason for row, reason in reasons.items() if reason}
-        if self.info.length is not None and is_single(found, self.info.length):
+        if self._is_single(found):
             self._single = Single()
             return found
         for row, attachment in enumerate(self.attachments):
@@ -221,6 +250,7 @@ class Reduction:
                 self.info.bucket,
                 self.info.key,
                 self._stopped,
+                self._index,
             )
         return found
 
@@ -250,6 +280,14 @@ class Reduction:
     @property
     def epochs(self) -> tuple[KernelEpoch, ...]:
         return tuple(epoch for kernel_pass in self._passes.values() for epoch in kernel_pass.epochs)
+
+    def _is_single(self, geometry: FrameGeometry) -> bool:
+        if self.info.length is None:
+            return False
+        if self._index is None:
+            return is_single(geometry, self.info.length)
+        # A body that ends with the message that holds its first frame.
+        return self._scan is not None and self._scan.position >= self.info.length
 
     def _within_limits(self, found: FrameGeometry) -> FrameGeometry | NotFrames:
         # Reading back takes up to a block more, for alignment.
@@ -315,6 +353,8 @@ class Reduction:
         self._received = received
         self._trailing_bytes = trailing_bytes
         self._truncated_bytes = discarded_bytes
+        if self._scan is not None:
+            self._gaps = self._scan.gaps()
         return self._counts()
 
     def _counts(self) -> FrameLedger:
@@ -339,7 +379,7 @@ class Reduction:
             replaced=replaced,
             stored=received,
             unreduced=max(0, received - kept - dropped - replaced - after_stop),
-            gaps=((received, missing),) if missing > 0 else (),
+            gaps=((received, missing),) if missing > 0 else self._gaps,
             trailing_bytes=self._trailing_bytes,
             stopped_at=min(stops, default=None),
             after_stop=after_stop,
@@ -352,11 +392,18 @@ class Reduction:
             return
         self.is_committed = True
         self._arrived()
+        if self._scan is not None and self._index is None and self._trouble is None:
+            self._trouble = Hopeless("format", NO_IMAGE)
+        if self._later:
+            # Its structure is read now that it can be looked at anywhere.
+            self._end()
+            self._host.catch_up(record, self.kernels)
+            return
         if self._single is not None:
             assert self._geometry is not None
             frame = self._single.give()
             ready = [one for row, one in enumerate(self.attachments) if row not in self._waiting]
-            self._host.gather(record, ready, self._geometry, self.domain, frame)
+            self._host.gather(record, ready, self._geometry, self.domain, frame, self._index)
             for row, reason in self._waiting.items():
                 late = self._host.postpone(record, self.attachments[row].name, Postponed(reason, waits=True))
                 self._host.spawn(late, "postpone")
@@ -397,7 +444,7 @@ class Reduction:
     def begin_stored(
         self,
         record: ObjectRecord,
-        found: FrameGeometry | NotFrames,
+        found: Found,
         settings: Mapping[str, Sequence[tuple[int, Attachment]]],
         *,
         partial: bool,
@@ -407,14 +454,10 @@ class Reduction:
         self._settings = dict(settings)
         if record.ledger is not None and record.ledger.truncated:
             self._truncated_bytes = record.ledger.discarded_bytes
-        geometry = self.settle(found)
-        if geometry is not None:
-            payload = max(0, record.length - geometry.origin)
-            frames = payload // geometry.frame_bytes
-            if geometry.count is not None:
-                frames = min(frames, geometry.count)
-            self._received = frames
-            self._trailing_bytes = payload - frames * geometry.frame_bytes
+        if self.settle(found.layout) is not None:
+            self._received = found.frames(record.length)
+            self._trailing_bytes = found.trailing_bytes
+            self._gaps = found.gaps
             ledger = record.ledger
             if partial and ledger is not None and ledger.kept + ledger.dropped + ledger.replaced > 0:
                 self._prior = ledger

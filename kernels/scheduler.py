@@ -72,6 +72,11 @@ class Run:
     alone: bool = False
     """See wire.Run."""
 
+    @property
+    def batches(self) -> tuple[FrameBatch, ...]:
+        """All that hold frames of this run, in order."""
+        return self.finished if self.unfinished is None else (*self.finished, self.unfinished)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collect:
@@ -90,12 +95,13 @@ Step = Reset | Run | Collect
 
 class _Stream:
     __slots__ = (
-        "alone", "banked", "closed", "collected", "disk", "frame_bytes", "gone", "judged", "lagging", "limit", "live",
-        "loading", "served", "slot", "slot_ready",
+        "alone", "banked", "closed", "collected", "disk", "encoded", "frame_bytes", "gone", "judged", "lagging", "limit",
+        "live", "loading", "served", "slot", "slot_ready",
     )  # fmt: skip
 
-    def __init__(self, frame_bytes: int, alone: bool) -> None:
+    def __init__(self, frame_bytes: int, alone: bool, encoded: int) -> None:
         self.alone = alone
+        self.encoded = encoded
         self.frame_bytes = frame_bytes
         self.live: deque[_Piece] = deque()
         self.disk: deque[_Piece] = deque()
@@ -153,8 +159,9 @@ class Schedule:
 
     # -- events from the streams
 
-    def join(self, stream: int, frame_bytes: int, *, alone: bool = False) -> None:
-        self._streams[stream] = _Stream(frame_bytes, alone)
+    def join(self, stream: int, frame_bytes: int, *, alone: bool = False, encoded: int = 0) -> None:
+        """``encoded``: the frames do not lie back to back in memory, and at most so many go into one batch; 0: they do."""
+        self._streams[stream] = _Stream(frame_bytes, alone, encoded)
         self._turns.append(stream)
 
     def offer(self, stream: int, batch: FrameBatch, *, live: bool) -> None:
@@ -426,13 +433,15 @@ class Schedule:
             live = state.live[0].first < state.disk[0].first
         queue = state.live if live else state.disk
         limit = max(1, min(self._batch_frames_max, self._batch_bytes_max // max(1, state.frame_bytes)))
+        if state.encoded:
+            limit = min(limit, state.encoded)
         taken: list[tuple[int, int, int]] = []
         finished: list[FrameBatch] = []
         unfinished: FrameBatch | None = None
         count = 0
         while queue and count < limit:
             piece = queue[0]
-            if taken and not self._follows(taken[0], count, piece, state.frame_bytes):
+            if taken and not self._follows(taken[0], count, piece, state):
                 break
             if not piece.committed and not piece.batch.dispatched():
                 queue.popleft()
@@ -465,8 +474,11 @@ class Schedule:
         return Run(stream, state.slot, region, offset, first, count, live, tuple(finished), unfinished, state.alone)
 
     @staticmethod
-    def _follows(head: tuple[int, int, int], count: int, piece: _Piece, frame_bytes: int) -> bool:
+    def _follows(head: tuple[int, int, int], count: int, piece: _Piece, state: _Stream) -> bool:
         region, offset, first = head
+        if state.encoded:
+            return piece.first == first + count
+        frame_bytes = state.frame_bytes
         return (piece.batch.region, piece.offset, piece.first) == (region, offset + count * frame_bytes, first + count)
 
     # -- bookkeeping

@@ -38,7 +38,7 @@ class NotReadable(Exception):
 
 
 def read_structure(
-    file: io.RawIOBase | io.BytesIO, dataset: str, frame_shape: tuple[int, ...] | None
+    file: io.IOBase, dataset: str, frame_shape: tuple[int, ...] | None
 ) -> tuple[Structure, npt.NDArray[np.void]]:
     """Raises NotReadable, or whatever HDF5 makes of a broken file."""
     with h5py.File(file, "r") as opened:

@@ -83,13 +83,6 @@ class FrameIndex:
         np.frombuffer(self._lengths, np.uint32)[numbers] = lengths
         np.frombuffer(self._skipped, np.uint16)[numbers] = entries["skipped"]
 
-    def slabs(self, first: int, count: int) -> tuple[int, int]:
-        """The run of frames that share chunks with these: (first, count)."""
-        depth = self.encoding.depth
-        start = first // depth * depth
-        stop = min(-(-(first + count) // depth) * depth, self.count)
-        return start, stop - start
-
     def entries(self, first: int, count: int) -> npt.NDArray[np.void]:
         """Entries for these frames; ``offset`` is bytes into the body, ``region`` is unset."""
         depth = self.encoding.depth
@@ -103,6 +96,7 @@ class FrameIndex:
         written: npt.NDArray[np.void] = found[found["length"] > 0]
         return written
 
-    def frames_of_table(self, entries_max: int) -> int:
-        """Most frames whose entries fit one table."""
-        return max(1, entries_max // self._per_slab) * self.encoding.depth
+    @property
+    def is_single(self) -> bool:
+        """One frame that shares its chunks with no other."""
+        return self.count == 1 and self.encoding.depth == 1

@@ -8,6 +8,7 @@ file; no offset and no count it says is believed unchecked.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -33,7 +34,7 @@ from kernels.layout.index import CHUNKS_MAX, FrameIndex
 from kernels.passes import load
 from kernels.process import SandboxFailed, SandboxProcess
 from kernels.sandbox import SandboxLimits
-from kernels.wire import KIND_FAILED, KIND_READY, PAGE_BYTES, SandboxSpec
+from kernels.wire import KIND_FAILED, KIND_READY, SandboxSpec
 
 WANTS_MAX = 20_000
 """Requests of one file: 5 GB of structure."""
@@ -80,7 +81,7 @@ async def read_stored_structure(
 async def _start(zygote_socket: str, domain: Domain, limits: SandboxLimits) -> SandboxProcess:
     spec = SandboxSpec(
         stages=(),
-        layouts=(("u1", (1,)),),
+        layouts=(),
         compile_only=True,
         region_count=len(domain.region_fds),
         region_bytes=domain.region_bytes,
@@ -96,7 +97,7 @@ async def _start(zygote_socket: str, domain: Domain, limits: SandboxLimits) -> S
     # Every sandbox has an output memory; this one has nothing to write there.
     output_fd = os.memfd_create("hiss-reader-output", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(output_fd, PAGE_BYTES)
+        os.ftruncate(output_fd, mmap.PAGESIZE)
         process = await SandboxProcess.fork(zygote_socket, spec, output_fd, domain.region_fds)
     finally:
         os.close(output_fd)

@@ -44,6 +44,11 @@ class LiveScan:
         return self._scanner.frames
 
     @property
+    def position(self) -> int:
+        """Body bytes seen."""
+        return self._scanner.position
+
+    @property
     def settled(self) -> int:
         return self._scanner.settled
 

@@ -21,6 +21,7 @@ from kernels.layout.scanner import Broken, Scanner
 from kernels.layout.tiff import read_tiff
 
 WINDOW_BYTES = 64 << 10
+NO_IMAGE = "there is no image in it"
 Fetch = Callable[[int, int], Awaitable[bytes]]
 """Bytes [offset, offset + length) of the body."""
 
@@ -33,9 +34,27 @@ class Found:
     trailing_bytes: int = 0
     gaps: tuple[tuple[int, int], ...] = ()
 
+    def frames(self, body_bytes: int) -> int:
+        """Whole frames in a body of that length."""
+        layout = self.layout
+        if isinstance(layout, FrameIndex):
+            return layout.count
+        if isinstance(layout, NotFrames):
+            return 0
+        frames = max(0, body_bytes - layout.origin) // layout.frame_bytes
+        return frames if layout.count is None else min(frames, layout.count)
+
+    @classmethod
+    def plain(cls, geometry: FrameGeometry, body_bytes: int) -> Found:
+        frames = cls(geometry).frames(body_bytes)
+        return cls(geometry, max(0, body_bytes - geometry.origin) - frames * geometry.frame_bytes)
+
 
 async def find_layout(
-    info: StreamInfo, length: int, fetch: Fetch, read_structure: Callable[[], Awaitable[FrameIndex | NotFrames]]
+    info: StreamInfo,
+    length: int,
+    fetch: Fetch,
+    read_structure: Callable[[], Awaitable[FrameGeometry | FrameIndex | NotFrames]],
 ) -> Found:
     """``read_structure`` has a sandbox read an HDF5 file."""
     try:
@@ -69,9 +88,7 @@ async def _plain(kind: Kind, info: StreamInfo, length: int, fetch: Fetch) -> Fou
     frames = payload // found.frame_bytes
     if found.count is not None and frames > found.count and kind is Kind.NPY:
         return await _scanned(NpyStream(_ignore, declared_geometry(info.metadata)), length, fetch)
-    if found.count is not None:
-        frames = min(frames, found.count)
-    return Found(found, payload - frames * found.frame_bytes)
+    return Found.plain(found, length)
 
 
 async def _scanned(scanner: Scanner, length: int, fetch: Fetch) -> Found:
@@ -80,7 +97,7 @@ async def _scanned(scanner: Scanner, length: int, fetch: Fetch) -> Found:
         scanner.feed(memoryview(window))
         scanner.jump(length)
     if scanner.index is None:
-        return Found(NotFrames("there is no image in it"))
+        return Found(NotFrames(NO_IMAGE))
     return Found(scanner.index, length - scanner.settled, scanner.gaps())
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from ingest.records import BLOCK_BYTES, FrameGeometry
 from kernels.decode import table
 from kernels.layout.index import FrameIndex
+from kernels.layout.placing import batch_frames_max
 from kernels.offline.body import Body
 from kernels.sandbox import Batch
 from kernels.wire import MAX_BATCH
@@ -98,7 +99,7 @@ class Window:
 
 def _runs(layout: FrameIndex, first: int, stop: int) -> Iterator[tuple[int, int]]:
     """Frames that may share a batch: (first, count)."""
-    most = min(_together(layout.frame_bytes), layout.frames_of_table(table.ENTRIES_MAX))
+    most = min(_together(layout.frame_bytes), batch_frames_max(layout))
     depth = layout.encoding.depth
     at = first
     while at < stop:

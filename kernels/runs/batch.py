@@ -23,12 +23,14 @@ import numpy.typing as npt
 
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, MembersGone, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Domain, FeedbackEvent, FrameBatch
+from ingest.ports import Domain, FeedbackEvent, FrameBatch, LoadedBytes
 from ingest.records import CommitObject, FrameGeometry, ObjectRecord, PartialMember, PartialOf
 from kernels.attach import Attachment
 from kernels.contract import DROP, FRAME_COLUMN, REPLACE, merge
 from kernels.lane import TRANSIENT, Lane, StateArrays
-from kernels.passes import Gone, Hopeless, LoadedBatch, Postponed, load
+from kernels.layout.index import FrameIndex
+from kernels.layout.placing import table_of_members
+from kernels.passes import Gone, Hopeless, LoadedBatch, Postponed, load, load_stored
 from kernels.runs import partial as partials
 from kernels.runs.ledger import OneFrame
 from kernels.runs.names import exact, partial_key
@@ -59,6 +61,8 @@ class Entry:
     record: ObjectRecord
     geometry: FrameGeometry
     ledger: OneFrame
+    index: FrameIndex | None = None
+    """Where its frame is stored, if it is not plain."""
     verdict: int | None = None
     told: bool = False
     rows: npt.NDArray[np.void] | None = None
@@ -69,13 +73,14 @@ class Entry:
 class _Numbered:
     """A frame under its number in a cell (``FrameBatch``)."""
 
-    __slots__ = ("_frame", "count", "first_frame", "offset", "region")
+    __slots__ = ("_frame", "count", "first_frame", "offset", "position", "region")
 
     def __init__(self, frame: FrameBatch, number: int) -> None:
         self.region = frame.region
         self.offset = frame.offset
         self.first_frame = number
         self.count = 1
+        self.position = frame.position
         self._frame = frame
 
     @property
@@ -97,7 +102,7 @@ class Cell:
         self.state: StateArrays | None = None
         self.final = False
         self._batch = batch
-        self._stream = batch.lane.join(self, alone=True)
+        self._stream = batch.lane.join(self, alone=True, encoded=batch.encoded)
 
     def add(self, entry: Entry, frame: FrameBatch | None) -> None:
         number = len(self.entries)
@@ -127,6 +132,16 @@ class Cell:
         self._batch.lane.forget(self._stream, number, 1)
 
     # -- LaneClient
+
+    def table(self, run: Run) -> bytes:
+        if not self._batch.encoded:
+            return b""
+        members = []
+        for number, frame in enumerate(run.batches, run.first_frame):
+            index = self.entries[number].index
+            assert index is not None
+            members.append((number, index, frame))
+        return table_of_members(members)
 
     def judged(self, run: Run, reply: Reply) -> None:
         batch = self._batch
@@ -205,8 +220,10 @@ class Batch:
         domain: Domain,
         done: Callable[[bytes, str], None],
         replaces: tuple[bytes, ...] = (),
+        encoded: int = 0,
     ) -> None:
-        """``replaces``: partials that go when this one is stored, members and all."""
+        """``replaces``: partials that go when this one is stored, members and all. ``encoded``: the members are stored
+        encoded, and so many at most are judged at once; 0: they are plain."""
         self.host = host
         self.run = run
         self.group = group
@@ -214,6 +231,7 @@ class Batch:
         self.kernel = attachment.kernel
         self.lane = lane
         self.domain = domain
+        self.encoded = encoded
         self.feedback_events = 0
         self.dropped_rows = 0
         self.changed = asyncio.Event()
@@ -327,12 +345,11 @@ class Batch:
 
     async def _bring_back(self, cell: Cell, number: int) -> None:
         entry = cell.entries[number]
-        record, geometry = entry.record, entry.geometry
         await self.lane.admitted()
         pieces = self.host.context.pieces
         await pieces.acquire()
         try:
-            loaded = await load(self.host.pad, record, geometry.origin, geometry.frame_bytes, self.domain)
+            loaded, position = await self._load(entry)
         except BaseException as error:
             pieces.release()
             if self.over.is_set() or not isinstance(error, Gone | Postponed | Hopeless):
@@ -340,11 +357,18 @@ class Batch:
             cell.without(number)
             await self._lost(entry, error)
             return
-        batch = LoadedBatch(loaded, number, 1, (pieces,))
+        batch = LoadedBatch(loaded, number, 1, (pieces,), position)
         if self.over.is_set() or self._refusal is not None:
             batch.release()
         else:
             cell.loaded(batch)
+
+    async def _load(self, entry: Entry) -> tuple[LoadedBytes | None, int]:
+        """The member's stored bytes, and which body offset they begin at."""
+        if entry.index is not None:
+            return await load_stored(self.host.pad, entry.record, entry.index, 0, 1, self.domain)
+        origin, size = entry.geometry.origin, entry.geometry.frame_bytes
+        return await load(self.host.pad, entry.record, origin, size, self.domain), origin
 
     async def _lost(self, entry: Entry, why: Exception) -> None:
         """One member's frame cannot be had: the others go on without it."""

@@ -20,8 +20,10 @@ from ingest.ports import Catalog, Domain, FrameBatch, LandingPad
 from ingest.records import FrameGeometry, ObjectRecord
 from ingest.runs import run_of
 from kernels.attach import Attachment
-from kernels.formats import NotFrames
+from kernels.decode.encoding import Encoding
 from kernels.lane import Lane, LaneKey
+from kernels.layout.index import FrameIndex
+from kernels.layout.placing import batch_members_max
 from kernels.passes import PassContext, Postponed
 from kernels.runs.batch import Batch, Entry
 from kernels.runs.ledger import OneFrame
@@ -48,8 +50,9 @@ class RunHost(Protocol):
     async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None: ...
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
-    async def geometry(self, record: ObjectRecord, domain: Domain) -> FrameGeometry | NotFrames:
-        """From the version's first bytes. Raises Gone, Postponed or Hopeless."""
+    async def single(self, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
+        """What a stored version that is exactly one frame is like, and where it is stored if it is not plain. Raises Gone,
+        Postponed or Hopeless."""
         ...
 
     async def attachment(self, bucket: str, kernel: str) -> Attachment | None:
@@ -64,6 +67,7 @@ class BatchKey:
     lane: LaneKey
     run: bytes
     group: str
+    encoding: Encoding | None
 
 
 def is_single(geometry: FrameGeometry, length: int) -> bool:
@@ -98,8 +102,10 @@ class Gatherer:
         domain: Domain,
         ledger: OneFrame,
         frame: FrameBatch | None,
+        index: FrameIndex | None = None,
     ) -> None:
-        """Take a member; ``frame`` is its frame in the arena, which is released in any case."""
+        """Take a member; ``frame`` is its frame in the arena, which is released in any case. ``index``: where it is stored,
+        if it is not plain."""
         identity = (record.object_id, attachment.kernel.name)
         if attachment.kernel.ordered:
             if frame is not None:
@@ -111,15 +117,16 @@ class Gatherer:
                 frame.release()
             return
         lane = self._host.lane(record.bucket, attachment, geometry, domain)
-        key = BatchKey(lane.key, run_of(record.key), group_of(attachment))
+        key = BatchKey(lane.key, run_of(record.key), group_of(attachment), None if index is None else index.encoding)
         batch = self._open.get(key)
         if batch is None:
-            batch = Batch(self._host, key.run, key.group, attachment, lane, domain, self.done)
+            encoded = 0 if index is None else batch_members_max(index)
+            batch = Batch(self._host, key.run, key.group, attachment, lane, domain, self.done, encoded=encoded)
             self._open[key] = batch
             self._batches.add(batch)
             self._host.spawn(self._live(key, batch), f"batch {record.bucket}/{attachment.kernel.name}")
         self._held.add(identity)
-        batch.add(Entry(record, geometry, ledger), frame)
+        batch.add(Entry(record, geometry, ledger, index), frame)
         if batch.full:
             del self._open[key]
             batch.close()
@@ -171,7 +178,7 @@ class Gatherer:
             self._batches.discard(batch)
             batch.abandon()
         for entry in again:
-            self.add(entry.record, batch.attachment, entry.geometry, batch.domain, entry.ledger, None)
+            self.add(entry.record, batch.attachment, entry.geometry, batch.domain, entry.ledger, None, entry.index)
 
     def _finishing(self, key: BatchKey) -> bool:
         """Whether an earlier batch of the same key is not stored yet: a kernel that lags gets fewer, larger batches."""

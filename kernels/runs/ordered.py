@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 
 from ingest.errors import IngestError
-from ingest.ports import Domain
 from ingest.records import FrameGeometry, ObjectRecord, PartialRecord, RunProductRecord
 from kernels.attach import Attachment
+from kernels.layout.index import FrameIndex
+from kernels.layout.placing import batch_members_max
 from kernels.runs.batch import Batch, Entry
-from kernels.runs.gather import RunHost, is_single
+from kernels.runs.gather import RunHost
 from kernels.runs.groups import read_members
 from kernels.runs.ledger import OneFrame, prior_of
 from kernels.runs.names import group_of
@@ -39,22 +40,23 @@ async def judge(
     domain = host.pad.domain(run.bucket)
     if domain is None:
         return
-    layouts = [(record, await _geometry(host, record, domain)) for record in records]
-    first = next((geometry for _, geometry in layouts if geometry is not None), None)
+    layouts = [(record, *await host.single(record, domain)) for record in records]
+    first, index = next(((geometry, index) for _, geometry, index in layouts if geometry is not None), (None, None))
     if first is None:
         return
+    wanted_form = _form(first, index)
     lane = host.lane(run.bucket, attachment, first, domain)
     replaces = tuple(one.object_id for one in batches)
-    batch = Batch(host, run.run, group, attachment, lane, domain, lambda _, __: None, replaces)
+    batch = Batch(host, run.run, group, attachment, lane, domain, lambda _, __: None, replaces, _encoded(index))
     try:
-        for record, geometry in layouts:
-            if geometry is None or (geometry.dtype, geometry.shape) != (first.dtype, first.shape):
-                await _refuse(host, record, due.kernel, "the frames of an ordered run have one dtype and one shape")
+        for record, geometry, index in layouts:
+            if geometry is None or _form(geometry, index) != wanted_form:
+                await _refuse(
+                    host, record, due.kernel, "the frames of an ordered run have one dtype, shape and encoding"
+                )
                 continue
-            ledger = OneFrame(
-                [due.kernel], record.length - geometry.frame_bytes - geometry.origin, prior_of(record, False)
-            )
-            batch.add(Entry(record, geometry, ledger), None)
+            trailing = record.length - geometry.frame_bytes - geometry.origin if index is None else 0
+            batch.add(Entry(record, geometry, OneFrame([due.kernel], trailing, prior_of(record, False)), index), None)
         batch.close()
         if await batch.end():
             log.info("ordered run %r changed while it was judged: once more", run.run)
@@ -77,9 +79,13 @@ async def _members(host: RunHost, due: RunProductRecord, wanted: set[bytes]) -> 
     return found
 
 
-async def _geometry(host: RunHost, record: ObjectRecord, domain: Domain) -> FrameGeometry | None:
-    found = record.geometry or await host.geometry(record, domain)
-    return found if isinstance(found, FrameGeometry) and is_single(found, record.length) else None
+def _form(geometry: FrameGeometry, index: FrameIndex | None) -> tuple[object, ...]:
+    """What the frames of one sequence have in common."""
+    return geometry.dtype, geometry.shape, None if index is None else index.encoding
+
+
+def _encoded(index: FrameIndex | None) -> int:
+    return 0 if index is None else batch_members_max(index)
 
 
 async def _refuse(host: RunHost, record: ObjectRecord, kernel: str, reason: str) -> None:

@@ -20,6 +20,7 @@ class Placed:
 
     __slots__ = ("_over", "_slab", "count", "first_frame", "offset", "region")
     revoked = False
+    position = 0
 
     def __init__(self, slab: _Slab, region: int, offset: int) -> None:
         self.region = region

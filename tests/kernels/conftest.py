@@ -126,6 +126,7 @@ class Batch:
     offset: int
     first_frame: int
     count: int
+    position: int = 0
     revoked: bool = False
     sent: bool = False
     releases: int = 0

@@ -13,6 +13,8 @@ from kernels.sharing import SharedBatch
 class Batch:
     region, offset, first_frame, count = 0, 4096, 10, 4
 
+    position = 0
+
     def __init__(self, *, revoked: bool = False) -> None:
         self.revoked = revoked
         self.asked = self.releases = 0
