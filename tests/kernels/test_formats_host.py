@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import fabio
 import h5py
 import hdf5plugin
 import numpy as np
@@ -249,30 +248,6 @@ async def test_multi_page_tiff(room: Room) -> None:
         key = f"a/{name}.tif".encode()
         await room.put(key, target.getvalue())
         await room.check(key, FRAMES)
-
-
-async def test_one_frame_objects_go_into_their_run(room: Room, data_folder: Path, until: Until) -> None:
-    """CBF, TIFF and one message an object: the run's state is their sum, whatever each is."""
-    cbf = (data_folder / "phi_scan_001.cbf").read_bytes()
-    pixels = fabio.open(str(data_folder / "phi_scan_001.cbf")).data.astype(np.int64)
-    tiff = io.BytesIO()
-    tifffile.imwrite(tiff, FRAMES[0])
-    await room.put(b"cbf/1.cbf", cbf)
-    await room.put(b"cbf/2.cbf", cbf)
-    await room.put(b"tiff/1.tif", tiff.getvalue())
-    for number, frame in enumerate(FRAMES[:4]):
-        await room.put(f"messages/{number}.cbor".encode(), dectris.image(frame, number + 17))
-    want = {b"cbf": 2 * pixels.sum(), b"tiff": FRAMES[0].sum(), b"messages": FRAMES[:4].sum()}
-    for run, total in want.items():
-        name = (BUCKET, b"_products/sum/" + run + b"/_run.nxs")
-
-        def whole(name: tuple[str, bytes] = name, total: int = total) -> bool:
-            if name not in room.store.objects:
-                return False
-            with h5py.File(io.BytesIO(room.store.bodies[room.store.objects[name].object_id])) as file:
-                return bool(file["entry/state/sums"][0] == total)
-
-        await until(whole, 30.0)
 
 
 @pytest.mark.parametrize(
