@@ -26,7 +26,7 @@ STATE = {
 
 
 def frame(frame, params, state, index, out, feedback):
-    histogram = state.histogram  # once, outside of the loop: the compiler counts references
+    histogram = state.histogram
     below = 0
     above = 0
     not_numbers = 0
