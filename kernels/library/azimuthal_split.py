@@ -3,7 +3,7 @@
 Computes: for every bin, over all frames, the sum of the pixels times their shares, divided by the sum of their
 normalisation times their shares: a sparse matrix times the frame. With the matrix of prepare.from_pyfai this is
 pyFAI's ``integrate1d`` with method ("bbox" or "full", "csr", …). Where pixels are small against the bins use
-azimuthal.py, which is three times as fast.
+azimuthal.py, which is several times as fast.
 Source: J. Kieffer, J. P. Wright, Powder Diffraction 28 (2013) S339, doi:10.1017/S0885715613000924; error propagation
 as there for Poisson statistics.
 
