@@ -18,7 +18,7 @@ from numba.core import types as numba_types
 from kernels.calls import Feedback, jit, nowhere
 from kernels.contract import DROP, REPLACE, STOP, Geometry, chain_geometries, out_geometry
 from kernels.memory import NO_ROWS
-from kernels.program import NotCompiled, Program, type_of
+from kernels.program import Program, type_of
 from kernels.wire import AT_FRAME, BAD_VERDICT, COUNTERS, ROWS_OF_FRAME
 
 Drive = Callable[..., int]
@@ -53,25 +53,9 @@ class Chain:
 
     def __init__(self, programs: Sequence[Program]) -> None:
         self.programs = tuple(programs)
-        self._counted = False
-        if any(program.allocates for program in programs):
-            self._count()
 
     def compile(self, frame: Geometry, memories: Sequence[StageMemory]) -> Drive:
-        """``memories``: of any slot. Raises NotCompiled. First without reference counts; kernels that make arrays need them."""
-        if not self._counted:
-            try:
-                return self._compile(frame, memories)
-            except NotCompiled:
-                self._count()
-        return self._compile(frame, memories)
-
-    def _count(self) -> None:
-        self._counted = True
-        for program in self.programs:
-            program.use(counted=True)
-
-    def _compile(self, frame: Geometry, memories: Sequence[StageMemory]) -> Drive:
+        """``memories``: of any slot. Raises NotCompiled."""
         dtype, shape = frame
         frames = np.ndarray((0, *shape), dtype, b"")
         seen: Any = type_of(frames).copy(ndim=len(shape))
@@ -82,7 +66,7 @@ class Chain:
             program.compile(seen, memory.params, memory.state, out_type, memory.feedback)
             if memory.outs is not None:
                 seen = out_type.copy(readonly=True)
-        drive = _driver(self.programs, counted=self._counted)
+        drive = _driver(self.programs)
         self.programs[-1].guarded(lambda: drive(frames, np.zeros(0, np.uint8), 0, False, -1, *arguments_of(memories)))
         return drive
 
@@ -147,7 +131,7 @@ if verdict != {drop} and verdict != {bad}:
 """
 
 
-def _driver(programs: Sequence[Program], *, counted: bool) -> Drive:
+def _driver(programs: Sequence[Program]) -> Drive:
     """The compiled loop: the only thing that differs between chains is which kernels have an ``out``."""
     last = len(programs) - 1
     verdicts = {"drop": DROP, "stop": STOP, "bad": BAD_VERDICT}
@@ -177,4 +161,4 @@ def _driver(programs: Sequence[Program], *, counted: bool) -> Drive:
     )
     namespace: dict[str, Any] = {"np": np, **{f"frame_{n}": program.frame for n, program in enumerate(programs)}}
     exec(source, namespace)
-    return jit(namespace["drive"], counted=counted)  # type: ignore[no-any-return]
+    return jit(namespace["drive"])  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ import math
 import sys
 import types
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numba
@@ -26,6 +26,7 @@ from kernels import cautions, explain
 from kernels.calls import Feedback, append_of, emit, jit
 from kernels.contract import VERDICTS, Kernel
 from kernels.explain import FOLDER, MAX_REASON_CHARS
+from kernels.hoist import hoisted
 
 _ALLOCATES = frozenset(
     """
@@ -34,6 +35,7 @@ _ALLOCATES = frozenset(
     """.split()
 )
 """Calls that make a new array, for certain or for some arguments."""
+_NUMBERS = (numba_types.Number, numba_types.Boolean, numba_types.NoneType)
 TABLE_ENTRIES = 16
 """Longer constant tables become arrays: numba spells tuples out entry by entry."""
 
@@ -69,22 +71,11 @@ class Program:
         except NotCompiled as refusal:
             refusal.stage = stage
             raise
+        self._allocating = _allocating(ast.parse(kernel.source)).intersection(self._functions)
+        self._tried: dict[str, int] = {}
+        self._cautions: set[tuple[int, str]] = set()
         self.frame: Any = None
         self.finish: Any = None
-        self.use(counted=False)
-
-    @property
-    def allocates(self) -> bool:
-        """Whether it makes new arrays, as far as names tell: an array expression does so too."""
-        calls = (node.func for node in ast.walk(ast.parse(self.kernel.source)) if isinstance(node, ast.Call))
-        return any(isinstance(called, ast.Attribute) and called.attr in _ALLOCATES for called in calls)
-
-    def use(self, *, counted: bool) -> None:
-        """Forget what was compiled; from now on with or without reference counts (calls.jit)."""
-        for name, function in self._functions.items():
-            self._namespace[name] = jit(function, counted=counted)
-        self.frame = self._namespace["frame"]
-        self.finish = self._namespace.get("finish") if self.kernel.has_finish else None
 
     def params(self, values: Mapping[str, int | float], arrays: Sequence[npt.NDArray[np.generic]]) -> Any:
         scalars = [np.dtype(spec.dtype).type(values[spec.name]) for spec in self.kernel.params]
@@ -97,18 +88,45 @@ class Program:
         """Compile ``frame``, and ``finish`` if there is one, for these types; raises NotCompiled."""
         state_type, params_type = type_of(state), type_of(params)
         signature = (frame_type, params_type, state_type, numba_types.int64, out_type, type_of(feedback))
-        self.guarded(lambda: self.frame.compile(signature), "frame")
+        self.frame = self._compiled("frame", signature)
         returned = self.frame.overloads[signature].signature.return_type
         if not isinstance(returned, numba_types.Integer | numba_types.Boolean):
             reason = f"frame() must return KEEP, DROP, REPLACE or STOP on every path, here it returns {returned}"
             raise NotCompiled(self._first_line("frame"), reason, self._stage)
-        if self.finish is not None:
-            self.guarded(lambda: self.finish.compile((state_type, params_type)), "finish")
+        if self.kernel.has_finish:
+            self.finish = self._compiled("finish", (state_type, params_type))
+
+    def _compiled(self, entry: str, signature: tuple[Any, ...]) -> Any:
+        """The function, compiled with as few reference counts (calls.jit) as it can do with: those functions have them that
+        are seen to make arrays, then it too (an array expression makes one), then all. What failed once is not tried again
+        for other frames."""
+        choices = list(dict.fromkeys((self._allocating, self._allocating | {entry}, frozenset(self._functions))))
+        for n in range(self._tried.get(entry, 0), len(choices)):
+            self._tried[entry] = n
+            counted = choices[n]
+            for name, function in self._functions.items():
+                self._namespace[name] = jit(function, counted=name in counted)
+            compiled = self._namespace[entry]
+            try:
+                self.guarded(lambda: compiled.compile(signature), entry)  # noqa: B023  # called at once
+            except NotCompiled:
+                if n == len(choices) - 1:
+                    raise
+                continue
+            if entry not in counted or self._returns_numbers(self._functions.keys() - counted):
+                break
+        for name in self._functions:
+            self._cautions.update(cautions.of(self._namespace[name]))
+        return compiled
+
+    def _returns_numbers(self, functions: Iterable[str]) -> bool:
+        """A function with reference counts would release an array that one without them returns."""
+        overloads = (overload for name in functions for overload in self._namespace[name].overloads.values())
+        return all(isinstance(overload.signature.return_type, _NUMBERS) for overload in overloads)
 
     def cautions(self) -> list[tuple[int, str]]:
         """What compiles and is probably not meant, by line."""
-        found = (cautions.of(self._namespace[name]) for name in self._functions)
-        return sorted(caution for some in found for caution in some)
+        return sorted(self._cautions)
 
     def guarded(self, compiling: Callable[[], object], function: str = "frame") -> None:
         """Call, and translate what the compiler raises."""
@@ -138,7 +156,8 @@ def _load(kernel: Kernel) -> dict[str, Any]:
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"__name__": "kernel", "np": np, "math": math, **offered}
     try:
-        exec(compile(source, name, "exec", dont_inherit=True), namespace)
+        module = hoisted(ast.parse(source), kernel)
+        exec(compile(module, name, "exec", dont_inherit=True), namespace)
     except SyntaxError as error:
         raise NotCompiled(error.lineno or 1, f"syntax error: {error.msg}") from None
     except Exception as error:
@@ -160,6 +179,22 @@ def _functions_of(kernel: Kernel, namespace: Mapping[str, Any]) -> dict[str, typ
         if name not in functions:
             raise NotCompiled(1, f"there is no function {name}()")
     return functions
+
+
+def _allocating(module: ast.Module) -> frozenset[str]:
+    """Functions that are seen to make arrays, and those that call them."""
+    calls: dict[str, set[str]] = {}
+    found: set[str] = set()
+    for function in module.body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        called = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+        calls[function.name] = {name.id for name in called if isinstance(name, ast.Name)}
+        if any(isinstance(name, ast.Attribute) and name.attr in _ALLOCATES for name in called):
+            found.add(function.name)
+    while more := {name for name, called in calls.items() if called & found} - found:
+        found |= more
+    return frozenset(found)
 
 
 def _table(value: tuple[Any, ...]) -> Any:

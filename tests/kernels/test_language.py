@@ -327,6 +327,7 @@ ALLOCATES = {
     "zeros": "    a = np.zeros(4096)\n    a[1] = 2\n    return KEEP if a[1] == 2 else DROP\n",
     "array expression": "    return KEEP if (frame >= 0).sum() == frame.size else DROP\n",
     "in a helper": "    return KEEP if scratch(frame)[0] == 1 else DROP\n",
+    "a view from a helper": "    v = part(frame)\n    a = v * 2\n    return KEEP if a.size == v.size else DROP\n",
     "copy": "    return KEEP if frame.astype(np.float64)[0, 0] >= 0 else DROP\n",
 }
 
@@ -336,12 +337,32 @@ async def test_kernels_may_make_arrays_without_end(start: Start, region: Any, bo
     """They are freed: far more of them than the process has memory for."""
     frames = frames_of(64, (64, 64))
     place(region, frames)
-    source = "def scratch(frame):\n    return np.ones(frame.size)\n\n\n" + HEAD + body
+    helpers = "def scratch(frame):\n    return np.ones(frame.size)\n\n\ndef part(frame):\n    return frame[1:3]\n\n\n"
+    source = helpers + HEAD + body
     limits = SandboxLimits(memory_bytes=256 << 20, batch_timeout_s=20.0, populate=False)
     sandbox = await start(source, shape=(64, 64), limits=limits)
     for _ in range(150):
         reply = await sandbox.run(batch(frames))
     assert reply.verdicts.tolist() == [KEEP] * 64
+
+
+async def test_finish_may_make_arrays_where_frame_does_not(start: Start, region: Any) -> None:
+    source = (
+        'STATE = {"total": ("int64", (8, 8), "sum"), "mean": ("float64", (8, 8), "sum")}\n\n\n'
+        "def add(y, x, value, state):\n    state.total[y, x] += value\n    return state.total[y, x]\n\n\n"
+        + HEAD
+        + "    for y in range(8):\n        for x in range(8):\n            add(y, x, frame[y, x], state)\n    return KEEP\n\n\n"
+        "def finish(state, params):\n    add(0, 0, 1, state)\n    state.mean[:] = state.total / 2 + np.ones((8, 8))\n"
+    )
+    frames = frames_of(3)
+    place(region, frames)
+    sandbox = await start(source)
+    await sandbox.run(batch(frames))
+    total = frames.sum(axis=0, dtype=np.int64)
+    state = sandbox.collect(0)
+    assert (state["total"] == total).all()
+    total[0, 0] += 1
+    assert ((await sandbox.finish(state))["mean"] == total / 2 + 1).all()
 
 
 async def test_long_tables_and_rows_of_tables(start: Start, region: Any) -> None:
