@@ -2,7 +2,7 @@
 
 A kernel is attached by putting it at ``_kernels/NAME.py``; its own object metadata says the rest: ``match`` (glob over
 keys, ``*`` crosses ``/``; default all), ``params`` (JSON object of numbers), ``raw`` (``all``, ``kept``, ``none``), ``device``
-(``cpu``), ``after`` (the kernel whose ``out`` is its frame). In: an admitted kernel, its metadata, the arrays that are
+(``cpu``, ``fpga``), ``after`` (the kernel whose ``out`` is its frame). In: an admitted kernel, its metadata, the arrays that are
 there. Out: an ``Attachment``, or KernelRefused for what can never be. What only is not there yet makes an attachment that
 waits: ``owed`` says for what.
 """
@@ -30,6 +30,7 @@ PARAMS_BYTES_MAX = 8192
 CHAIN_MAX = 4
 """Kernels of one chain."""
 RAW = ("all", "kept", "none")
+DEVICES = ("cpu", "fpga")
 
 _NAME = re.compile(rb"_kernels/([A-Za-z_][A-Za-z0-9_-]{0,63})\.py\Z")
 
@@ -57,6 +58,8 @@ class Attachment:
     """What of the raw data remains: all, kept (what it keeps) or none."""
     after: str = ""
     """Name of the kernel before it in a chain."""
+    device: str = "cpu"
+    """cpu, or fpga: run by the model of the core and compared with the cpu (kernels/offload)."""
     arrays: Mapping[str, ArrayUse] = dataclasses.field(default_factory=dict)
     before: tuple[Attachment, ...] = ()
     """The chain before it, first to last."""
@@ -110,9 +113,12 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
     raw = metadata.get("raw", "all")
     if raw not in RAW:
         raise refuse(f"x-amz-meta-raw: {raw!r:.40} is not one of {', '.join(RAW)}")
-    if metadata.get("device", "cpu") != "cpu":
-        raise refuse(f"x-amz-meta-device: {metadata['device']!r:.40} is not available; allowed is cpu")
+    device = metadata.get("device", "cpu")
+    if device not in DEVICES:
+        raise refuse(f"x-amz-meta-device: {device!r:.40} is not one of {', '.join(DEVICES)}")
     after = metadata.get("after", "")
+    if after and device != "cpu":
+        raise refuse(f"x-amz-meta-device: a kernel that comes after another runs on the cpu, not on {device}")
     if after and kernel_name(f"_kernels/{after}.py".encode()) is None:
         raise refuse(f"x-amz-meta-after: {after!r:.80} is not a kernel's name; give it without .py")
     params = metadata.get("params", "{}")
@@ -122,7 +128,12 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
         given = msgspec.json.decode(params.encode(), type=dict[str, int | float])
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         raise refuse(f'x-amz-meta-params: a JSON object of numbers, e.g. {{"low": 12}} ({error})') from None
-    return Attachment(kernel, match, resolve_params(kernel, given), pattern_of(metadata), raw, after)
+    return Attachment(kernel, match, resolve_params(kernel, given), pattern_of(metadata), raw, after, device)
+
+
+def device_for(attachment: Attachment, *, encoded: bool) -> Attachment:
+    """An offloaded kernel takes pixels: frames that lie compressed or scattered in their file are reduced on the cpu."""
+    return dataclasses.replace(attachment, device="cpu") if encoded and attachment.device != "cpu" else attachment
 
 
 def pattern_of(metadata: Mapping[str, str]) -> re.Pattern[str]:

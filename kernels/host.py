@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ingest.counters import Counters
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import (
@@ -39,6 +41,7 @@ from kernels.layout.detect import Kind, kind_of
 from kernels.layout.index import FrameIndex
 from kernels.layout.indexer import Layout, read_stored_structure
 from kernels.layout.stored import Found, find_layout
+from kernels.offload.device import Plans
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
 from kernels.reduction import Reduction
@@ -128,7 +131,8 @@ class KernelHost:
         self._slot = slot
         self._limits = limits
         self._clearance = clearance
-        self._tally = Tally(counters)
+        self.tally = self._tally = Tally(counters)
+        self.plans = Plans()
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
         self._submissions = Submissions(zygote_socket, self._registry, clearance, limits.sandbox)
@@ -347,6 +351,12 @@ class KernelHost:
     def refused(self, lane: Lane) -> None:
         """The kernel does not compile for this layout."""
         self._tally.error("compile")
+
+    def device(self, bucket: str, attachment: Attachment, geometry: FrameGeometry | None) -> str:
+        """See ``ReductionHost``."""
+        if geometry is None:
+            return "cpu"
+        return self.plans.text(bucket, attachment, np.dtype(geometry.dtype).name, geometry.shape)
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
         """Run in the background until it ends or the host closes; an exception is logged."""

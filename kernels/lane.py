@@ -25,8 +25,12 @@ from ingest.counters import Counters
 from ingest.ports import Domain, FrameBatch, KernelRefused
 from ingest.records import FrameGeometry
 from kernels.attach import Attachment, stages_of
+from kernels.contract import Stage
+from kernels.offload.device import Differs, Plans
+from kernels.offload.verify import Verifier
 from kernels.sandbox import Batch, Reply, Sandbox, SandboxFailed, SandboxLimits
 from kernels.scheduler import Collect, Reset, Run, Schedule
+from kernels.tally import Tally
 from kernels.wire import MAX_BATCH
 
 log = logging.getLogger("hiss.kernels")
@@ -85,6 +89,9 @@ class LaneClient(Protocol):
 class LaneOwner(Protocol):
     """The host, as its lanes see it."""
 
+    plans: Plans
+    tally: Tally
+
     zygote_socket: str
     counters: Counters
     sandbox_limits: SandboxLimits
@@ -130,6 +137,7 @@ class LaneKey:
     dtype: str
     shape: tuple[int, ...]
     regions: tuple[int, ...]
+    device: str
 
     @classmethod
     def of(cls, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> LaneKey:
@@ -145,7 +153,16 @@ class LaneKey:
             for use in attachment.uses
         )
         dtype = np.dtype(geometry.dtype).name
-        return cls(bucket, kernel.name, kernel.sha256, settings, dtype, geometry.shape, tuple(domain.region_fds))
+        return cls(
+            bucket,
+            kernel.name,
+            kernel.sha256,
+            settings,
+            dtype,
+            geometry.shape,
+            tuple(domain.region_fds),
+            attachment.device,
+        )
 
 
 class Lane:
@@ -178,6 +195,7 @@ class Lane:
         self._bytes = owner.counters.cell("hiss_kernel_bytes_total")
         # For the lane's whole life, not only the process's: between two processes the regions must stay this bucket's.
         domain.hold()
+        self._verifier: Verifier | None = None
         self._task = asyncio.create_task(self._work(), name=f"lane {key.bucket}/{key.kernel}")
 
     # -- the streams
@@ -220,6 +238,8 @@ class Lane:
         if self._clients.pop(stream, None) is None:
             return
         self._schedule.leave(stream)
+        if self._verifier is not None:
+            self._verifier.forget(stream)
         if not self._clients:
             self.idle_since_s = time.monotonic()
             self._owner.idle(self)
@@ -274,6 +294,7 @@ class Lane:
             self._refuse("internal", "internal error of the kernel host")
         finally:
             await self._end_process()
+            await self._end_verifier()
             self._schedule.failed()
             self._domain.drop()
             self._owner.dismissed(self)
@@ -305,14 +326,18 @@ class Lane:
         except SandboxFailed as failure:
             await self._end_process()
             self._died(failure)
+        except Differs as found:
+            await self._end_process()
+            self._fall_back(found)
 
     async def _start(self) -> Sandbox:
         """Start a process; waits out a missing zygote, which is nobody's fault."""
+        stages = await self._stages()
         for attempt in itertools.count():
             try:
                 return await Sandbox.start(
                     self._owner.zygote_socket,
-                    stages_of(self.attachment),
+                    stages,
                     dtype=self.key.dtype,
                     shape=self.key.shape,
                     region_fds=self._domain.region_fds,
@@ -327,6 +352,47 @@ class Lane:
                 await asyncio.sleep(START_BACKOFF_S[min(attempt, len(START_BACKOFF_S) - 1)])
         raise AssertionError("unreachable")
 
+    # -- an offloaded kernel: the model runs, sampled frames are compared, and what differs is judged again
+
+    async def _stages(self) -> list[Stage]:
+        plan = await self._owner.plans.plan(self.key.bucket, self.attachment, self.key.dtype, self.key.shape)
+        await self._end_verifier()
+        if plan is None:
+            return stages_of(self.attachment)
+        self._verifier = Verifier(
+            plan, self.attachment, self._owner.zygote_socket, self._owner.sandbox_limits, self._owner.tally.compared
+        )
+        return plan.stages(self.attachment)
+
+    async def _sample(self, run: Run) -> None:
+        """The batch is still held: its first frame may be copied."""
+        verifier = self._verifier
+        if verifier is None or not verifier.wants(run.stream):
+            return
+        region_fd = self._domain.region_fds[run.region]
+        if self._frame_bytes > STATE_ON_LOOP_BYTES_MAX:
+            await _to_its_end(lambda: verifier.copy(region_fd, run.offset))
+        else:
+            verifier.copy(region_fd, run.offset)
+        verifier.compare(run.stream, 0 if run.alone else run.first_frame)
+
+    def _fall_back(self, found: Differs) -> None:
+        """Nothing that the model counted and that was not handed over counts; the plain kernel judges it again."""
+        log.error(
+            "kernel %s in bucket %s: the offload failed, it runs on the cpu from now on: %s",
+            self.key.kernel,
+            self.key.bucket,
+            found,
+        )
+        self._owner.tally.error("offload")
+        self._owner.plans.failed(self.key.bucket, self.attachment, str(found))
+        self._void()
+
+    async def _end_verifier(self) -> None:
+        verifier, self._verifier = self._verifier, None
+        if verifier is not None:
+            await asyncio.shield(verifier.close())
+
     async def _judge(self, run: Run) -> None:
         assert self._sandbox is not None
         began_s = time.perf_counter()
@@ -340,6 +406,7 @@ class Lane:
         if client is not None:
             # Feedback leaves from here: before anything else is done.
             client.judged(run, reply)
+        await self._sample(run)
         if reply.stopped_at is None:
             self._schedule.done()
         else:
@@ -371,6 +438,8 @@ class Lane:
     async def _move_state(self, step: Reset | Collect) -> None:
         sandbox, client = self._sandbox, self._clients.get(step.stream)
         assert sandbox is not None
+        if isinstance(step, Collect) and self._verifier is not None:
+            await self._verifier.settled()
 
         def move() -> None:
             if isinstance(step, Reset):
@@ -394,15 +463,18 @@ class Lane:
 
     def _died(self, failure: SandboxFailed) -> None:
         """The process is gone and reaped."""
+        self._void()
+        if failure.kind == "unavailable":
+            return
+        if self._owner.struck(self, failure):
+            self._refuse(failure.kind, failure.message)
+
+    def _void(self) -> None:
         for stream, first, count in self._schedule.failed():
             client = self._clients.get(stream)
             if client is not None:
                 client.voided(first, count)
         self._after_choice()
-        if failure.kind == "unavailable":
-            return
-        if self._owner.struck(self, failure):
-            self._refuse(failure.kind, failure.message)
 
     def _refuse(self, kind: str, reason: str) -> None:
         if self._failure is None:

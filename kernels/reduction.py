@@ -32,7 +32,7 @@ from ingest.records import (
 )
 from ingest.runs import run_of
 from kernels import product
-from kernels.attach import PRODUCT_PREFIX, Attachment, misfit
+from kernels.attach import PRODUCT_PREFIX, Attachment, device_for, misfit
 from kernels.epochs import KernelPass, Outcome
 from kernels.formats import NotFrames
 from kernels.lane import TRANSIENT, Lane
@@ -87,6 +87,10 @@ class ReductionHost(Protocol):
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None: ...
+    def device(self, bucket: str, attachment: Attachment, geometry: FrameGeometry | None) -> str:
+        """What the kernel runs on, as lineage says it."""
+        ...
+
     def gather(
         self,
         record: ObjectRecord,
@@ -255,7 +259,8 @@ class Reduction:
         return found
 
     def _lane(self, geometry: FrameGeometry, attachment: Attachment) -> Lane:
-        return self._host.lane(self.info.bucket, attachment, geometry, self.domain)
+        settled = device_for(attachment, encoded=self._index is not None)
+        return self._host.lane(self.info.bucket, settled, geometry, self.domain)
 
     def when_stopped(self, stopped: Callable[[int], None]) -> None:
         self._when_stopped = stopped
@@ -562,6 +567,9 @@ class Reduction:
             started_ns=self._started_ns,
             ended_ns=time.time_ns(),
             before=tuple(stage.kernel for stage in attachment.before),
+            device=self._host.device(
+                record.bucket, device_for(attachment, encoded=self._index is not None), self._geometry
+            ),
         )
         found: product.Findings | str
         if isinstance(outcome, str):

@@ -20,6 +20,7 @@ from kernels.clearance import Clearance
 from kernels.contract import chain_geometries
 from kernels.formats import declared_geometry
 from kernels.gate import admit
+from kernels.offload.device import check_offload
 from kernels.registry import Registry
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.standing import Verdict
@@ -53,6 +54,9 @@ class Submissions:
         layouts: Layouts = DEFAULT_LAYOUTS
         if declared is not None:
             layouts = ((np.dtype(declared.dtype).name, len(declared.shape)),)
+        if attachment.device == "fpga":
+            layout = (np.dtype(declared.dtype).name, declared.shape) if declared is not None else None
+            await asyncio.to_thread(check_offload, kernel, layout)
         others = await self._others(bucket)
         whole = chained(attachment, others | {name: attachment})
         await self._compile(whole, _reached(whole, layouts))

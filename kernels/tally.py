@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ingest.counters import Counters
 from kernels.contract import DROP, KEEP
 
-ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused")
+ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused", "offload")
 
 
 class Tally:
@@ -19,6 +19,7 @@ class Tally:
         self._drop = counters.cell("hiss_kernel_frames_total", "drop")
         self._unreduced = counters.cell("hiss_kernel_frames_total", "unreduced")
         self._caught_up = counters.cell("hiss_kernel_catchup_frames_total")
+        self._compared = counters.cell("hiss_kernel_offload_compared_total")
         self._products = counters.cell("hiss_kernel_products_total")
         self._feedback_dropped = counters.cell("hiss_feedback_dropped_total")
         self._errors = {kind: counters.cell("hiss_kernel_errors_total", kind) for kind in ERROR_KINDS}
@@ -41,6 +42,10 @@ class Tally:
     def error(self, kind: str) -> None:
         """A kind that is not in the table counts as a crash."""
         self._errors.get(kind, self._errors["crash"]).add()
+
+    def compared(self) -> None:
+        """A frame of an offloaded kernel was judged again by the plain one, with the same result."""
+        self._compared.add()
 
     def product(self) -> None:
         self._products.add()

@@ -46,22 +46,34 @@ EMITS_MAX = 16
 
 def build(kernel: Kernel, dtype: str, shape: tuple[int, ...]) -> Offload:
     declared = declarations.read(ast.parse(kernel.source))
-    _check_declarations(kernel, declared.lines)
+    used = _state_used(declared)
+    _check_declarations(kernel, [spec for spec in kernel.state if spec.name in used], declared.lines)
     _check_layout(dtype, shape)
     return _Builder(kernel, dtype, shape, declared).build()
 
 
-def _check_declarations(kernel: Kernel, lines: Mapping[str, int]) -> None:
+def _state_used(declared: declarations.Declared) -> set[str]:
+    """State arrays that frame() and its helpers name. The others are for finish(), which runs on the processor."""
+    return {
+        node.attr
+        for name, function in declared.functions.items()
+        if name != "finish"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "state"
+    }
+
+
+def _check_declarations(kernel: Kernel, state: Sequence[StateSpec], lines: Mapping[str, int]) -> None:
     if kernel.out is not None:
         raise Refusal(
             lines["OUT"], "transformed frames (OUT) are not offloaded: a core gives verdicts, state and feedback"
         )
     if kernel.rows is not None:
         raise Refusal(lines["ROWS"], "rows (ROWS) are not offloaded: emit single values, or count in state arrays")
-    for spec in kernel.state:
+    for spec in state:
         if spec.dtype not in types.INTEGERS:
             raise Refusal(lines["STATE"], f"an FPGA core works in integers: state.{spec.name} is {spec.dtype}")
-    bits = sum(spec.size_bytes * 8 for spec in kernel.state if spec.size_bytes // _itemsize(spec) > REGISTERS_MAX)
+    bits = sum(spec.size_bytes * 8 for spec in state if spec.size_bytes // _itemsize(spec) > REGISTERS_MAX)
     if bits > MEMORY_BITS_MAX:
         raise Refusal(
             lines["STATE"],
@@ -102,20 +114,22 @@ class _Sections:
 
 class _Builder(Walk):
     def __init__(self, kernel: Kernel, dtype: str, shape: tuple[int, ...], declared: declarations.Declared) -> None:
-        registers = [spec for spec in kernel.state if spec.size_bytes // _itemsize(spec) <= REGISTERS_MAX]
+        used = _state_used(declared)
+        state = [spec for spec in kernel.state if spec.name in used]
+        registers = [spec for spec in state if spec.size_bytes // _itemsize(spec) <= REGISTERS_MAX]
         super().__init__(
             declared.functions,
             declared.constants,
             {spec.name: spec.dtype for spec in kernel.params},
             frozenset(spec.name for spec in kernel.arrays),
-            {spec.name: spec for spec in kernel.state},
+            {spec.name: spec for spec in state},
             frozenset(spec.name for spec in registers),
             shape,
         )
         self._kernel = kernel
         self._dtype = dtype
         self._registers = tuple(registers)
-        self._memories = tuple(spec for spec in kernel.state if spec not in registers)
+        self._memories = tuple(spec for spec in state if spec not in registers)
         self._sections = _Sections()
         self._loops = itertools.count(1)
         self._rows: Span | None = None

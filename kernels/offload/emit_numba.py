@@ -52,7 +52,9 @@ def emit_numba(offload: Offload) -> str:
     module.body = [
         frame if isinstance(node, ast.FunctionDef) and node.name == "frame" else node
         for node in module.body
-        if not isinstance(node, ast.Import | ast.ImportFrom)
+        if not isinstance(
+            node, ast.Import | ast.ImportFrom | ast.Expr
+        )  # imports are below, and a docstring says nothing
     ]
     return "import numpy as np\n" + ast.unparse(module) + "\n"
 

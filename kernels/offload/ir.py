@@ -250,6 +250,11 @@ class Offload:
     memories: tuple[StateSpec, ...]
 
     @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """The arrays that the core holds, in the kernel's order; others are for finish() only."""
+        return tuple(spec for spec in self.kernel.state if spec in self.registers or spec in self.memories)
+
+    @property
     def height(self) -> int:
         return self.shape[0] if len(self.shape) == 2 else 1
 

@@ -91,7 +91,7 @@ def state_addresses(offload: Offload) -> dict[str, int]:
     addresses: dict[str, int] = {}
     address = STATE
     # Largest first: no window needs padding.
-    for spec in sorted(offload.kernel.state, key=lambda spec: (-window_bits(spec), spec.name)):
+    for spec in sorted(offload.state, key=lambda spec: (-window_bits(spec), spec.name)):
         size = 1 << window_bits(spec)
         address = -(-address // size) * size
         addresses[spec.name] = address
@@ -106,7 +106,7 @@ def address_bits(offload: Offload) -> int:
 
 def zip_state(offload: Offload) -> list[tuple[StateSpec, int]]:
     addresses = state_addresses(offload)
-    return [(spec, addresses[spec.name]) for spec in offload.kernel.state]
+    return [(spec, addresses[spec.name]) for spec in offload.state]
 
 
 def register_map(offload: Offload) -> list[Register]:

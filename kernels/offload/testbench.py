@@ -111,7 +111,7 @@ def state_of(offload: Offload, reads: list[tuple[int, int]]) -> dict[str, npt.ND
     words = np.array([data for data, _ in reads], np.uint32).view(np.uint64)
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     position = 0
-    for spec in offload.kernel.state:
+    for spec in offload.state:
         size = regs.elements(spec)
         arrays[spec.name] = words[position : position + size].astype(spec.dtype).reshape(spec.shape)
         position += size

@@ -81,8 +81,8 @@ class Values:
         names = Names()
         self.locals = {slot.name: names.take("v", slot.name.split(".")[0]) for slot in offload.slots}
         self.params = {spec.name: names.take("p", spec.name) for spec in offload.kernel.params}
-        self.states = {spec.name: names.take("s", spec.name) for spec in offload.kernel.state}
-        self.state = {spec.name: spec for spec in offload.kernel.state}
+        self.states = {spec.name: names.take("s", spec.name) for spec in offload.state}
+        self.state = {spec.name: spec for spec in offload.state}
         self._slots = {slot.name: slot for slot in offload.slots}
         self._registers = {spec.name for spec in offload.registers}
 

@@ -19,7 +19,7 @@ from ingest.errors import IngestError
 from ingest.ports import Catalog, Domain, FrameBatch, LandingPad
 from ingest.records import FrameGeometry, ObjectRecord
 from ingest.runs import run_of
-from kernels.attach import Attachment
+from kernels.attach import Attachment, device_for
 from kernels.decode.encoding import Encoding
 from kernels.lane import Lane, LaneKey
 from kernels.layout.index import FrameIndex
@@ -116,7 +116,8 @@ class Gatherer:
             if frame is not None:
                 frame.release()
             return
-        lane = self._host.lane(record.bucket, attachment, geometry, domain)
+        settled = device_for(attachment, encoded=index is not None)
+        lane = self._host.lane(record.bucket, settled, geometry, domain)
         key = BatchKey(lane.key, run_of(record.key), group_of(attachment), None if index is None else index.encoding)
         batch = self._open.get(key)
         if batch is None:

@@ -1,0 +1,114 @@
+"""``device: fpga`` on a kernel: who gets it, what runs, and what happens when the core is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import h5py
+import numpy as np
+import pytest
+
+from ingest.ports import KernelRefused
+from kernels.offload import device
+from kernels.offload.emit_numba import emit_numba
+from tests.kernels.hosting import BUCKET, Node
+from tests.kernels.offload import samples
+
+Until = Callable[..., object]
+
+FLOATS = """
+STATE = {"n": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    n = 0
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            n += frame[y, x] * 2 > 1
+    state.n[0] += n * 0.5 > 1
+    return KEEP
+"""
+
+
+def frames_of(dtype: str = "uint16", count: int = 30) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 40, (count, 64, 90)).astype(dtype)
+
+
+def check_product(file: h5py.File, frames: np.ndarray) -> str:
+    """That the threshold kernel's product is right; what it ran on."""
+    counts = (frames >= 12).sum(axis=(1, 2))
+    np.testing.assert_array_equal(file["entry/state/hits"][:], [(counts >= 40).sum()])
+    expected = np.bincount(np.minimum(frames, 63).reshape(-1).astype(np.int64), minlength=64)
+    np.testing.assert_array_equal(file["entry/state/histogram"][:], expected)
+    np.testing.assert_array_equal(file["entry/verdicts"][:], (counts >= 40).astype(np.uint8))
+    return file["entry/process/environment/device"][()].decode()
+
+
+async def reduced(node: Node, key: bytes, frames: np.ndarray, until: Until) -> h5py.File:
+    stream = await node.open(key, frames)
+    stream.sniff()
+    for first in range(0, len(frames), 10):
+        stream.offer(first, min(10, len(frames) - first))
+    stream.commit()
+    await until(lambda: node.has_product("threshold", key))
+    return node.product("threshold", key)
+
+
+async def test_the_model_runs_and_is_compared_with_the_plain_kernel(node: Node, until: Until) -> None:
+    node.attach("threshold", samples.THRESHOLD, device="fpga")
+    frames = frames_of()
+    with await reduced(node, b"run/a.raw", frames, until) as file:
+        ran_on = check_product(file, frames)
+    assert ran_on == "fpga model (sampled frames equal to cpu)"
+    assert node.count("hiss_kernel_offload_compared_total") >= 1
+    assert [event.value for event in node.feedback.events] == (frames >= 12).sum(axis=(1, 2)).tolist()
+
+
+async def test_a_core_that_is_wrong_is_noticed_and_costs_nothing_but_time(
+    node: Node, until: Until, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        device, "emit_numba", lambda offload: emit_numba(offload).replace("min(v_v, 63)", "min(v_v, 30)")
+    )
+    node.attach("threshold", samples.THRESHOLD, device="fpga")
+    for key in (b"run/a.raw", b"run/b.raw"):
+        frames = frames_of()
+        with await reduced(node, key, frames, until) as file:
+            ran_on = check_product(file, frames)
+        assert ran_on == "cpu (fpga: frame 0: the model of the core and the cpu differ in state.histogram)"
+    assert node.count("hiss_kernel_errors_total", "offload") == 1
+    assert node.count("hiss_kernel_offload_compared_total") == 0
+    assert "the offload failed, it runs on the cpu from now on" in caplog.text
+    assert len(node.feedback.events) == 2 * len(frames), "the instrument hears of each frame once"
+
+
+async def test_frames_that_no_core_takes_run_on_the_cpu_and_the_product_says_why(node: Node, until: Until) -> None:
+    source = samples.THRESHOLD.replace("min(v, 63)", "min(np.int64(v), 63)")
+    node.attach("threshold", source, device="fpga")
+    frames = frames_of("float32")
+    with await reduced(node, b"run/a.raw", frames, until) as file:
+        ran_on = check_product(file, frames)
+    assert ran_on.startswith("cpu (fpga: not offloaded for float32 frames of (64, 90): line 1: frames of float32")
+
+
+async def test_a_kernel_that_cannot_be_offloaded_is_refused_when_it_is_put(node: Node) -> None:
+    with pytest.raises(KernelRefused) as caught:
+        await node.host.check(BUCKET, "floats", FLOATS.encode(), {"device": "fpga"})
+    assert (caught.value.file, caught.value.line) == ("floats.py", 9)
+    assert "device fpga: an FPGA core works in integers: 0.5 is a float" in caught.value.reason
+    await node.host.check(BUCKET, "floats", FLOATS.encode(), {})
+    await node.host.check(BUCKET, "threshold", samples.THRESHOLD.encode(), {"device": "fpga"})
+
+
+async def test_a_layout_that_is_declared_decides(node: Node) -> None:
+    declared = {"device": "fpga", "frame-dtype": "uint16", "frame-shape": "8,8"}
+    source = samples.WINDOW.replace("state.edges[y, x] += d", "state.edges[y + 5, x] += d").encode()
+    with pytest.raises(KernelRefused, match="9 elements here"):
+        await node.host.check(BUCKET, "window", source, declared)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"), [({"device": "gpu"}, "cpu, fpga"), ({"device": "fpga", "after": "a"}, "after another")]
+)
+async def test_devices_that_are_not_there(node: Node, metadata: dict[str, str], reason: str) -> None:
+    with pytest.raises(KernelRefused, match=reason):
+        await node.host.check(BUCKET, "threshold", samples.THRESHOLD.encode(), metadata)
