@@ -329,7 +329,7 @@ def test_a_bridge_that_dies_comes_back(beamline: Beamline, bucket: str, ioc: Any
     beamline.bucket(bucket, attenuate="code=1 target=epics:BL1:ATT min=0 max=100 rate=100/s")
     with beamline.stream(bucket, "a.raw", 2) as send:
         send(1)
-        poll(lambda: ioc.written("BL1:ATT") == [1.0], "written")
+        poll(lambda: ioc.written("BL1:ATT")[-1:] == [1.0], "written")  # what the test before it left may come first
         bridge = next(row for row in beamline.node.processes() if row["role"] == "epics")
         os.kill(bridge["pid"], signal.SIGKILL)
         poll(lambda: beamline.ask("/v1/status")["feedback"]["bridges"] == {"epics": "away"}, "away")
