@@ -76,8 +76,15 @@ def submit(
         check_metadata(given, metadata)
         files = parse_arrays(given.kernel, arrays or ())
         with S3(node.find(data, control=control, endpoint=endpoint, access_key=access_key, ca=ca)) as s3:
-            stored = [_put_array(s3, bucket, given.kernel.name, file) for file in files]
+            stored, late = [], []
+            for file in files:
+                try:
+                    stored.append(_put_array(s3, bucket, given.kernel.name, file))
+                except ArrayRefused:
+                    # It does not fit the kernel that is there now, which is about to change.
+                    late.append(file)
             sent = put_kernel(s3, bucket, given, metadata)
+            stored += [_put_array(s3, bucket, given.kernel.name, file) for file in late]
     except Refused as refusal:
         if as_json:
             refusal.print_json()
@@ -95,6 +102,10 @@ def submit(
     print(f"runs on keys that match {match!r}" + (f", after {after}" if after else ""))
     if missing:
         print(f"not sent: {', '.join(missing)}; frames wait on disk for arrays that the bucket does not have")
+
+
+class ArrayRefused(CliError):
+    """The node does not take an array: no kernel could, or not the one that is there."""
 
 
 def check_metadata(given: Given, metadata: Mapping[str, str]) -> None:
@@ -130,6 +141,8 @@ def _put_array(s3: S3, bucket: str, kernel: str, array: ArrayFile) -> Sent:
         with mapped(array.file) as body:
             return dataclasses.replace(s3.put(bucket, key, body, {}), file=str(array.file))
     except SendFailed as error:
+        if error.answer is not None and error.answer.code == "InvalidKernel":
+            raise ArrayRefused(error.answer.message) from None
         raise of_send(error) from None
     except OSError as error:
         raise CliError(f"{array.file}: {error}") from None
