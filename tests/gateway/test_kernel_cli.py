@@ -169,7 +169,7 @@ def test_a_kernel_that_fails_is_shown_as_disabled(
         return row if row["state"] == "disabled" else None
 
     row = poll(disabled, "the kernel is disabled", 60)
-    assert "failed 3 times in a row: crash: frame 0: IndexError" in row["reason"]
+    assert "failed 3 times in a row: crash: frame 0: crash.py:9: IndexError" in row["reason"]
     poll(lambda: kernel("list", bucket, "--json").json[0]["failed_products"] == 1, "the product is given up")
 
 
@@ -185,3 +185,16 @@ def test_no_node_no_bucket_no_kernel(kernel: Hiss, here: Hiss, source: Path, mon
     nowhere = ("--endpoint", "http://127.0.0.1:9", "--control", "http://127.0.0.1:9")
     done = here("kernel", "list", "some-bucket", *nowhere)
     assert (done.code, "does not answer" in done.err) == (4, True)
+
+
+def test_an_array_for_which_the_kernel_must_change_first(kernel: Hiss, bucket: str, tmp_path: Path) -> None:
+    file, mask = tmp_path / "masked.py", tmp_path / "mask.npy"
+    frame = "\n\ndef frame(frame, params, state, index, out, feedback):\n    return params.mask[0, 0] > 0\n"
+    for dtype in ("uint8", "float32"):
+        file.write_text(f'PARAMS = {{"mask": ("{dtype}", "frame")}}{frame}')
+        np.save(mask, np.ones(SHAPE, dtype))
+        done = kernel("submit", str(file), "--bucket", bucket, "--array", f"mask={mask}")
+        assert done.code == 0, done.err
+    np.save(mask, np.ones(SHAPE, "float64"))
+    refused = kernel("submit", str(file), "--bucket", bucket, "--array", f"mask={mask}")
+    assert (refused.code, "float64" in refused.err) == (2, True), refused
