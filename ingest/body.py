@@ -105,9 +105,12 @@ class Body(abc.ABC):
                 geometry=self.geometry,
                 reductions=self.reduction.kernels,
                 epochs=self.reduction.epochs,
+                filters=self.reduction.filters,
             )
         elif self.kernels:
-            request = msgspec.structs.replace(request, reductions=self.kernels)
+            assert self.plane.host is not None
+            filters = self.plane.host.filters(request.bucket, request.key)
+            request = msgspec.structs.replace(request, reductions=self.kernels, filters=filters)
         try:
             record = await self.plane.catalog.commit(request)
         except (CatalogUnavailable, asyncio.CancelledError):

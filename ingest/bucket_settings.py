@@ -39,6 +39,8 @@ class BucketSettings:
     stop: str = "discard"
     """What becomes of the rest of a PUT once a kernel says STOP: ``discard`` (read and dropped), ``answer`` (409 at once,
     the connection is closed) or ``ignore`` (stored, not judged). What arrived before is stored in every case."""
+    raw_filter_wait_s: int = 3600
+    """How long the drain waits for a filter before it takes the raw data as they are."""
     archive_mode: int = 0o640
     archive_group: int | None = None
     """Numeric group id of archived files; None keeps the archive process's own."""
@@ -82,6 +84,7 @@ _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
     "hiss.raw-filter": ("raw_filter", _choice("refuse", "allow")),
     "hiss.run-timeout-s": ("run_timeout_s", _whole(0, 52 * _WEEK_S)),
     "hiss.stop": ("stop", _choice("discard", "answer", "ignore")),
+    "hiss.raw-filter-wait-s": ("raw_filter_wait_s", _whole(0, 52 * _WEEK_S)),
     "hiss.archive-mode": ("archive_mode", _whole(0o400, 0o777, 8)),
     "hiss.archive-group": ("archive_group", _whole(0, 2**32 - 2)),
     "hiss.archive-owner": ("archive_owner", _whole(0, 2**32 - 2)),

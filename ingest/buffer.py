@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 
 import msgspec
@@ -62,6 +62,8 @@ GUARANTEED_SHARE = 0.75
 """Admitted streams may be promised this share of the arena; the rest keeps packing slabs and bursts going."""
 SETTLE_TIMEOUT_S = 30.0
 OPEN_TRIES = 5
+READ_BYTES = 1 << 20
+"""One piece of a range that is read to be stored anew."""
 RESOLVE_RETRY_S = 0.5
 SETTLE_BATCH_S = 0.02
 
@@ -407,33 +409,40 @@ class Buffer:
 
     async def store(self, request: CommitObject, body: memoryview | bytes, lifetime: str = "product") -> ObjectRecord:
         """Store a small object of our own; see ``ingest.ports.LandingPad``."""
-        body = memoryview(body)
+        whole = memoryview(body)
+
+        async def pieces() -> AsyncIterator[memoryview]:
+            yield whole
+
+        return await self._store(request, pieces(), len(whole), LifetimeClass(lifetime))
+
+    async def compose(self, request: CommitObject, pieces: AsyncIterator[memoryview], length: int) -> ObjectRecord:
+        """See ``ingest.ports.LandingPad``."""
+        return await self._store(request, pieces, length, LifetimeClass.STREAM)
+
+    async def _store(
+        self, request: CommitObject, pieces: AsyncIterator[memoryview], length: int, lifetime: LifetimeClass
+    ) -> ObjectRecord:
         bucket = await self.catalog.bucket(request.bucket)
+        if not self.segments.can_hold(length):
+            raise BufferFull("the buffer has no room for this object until older data has drained")
         spec = StreamSpec(
             bucket=bucket,
             settings=bucket_settings.parse(bucket.tags),
             key=request.key,
-            length=len(body),
-            lifetime=LifetimeClass(lifetime),
+            length=length,
+            lifetime=lifetime,
         )
         stream: SpanStream | PackedStream
-        if len(body) <= PACKED_BYTES_MAX:
+        if length <= PACKED_BYTES_MAX:
             stream = PackedStream(self, spec, request.object_id)
         else:
             stream = SpanStream(self, spec, None, None, request.object_id)
             self._streams.add(stream)
         self._active.add(stream)
         try:
-            done = 0
-            while done < len(body):
-                view = stream.get_buffer()
-                if view is None:
-                    await stream.writable()
-                    continue
-                count = min(len(view), len(body) - done)
-                view[:count] = body[done : done + count]
-                stream.received(count)
-                done += count
+            async for piece in pieces:
+                await _fill(stream, piece)
             digest = await stream.finish()
             crc = digest.crc64nvme
             request = msgspec.structs.replace(
@@ -447,6 +456,12 @@ class Buffer:
             return await stream.commit(request)
         finally:
             await stream.abort()
+
+    async def read_range(self, record: ObjectRecord, start: int, stop: int) -> AsyncIterator[memoryview]:
+        """See ``ingest.ports.LandingPad``."""
+        async with await self.open_reader(record, start, stop) as reader:
+            async for chunk in reader.chunks(READ_BYTES):
+                yield chunk
 
     async def read(self, record: ObjectRecord) -> bytearray:
         """See ``ingest.ports.LandingPad``."""
@@ -502,6 +517,19 @@ class Buffer:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def _fill(stream: SpanStream | PackedStream, piece: memoryview) -> None:
+    done = 0
+    while done < len(piece):
+        view = stream.get_buffer()
+        if view is None:
+            await stream.writable()
+            continue
+        count = min(len(view), len(piece) - done)
+        view[:count] = piece[done : done + count]
+        stream.received(count)
+        done += count
 
 
 def _load(reader: SegmentReader, view: memoryview, span: memoryview) -> None:

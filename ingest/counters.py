@@ -53,7 +53,7 @@ ERROR_CLASSES = ("client", "auth", "not_found", "precondition", "slow_down", "se
 ROLES = ("catalogue", "worker", "drain", "zygote", "control", "epics", "tango")
 TRANSPORTS = ("sse", "websocket")
 ACTION_OUTCOMES = ("sent", "range", "rate", "late", "target", "unavailable", "failed", "superseded", "expired")
-VERDICTS = ("keep", "drop", "unreduced")
+VERDICTS = ("keep", "drop", "replace", "unreduced")
 
 METRICS: tuple[Metric, ...] = (
     Metric("hiss_ingest_received_bytes_total", "counter", "Payload bytes received into the arena."),
@@ -101,6 +101,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_kernel_catchup_frames_total", "counter", "Frames reduced from disk after the fact."),
     Metric("hiss_kernel_batch_seconds", "histogram", "One batch through a sandbox.", (), LATENCY_BUCKETS_S),
     Metric("hiss_kernel_products_total", "counter", "Products stored."),
+    Metric("hiss_raw_filtered_objects_total", "counter", "Versions of which a raw filter left a smaller one."),
+    Metric("hiss_raw_filter_saved_bytes_total", "counter", "Bytes that raw filters took away."),
     Metric("hiss_feedback_events_total", "counter", "Feedback events taken from kernels."),
     Metric("hiss_feedback_dropped_total", "counter", "Feedback events dropped over the rate limit or a full queue."),
     Metric("hiss_feedback_subscribers", "gauge", "Open feedback subscriptions.", (("transport", TRANSPORTS),)),

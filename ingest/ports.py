@@ -24,6 +24,7 @@ from ingest.records import (
     DeleteObject,
     DrainCounts,
     Extent,
+    FilterJob,
     FrameGeometry,
     FrameLedger,
     FreedExtents,
@@ -150,6 +151,15 @@ class Catalog(Protocol):
         self, object_id: bytes, kernel: str, error: str, *, give_up: bool, counted: bool = True
     ) -> None:
         """``counted`` False: nothing was tried; ``error`` says what the reduction waits for."""
+        ...
+
+    # -- raw filters
+    async def filters_due(self, slot: int, limit: int) -> Sequence[FilterJob]:
+        """Versions of a slot that are to be filtered and owe no reduction any more."""
+        ...
+
+    async def filter_ended(self, object_id: bytes, error: str = "", *, again: bool = False) -> None:
+        """The raw data stay as they are: nothing was to be filtered, or ``error`` says why it cannot be (``again``: yet)."""
         ...
 
     # -- runs (ingest/runs.py says what a run is)
@@ -306,6 +316,15 @@ class LandingPad(Protocol):
         in by the buffer. Raises IngestError, e.g. StaleVersion when ``reduces`` names a deleted version."""
         ...
 
+    async def compose(self, request: CommitObject, pieces: AsyncIterator[memoryview], length: int) -> ObjectRecord:
+        """Store a large object of our own from ``pieces`` (each valid until the next is asked for), ``length`` bytes in
+        all, as stream data. As ``store`` otherwise."""
+        ...
+
+    def read_range(self, record: ObjectRecord, start: int, stop: int) -> AsyncIterator[memoryview]:
+        """Body bytes [start, stop) in pieces, each valid until the next."""
+        ...
+
     async def read(self, record: ObjectRecord) -> bytearray:
         """All bytes of a small object of our own. Raises ObjectOffline, NoSuchKey, DataLost, CatalogUnavailable."""
         ...
@@ -389,6 +408,11 @@ class FrameReduction(Protocol):
     def kernels(self) -> tuple[str, ...]: ...
 
     @property
+    def filters(self) -> dict[str, str]:
+        """Kernels that filter the raw data, as of CommitObject."""
+        ...
+
+    @property
     def epochs(self) -> tuple[KernelEpoch, ...]:
         """With which settings which frames were judged, or will be."""
         ...
@@ -410,6 +434,10 @@ class FrameHost(Protocol):
 
     def open(self, info: StreamInfo) -> FrameReduction | None:
         """None when no kernel of the bucket matches: the stream then shares ordinary regions."""
+        ...
+
+    def filters(self, bucket: str, key: bytes) -> dict[str, str]:
+        """Kernels of this key that filter the raw data, as of CommitObject."""
         ...
 
     def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:

@@ -122,6 +122,16 @@ class KernelEpoch(msgspec.Struct, frozen=True):
     """Of the chain in order; the kernel itself is the last."""
 
 
+class RawVersion(msgspec.Struct, frozen=True):
+    """The version as it was received, of which a raw filter left another one."""
+
+    object_id: bytes
+    length: int
+    etag: str
+    crc64nvme: int
+    received_ns: int
+
+
 class PartRecord(msgspec.Struct, frozen=True):
     """One part of a multipart object, in part-number order in ``ObjectRecord.parts``."""
 
@@ -192,6 +202,8 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     drain_error: str = ""
     epochs: tuple[KernelEpoch, ...] = ()
     """Of all kernels that saw the stream arrive, by kernel and first frame."""
+    raw: RawVersion | None = None
+    """What was received, if this is what a raw filter left of it."""
 
 
 class UploadRecord(msgspec.Struct, frozen=True):
@@ -291,6 +303,13 @@ class CommitObject(msgspec.Struct, frozen=True):
     partial: PartialOf | None = None
     run_product: RunProductOf | None = None
     epochs: tuple[KernelEpoch, ...] = ()
+    filters: dict[str, str] = {}
+    """Kernel -> ``kept`` or ``none``: what it leaves of the raw data. Once all kernels have judged, a new version takes this
+    one's place (if the bucket allows it)."""
+    verdicts: bytes = b""
+    """With ``reduces``, of a kernel that filters: its verdict of each frame, packed (kernels/rawfilter/packed.py)."""
+    raw: RawVersion | None = None
+    """This is what a raw filter left of that version; commits only if that is the current one."""
 
 
 class CommitPart(msgspec.Struct, frozen=True):
@@ -327,6 +346,8 @@ class CompleteUpload(msgspec.Struct, frozen=True):
     reductions: tuple[str, ...] = ()
     if_none_match: str = ""
     if_match: str = ""
+    filters: dict[str, str] = {}
+    """As of CommitObject."""
 
 
 class DeleteObject(msgspec.Struct, frozen=True):
@@ -410,6 +431,17 @@ class ReductionCount(msgspec.Struct, frozen=True):
     failed: int
     error: str
     """What the latest of them that has failed says."""
+
+
+class FilterJob(msgspec.Struct, frozen=True):
+    """A raw filter that is due: every kernel has judged the version."""
+
+    record: ObjectRecord
+    attempts: int
+    filters: dict[str, str]
+    """As of CommitObject."""
+    verdicts: dict[str, bytes]
+    """Of those kernels that have a product with verdicts, as of CommitObject."""
 
 
 class ListedObject(msgspec.Struct, frozen=True):

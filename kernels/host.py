@@ -44,6 +44,7 @@ from kernels.layout.stored import Found, find_layout
 from kernels.offload.device import Plans
 from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
 from kernels.pool import LanePool
+from kernels.rawfilter.work import RawFilter
 from kernels.reduction import Reduction
 from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
@@ -135,7 +136,7 @@ class KernelHost:
         self.plans = Plans()
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
-        self._submissions = Submissions(zygote_socket, self._registry, clearance, limits.sandbox)
+        self._submissions = Submissions(catalog, zygote_socket, self._registry, clearance, limits.sandbox)
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._owing: set[tuple[bytes, str]] = set()
@@ -152,12 +153,14 @@ class KernelHost:
         self._gatherer = Gatherer(self)
         self._tray = Tray(pad)
         self._keeper = RunKeeper(self, slot, limits.workers)
+        self._filter = RawFilter(self, slot, self._tally, self._geometry)
 
     async def start(self) -> None:
         """Find out whether kernels may run here, and begin to pay what is owed. Returns at once."""
         self.spawn(self._clearance.obtain(), "self-test of the sandbox")
         self.spawn(self._sweep(), "kernel sweep")
         self.spawn(self._keeper.run(), "keeper of runs")
+        self.spawn(self._filter.run(), "raw filter")
         self.spawn(self._watch.run(), "kernel watch")
         for _ in range(self._limits.catchups_max):
             self.spawn(self._pay(), "catch up")
@@ -230,6 +233,9 @@ class KernelHost:
         if not is_internal(key) and not self._closed:
             names += [unread.name for unread in self._registry.unread(bucket) if unread.matches(key)]
         return tuple(names)
+
+    def filters(self, bucket: str, key: bytes) -> dict[str, str]:
+        return {one.name: one.raw for one in self._matching(bucket, key) if one.raw != "all"}
 
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
         """Reduce a stored version in the background. Beyond ``backlog_max`` the sweep finds it later."""

@@ -42,6 +42,7 @@ from kernels.layout.stored import NO_IMAGE, Found
 from kernels.lineage import Epoch, Input, Lineage
 from kernels.passes import Gone, Hopeless, PassContext, Postponed
 from kernels.ranges import Ranges
+from kernels.rawfilter.packed import pack
 from kernels.runs.gather import is_single
 from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
 from kernels.sharing import SharedBatch
@@ -281,6 +282,10 @@ class Reduction:
             now = self._host.attached(self.info.bucket, kernel_pass.attachment.name)
             if now is not None and self._geometry is not None and not misfit(now, self._geometry):
                 kernel_pass.change(now)
+
+    @property
+    def filters(self) -> dict[str, str]:
+        return {one.name: one.raw for one in self.attachments if one.raw != "all"}
 
     @property
     def epochs(self) -> tuple[KernelEpoch, ...]:
@@ -604,6 +609,7 @@ class Reduction:
                 "hiss-source-object-id": record.object_id.hex(),
             },
             reduces=(record.object_id, kernel.name),
+            verdicts=b"" if isinstance(outcome, str) or attachment.raw == "all" else pack(outcome.verdicts),
             partial=None if isinstance(found, str) else self._partial_of(record, [one for _, one in epochs]),
         )
         crashpoint("product-before")

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ingest import bucket_settings
 from ingest.errors import BufferFull, IngestError, NoSuchBucket
-from ingest.ports import KernelRefused
+from ingest.ports import Catalog, KernelRefused
 from kernels import uploads
 from kernels.attach import Attachment, attach, chained, kernel_name
 from kernels.clearance import Clearance
@@ -34,7 +35,15 @@ Layouts = Sequence[tuple[str, int]]
 
 
 class Submissions:
-    def __init__(self, zygote_socket: str, registry: Registry, clearance: Clearance, limits: SandboxLimits) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        zygote_socket: str,
+        registry: Registry,
+        clearance: Clearance,
+        limits: SandboxLimits,
+    ) -> None:
+        self._catalog = catalog
         self._zygote_socket = zygote_socket
         self._registry = registry
         self._clearance = clearance
@@ -47,6 +56,8 @@ class Submissions:
             raise KernelRefused(f"{name}.py", 1, "a kernel's name is a letter, then letters, digits, _ or -")
         kernel = await asyncio.to_thread(admit, name, source)
         attachment = attach(kernel, metadata)
+        if attachment.raw != "all":
+            await self._may_filter(bucket, attachment)
         try:
             declared = declared_geometry(metadata)
         except ValueError as error:
@@ -60,6 +71,21 @@ class Submissions:
         others = await self._others(bucket)
         whole = chained(attachment, others | {name: attachment})
         await self._compile(whole, _reached(whole, layouts))
+
+    async def _may_filter(self, bucket: str, attachment: Attachment) -> None:
+        try:
+            tags = (await self._catalog.bucket(bucket)).tags
+        except NoSuchBucket:
+            return
+        except IngestError as error:
+            raise BufferFull(f"the bucket's settings cannot be read at the moment: {error}") from None
+        if bucket_settings.parse(tags).raw_filter != "allow":
+            raise KernelRefused(
+                attachment.kernel.file,
+                1,
+                f"x-amz-meta-raw: {attachment.raw} takes raw data away, and the bucket does not allow it: its administrator "
+                "sets the bucket's tag hiss.raw-filter=allow",
+            )
 
     async def _others(self, bucket: str) -> dict[str, Attachment]:
         try:

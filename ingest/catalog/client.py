@@ -38,6 +38,7 @@ from ingest.records import (
     DeleteObject,
     DrainCounts,
     Extent,
+    FilterJob,
     FrameLedger,
     FreedExtents,
     ListedObject,
@@ -468,6 +469,12 @@ class CatalogClient:
         self, object_id: bytes, kernel: str, error: str, *, give_up: bool, counted: bool = True
     ) -> None:
         await self._call(wire.FailReduction(object_id, kernel, error, give_up, counted), _nothing)
+
+    async def filters_due(self, slot: int, limit: int) -> Sequence[FilterJob]:
+        return await self._scan(lambda reader: reader.filters_due(slot, limit))
+
+    async def filter_ended(self, object_id: bytes, error: str = "", *, again: bool = False) -> None:
+        await self._call(wire.EndFilter(object_id, error, again), _nothing)
 
     # -- runs
     async def released_reductions(self, slot: int) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -63,15 +63,29 @@ class Known:
 
 
 @functools.lru_cache(maxsize=4096)
-def _drain_after_ns(tags: tuple[tuple[str, str], ...]) -> int:
+def _settings(tags: tuple[tuple[str, str], ...]) -> bucket_settings.BucketSettings:
     try:
-        return bucket_settings.parse(dict(tags)).drain_after_s * _SECOND_NS
+        return bucket_settings.parse(dict(tags))
     except bucket_settings.BadSetting as error:
         raise CatalogError(str(error)) from None
 
 
+def _drain_after_ns(tags: Mapping[str, str]) -> int:
+    return _settings(tuple(tags.items())).drain_after_s * _SECOND_NS
+
+
 def drain_after_ns(bucket: BucketRecord) -> int:
-    return _drain_after_ns(tuple(bucket.tags.items()))
+    return _drain_after_ns(bucket.tags)
+
+
+def may_filter(bucket: BucketRecord) -> bool:
+    return _settings(tuple(bucket.tags.items())).raw_filter == "allow"
+
+
+def filter_wait_ns(bucket: BucketRecord) -> int:
+    """How long the drain leaves a version alone that is to be filtered."""
+    settings = _settings(tuple(bucket.tags.items()))
+    return max(settings.drain_after_s, settings.raw_filter_wait_s) * _SECOND_NS
 
 
 class Decider:
@@ -104,6 +118,7 @@ class Decider:
             wire.Relocate: self._relocate,
             wire.MarkArchiveDeleted: self._mark_archive_deleted,
             wire.FailReduction: self._fail_reduction,
+            wire.EndFilter: self._end_filter,
             wire.CloseRun: self._close_run,
             wire.MarkRunStored: lambda m: e.RunStored(m.bucket, m.run, m.kernel, m.reflects, m.keep),
             wire.DeferReductions: lambda m: e.ReductionsDeferred(m.bucket, m.run, m.kernel, m.object_ids),
@@ -156,7 +171,7 @@ class Decider:
         bucket = self._reader.bucket(mutation.name)
         if bucket.tags == mutation.tags:
             return Known(bucket)
-        delay_ns = _drain_after_ns(tuple(mutation.tags.items()))
+        delay_ns = _drain_after_ns(mutation.tags)
         return e.BucketTagged(mutation.name, mutation.tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
 
     def _put_user(self, mutation: wire.PutUser) -> e.Entry:
@@ -180,6 +195,11 @@ class Decider:
             raise StaleVersion("the version this product reduces has gone")
         if request.partial is not None:
             self._check_partial(request.bucket, request.partial)
+        if (
+            request.raw is not None
+            and self._db.execute(statements.FILTER, {"of": request.raw.object_id}).fetchone() is None
+        ):
+            raise StaleVersion("the version that was to be filtered has gone")
         if request.source:
             self._check_source(request.source, request.extents)
         record = ObjectRecord(
@@ -205,13 +225,23 @@ class Decider:
             ledger=request.ledger,
             geometry=request.geometry,
             epochs=request.epochs,
+            raw=request.raw,
         )
-        due_ns = self._now_ns + drain_after_ns(bucket)
+        filters = request.filters if may_filter(bucket) else {}
+        due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
         if request.partial is not None and request.partial.batch:
             # Most are compacted or deleted before the archive would have them.
             due_ns += BATCH_DRAIN_NS
         return e.ObjectCommitted(
-            record, due_ns, replaces, request.reductions, request.reduces, request.partial, request.run_product
+            record,
+            due_ns,
+            replaces,
+            request.reductions,
+            request.reduces,
+            request.partial,
+            request.run_product,
+            filters,
+            request.verdicts,
         )
 
     def _known(self, object_id: bytes) -> ObjectRecord | None:
@@ -357,8 +387,9 @@ class Decider:
             # The version's own list is the truth about extents: a relocation changes one place only.
             parts=tuple(msgspec.structs.replace(part, extents=()) for part in parts),
         )
-        due_ns = self._now_ns + drain_after_ns(bucket)
-        return e.UploadCompleted(record, due_ns, request.upload_id, replaces, request.reductions)
+        filters = request.filters if may_filter(bucket) else {}
+        due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
+        return e.UploadCompleted(record, due_ns, request.upload_id, replaces, request.reductions, filters)
 
     def _linked(self, request: CompleteUpload) -> tuple[list[PartRecord], bool]:
         """The parts a Complete names, checked, and whether all their bytes are on disk."""
@@ -489,6 +520,14 @@ class Decider:
     # -- archive and kernels
     def _mark_archive_deleted(self, mutation: wire.MarkArchiveDeleted) -> e.Entry:
         return e.ArchiveDeleted(mutation.tombstone)
+
+    def _end_filter(self, mutation: wire.EndFilter) -> e.Entry | Known:
+        found = self._db.execute(statements.BY_ID, {"object_id": mutation.object_id}).fetchone()
+        if found is None or self._db.execute(statements.FILTER, {"of": mutation.object_id}).fetchone() is None:
+            return Known()
+        record = rows.object_record(found)
+        due_ns = record.modified_ns + drain_after_ns(self._reader.bucket(record.bucket))
+        return e.FilterEnded(mutation.object_id, mutation.error, mutation.again, due_ns)
 
     def _fail_reduction(self, mutation: wire.FailReduction) -> e.Entry | Known:
         of = {"of": mutation.object_id, "of_kernel": mutation.kernel}

@@ -51,6 +51,8 @@ class ObjectCommitted(msgspec.Struct, frozen=True, array_like=True, tag="object-
     reduces: tuple[bytes, str] | None = None
     partial: PartialOf | None = None
     run_product: RunProductOf | None = None
+    filters: dict[str, str] = {}
+    verdicts: bytes = b""
 
 
 class UploadCreated(msgspec.Struct, frozen=True, array_like=True, tag="upload-created"):
@@ -71,6 +73,7 @@ class UploadCompleted(msgspec.Struct, frozen=True, array_like=True, tag="upload-
     upload_id: str
     replaces: int | None = None
     reductions: tuple[str, ...] = ()
+    filters: dict[str, str] = {}
 
 
 class UploadAborted(msgspec.Struct, frozen=True, array_like=True, tag="upload-aborted"):
@@ -159,6 +162,16 @@ class ReductionsDeferred(msgspec.Struct, frozen=True, array_like=True, tag="redu
     object_ids: tuple[bytes, ...]
 
 
+class FilterEnded(msgspec.Struct, frozen=True, array_like=True, tag="filter-ended"):
+    """The raw data stay as they are (``error`` says why, if they should not), or the filter is tried again."""
+
+    object_id: bytes
+    error: str
+    again: bool
+    due_ns: int
+    """When the raw data are due in the archive, unless it is tried again."""
+
+
 class RunClosed(msgspec.Struct, frozen=True, array_like=True, tag="run-closed"):
     bucket: str
     run: bytes
@@ -200,6 +213,7 @@ Entry = (
     | ArchiveDeleted
     | ReductionFailed
     | ReductionsDeferred
+    | FilterEnded
     | RunClosed
     | RunStored
 )

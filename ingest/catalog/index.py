@@ -56,6 +56,7 @@ class Index:
             e.Relocated: self._relocated,
             e.ArchiveDeleted: self._archive_deleted,
             e.ReductionFailed: self._reduction_failed,
+            e.FilterEnded: self._filter_ended,
             e.RunClosed: self._runs.closed,
             e.RunStored: lambda _, entry: self._runs.stored(entry),
             e.ReductionsDeferred: self._runs.deferred,
@@ -100,9 +101,15 @@ class Index:
         # Before the replaced version lets go: a copy onto itself shares that version's extents.
         for extent in record.extents:
             self._hold(extent, record.object_id)
-        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions)
+        if record.raw is not None:
+            # What is left of a member is the member: its run stays as it is.
+            self._db.execute(statements.MOVE_MEMBERSHIP, {"of": record.raw.object_id, "to": record.object_id})
+        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions, filters=entry.filters)
         if entry.reduces is not None:
             source, kernel = entry.reduces
+            if entry.verdicts:
+                found = {"object_id": source, "kernel": kernel, "verdicts": entry.verdicts}
+                self._db.execute(statements.PUT_VERDICTS, found)
             self._db.execute(statements.DELETE_REDUCTION, {"of": source, "of_kernel": kernel})
         if entry.partial is not None:
             self._runs.partial_committed(sequence, record, entry.partial)
@@ -110,7 +117,14 @@ class Index:
             self._runs.product_committed(record.bucket, entry.run_product)
 
     def _insert(
-        self, sequence: int, record: ObjectRecord, due_ns: int, replaces: int | None, reductions: tuple[str, ...]
+        self,
+        sequence: int,
+        record: ObjectRecord,
+        due_ns: int,
+        replaces: int | None,
+        reductions: tuple[str, ...],
+        *,
+        filters: dict[str, str],
     ) -> None:
         # A copy that an earlier version of this key left in the archive lies where this version's copy will be
         # published, so it is no tombstone's business any more; but a later delete must know of it.
@@ -136,7 +150,21 @@ class Index:
                     "released": 0,
                 },
             )
-        self._runs.committed(sequence, record, reductions)
+        if filters:
+            self._db.execute(
+                statements.INSERT_FILTER,
+                {
+                    "object_id": record.object_id,
+                    "sequence": sequence,
+                    "slot": slot,
+                    "attempts": 0,
+                    "given_up": 0,
+                    "error": "",
+                    "filters": rows.encode(filters),
+                },
+            )
+        if record.raw is None:
+            self._runs.committed(sequence, record, reductions)
 
     def _remove(self, sequence: int, version: int) -> ObjectRecord:
         """Take a version out of every table; its outcome stays, so that its commit sent again is recognised."""
@@ -147,6 +175,7 @@ class Index:
         if self._db.execute(statements.DELETE_REDUCTIONS_OF, of).rowcount > 0:
             self._runs.debt_gone(sequence, record)
         self._runs.removed(sequence, record.object_id)
+        self._forget_filter(record.object_id)
         if not record.settled:
             self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)
         for extent in record.extents:
@@ -205,7 +234,7 @@ class Index:
     def _upload_completed(self, sequence: int, entry: e.UploadCompleted) -> None:
         record = entry.record
         used = {part.number for part in record.parts}
-        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions)
+        self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions, filters=entry.filters)
         found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
         for blob, part_id, settled in found:
             part = rows.decode_part(blob)
@@ -378,6 +407,19 @@ class Index:
             if found is not None:
                 # The run's product names it.
                 self._runs.changed(sequence, found[1], run_of(found[2]), entry.kernel)
+
+    def _filter_ended(self, _: int, entry: e.FilterEnded) -> None:
+        if not entry.again:
+            self._db.execute(statements.SET_DUE, {"of": entry.object_id, "due_ns": entry.due_ns})
+        if not entry.error:
+            self._forget_filter(entry.object_id)
+            return
+        of = {"of": entry.object_id, "error": entry.error, "give_up": int(not entry.again)}
+        self._db.execute(statements.FILTER_FAILED, of)
+
+    def _forget_filter(self, object_id: bytes) -> None:
+        if self._db.execute(statements.DELETE_FILTER, {"of": object_id}).rowcount > 0:
+            self._db.execute(statements.DELETE_VERDICTS, {"of": object_id})
 
     # -- extents
     def _hold(self, extent: Extent, holder: bytes) -> None:

@@ -18,6 +18,7 @@ from ingest.records import (
     BucketRecord,
     DrainCounts,
     Extent,
+    FilterJob,
     ListedObject,
     ObjectRecord,
     OwedInRun,
@@ -258,6 +259,14 @@ class Reader:
         for kernel, *group in self._db.execute(statements.REDUCTION_COUNTS, {"bucket": bucket}).fetchall():
             groups.setdefault(kernel, []).append(tuple(group))
         return [_reduction_count(kernel, of_kernel) for kernel, of_kernel in sorted(groups.items())]
+
+    def filters_due(self, slot: int, limit: int) -> list[FilterJob]:
+        jobs = []
+        found = self._db.execute(statements.FILTERS_DUE, {"slot": slot, "limit": limit}).fetchall()
+        for object_id, attempts, filters in found:
+            verdicts = dict(self._db.execute(statements.VERDICTS, {"of": object_id}).fetchall())
+            jobs.append(FilterJob(self.by_id(object_id), attempts, rows.decode_filters(filters), verdicts))
+        return jobs
 
     def drain_counts(self) -> DrainCounts:
         queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS).fetchone()

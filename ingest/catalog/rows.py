@@ -20,6 +20,7 @@ from ingest.records import (
     ObjectRecord,
     ObjectState,
     PartRecord,
+    RawVersion,
     UploadRecord,
     UserRecord,
 )
@@ -37,6 +38,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     metadata: dict[str, str]
     geometry: FrameGeometry | None
     epochs: tuple[KernelEpoch, ...] = ()
+    raw: RawVersion | None = None
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -46,6 +48,7 @@ decode_upload = msgspec.msgpack.Decoder(UploadRecord).decode
 decode_part = msgspec.msgpack.Decoder(PartRecord).decode
 decode_object = msgspec.msgpack.Decoder(ObjectRecord).decode
 decode_extents = msgspec.msgpack.Decoder(tuple[Extent, ...]).decode
+decode_filters = msgspec.msgpack.Decoder(dict[str, str]).decode
 _decode_detail = msgspec.msgpack.Decoder(Detail).decode
 _decode_ledger = msgspec.msgpack.Decoder(FrameLedger).decode
 _decode_parts = msgspec.msgpack.Decoder(tuple[PartRecord, ...]).decode
@@ -115,6 +118,7 @@ def object_record(row: Row) -> ObjectRecord:
         ledger=None if ledger is None else _decode_ledger(ledger),
         geometry=detail.geometry,
         epochs=detail.epochs,
+        raw=detail.raw,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
@@ -131,6 +135,7 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
         record.metadata,
         record.geometry,
         record.epochs,
+        record.raw,
     )
     return (
         record.sequence,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0002"
+SCHEMA_HEAD = "0003"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -235,6 +235,30 @@ members = Table(
     sqlite_with_rowid=False,
 )
 """Which partial holds a version's frames, for each kernel: each frame counts once."""
+
+filters = Table(
+    "filters",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("slot", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    _flag("given_up"),
+    Column("error", Text, nullable=False),
+    Column("filters", LargeBinary, nullable=False),
+    Index("filters_of_slot", "slot", "attempts", "sequence", sqlite_where=text("given_up = 0")),
+    sqlite_with_rowid=False,
+)
+"""Versions that kernels are to filter once all of them have judged."""
+
+filter_verdicts = Table(
+    "filter_verdicts",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("kernel", Text, primary_key=True),
+    Column("verdicts", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
 
 tombstones = Table(
     "tombstones",

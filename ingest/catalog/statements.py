@@ -17,6 +17,8 @@ from sqlalchemy.dialects import sqlite
 from ingest.catalog.schema import (
     buckets,
     extents,
+    filter_verdicts,
+    filters,
     members,
     meta,
     objects,
@@ -80,6 +82,8 @@ RESCHEDULE_BUCKET = _sql(
         objects.c.bucket == _p("name"),
         objects.c.state == literal_column("'buffered'"),
         objects.c.drain_attempts == literal_column("0"),
+        # The drain waits for their filters, or is told when those have ended.
+        objects.c.object_id.not_in(sa.select(filters.c.object_id).where(filters.c.given_up == literal_column("0"))),
     )
     .values(due_ns=objects.c.modified_ns + bindparam("drain_after_ns", type_=sa.BigInteger))
 )
@@ -411,6 +415,42 @@ FAILED_IN_RUN = _sql(
     .limit(_limit)
     .offset(_none)
 )
+INSERT_FILTER = _sql(sa.insert(filters))
+DELETE_FILTER = _sql(sa.delete(filters).where(filters.c.object_id == _p("of")))
+FILTER = _sql(sa.select(filters.c.given_up).where(filters.c.object_id == _p("of")))
+FILTER_FAILED = _sql(
+    sa.update(filters)
+    .where(filters.c.object_id == _p("of"))
+    .values(
+        attempts=filters.c.attempts + literal_column("1"),
+        given_up=sa.func.max(filters.c.given_up, bindparam("give_up", type_=sa.Integer)),
+        error=_p("error"),
+    )
+)
+PUT_VERDICTS = _sql(
+    sqlite.insert(filter_verdicts)
+    .values(object_id=_p("object_id"), kernel=_p("kernel"), verdicts=_p("verdicts"))
+    .on_conflict_do_update(index_elements=["object_id", "kernel"], set_={"verdicts": _p("verdicts")})
+)
+DELETE_VERDICTS = _sql(sa.delete(filter_verdicts).where(filter_verdicts.c.object_id == _p("of")))
+VERDICTS = _sql(
+    sa.select(filter_verdicts.c.kernel, filter_verdicts.c.verdicts).where(filter_verdicts.c.object_id == _p("of"))
+)
+FILTERS_DUE = _sql(
+    sa.select(filters.c.object_id, filters.c.attempts, filters.c.filters)
+    .where(
+        filters.c.given_up == literal_column("0"),
+        filters.c.slot == _p("slot"),
+        ~sa.exists(_one)
+        .where(reductions.c.object_id == filters.c.object_id, reductions.c.given_up == literal_column("0"))
+        .correlate(filters),
+    )
+    .order_by(filters.c.attempts, filters.c.sequence)
+    .limit(_limit)
+    .offset(_none)
+)
+SET_DUE = _sql(sa.update(objects).where(objects.c.object_id == _p("of")).values(due_ns=_p("due_ns")))
+MOVE_MEMBERSHIP = _sql(sa.update(members).where(members.c.object_id == _p("of")).values(object_id=_p("to")))
 INSERT_TOMBSTONE = _sql(sa.insert(tombstones))
 TOMBSTONES = _sql(
     sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key)

@@ -157,6 +157,12 @@ class DeferReductions(msgspec.Struct, frozen=True, array_like=True, tag="defer-r
     object_ids: tuple[bytes, ...]
 
 
+class EndFilter(msgspec.Struct, frozen=True, array_like=True, tag="end-filter"):
+    object_id: bytes
+    error: str
+    again: bool
+
+
 class CloseRun(msgspec.Struct, frozen=True, array_like=True, tag="close-run"):
     """``before_ns``: only if no member arrived since then (0: in any case)."""
 
@@ -213,6 +219,7 @@ Mutation = (
     | Relocate
     | MarkArchiveDeleted
     | FailReduction
+    | EndFilter
     | CloseRun
     | DeferReductions
     | MarkRunStored

@@ -172,9 +172,11 @@ async def complete_multipart_upload(call: Call) -> Response:
     crc = checksums.combined_crc64([(part.crc64nvme, part.length) for part in parts])
     host = call.node.kernels
     reductions: tuple[str, ...] = ()
+    filters: dict[str, str] = {}
     if host is not None:
         await host.prepare(call.bucket_name)
         reductions = host.kernels_for(call.bucket_name, call.key)
+        filters = host.filters(call.bucket_name, call.key)
     request = CompleteUpload(
         bucket=call.bucket_name,
         key=call.key,
@@ -188,6 +190,7 @@ async def complete_multipart_upload(call: Call) -> Response:
         checksum_type=kind,
         durability=settings.durability,
         reductions=reductions,
+        filters=filters,
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
     )
