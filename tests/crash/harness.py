@@ -208,15 +208,21 @@ class S3:
             self._connection = None
 
     def request(
-        self, method: str, path: str, query: str = "", body: bytes | memoryview = b"", pause_s: float = 0.0
+        self,
+        method: str,
+        path: str,
+        query: str = "",
+        body: bytes | memoryview = b"",
+        pause_s: float = 0.0,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """``path`` is encoded already; ``query`` is canonical (sorted, encoded, every name with its =). ``pause_s`` between
-        two reads of the answer makes a slow reader."""
+        two reads of the answer makes a slow reader. ``headers`` have lower-case names."""
         try:
             if self._connection is None:
                 self._connection = http.client.HTTPConnection("127.0.0.1", self._node.port(), timeout=self._timeout_s)
             url = f"{path}?{query}" if query else path
-            signed = _sign(method, path, query, {"host": f"127.0.0.1:{self._connection.port}"})
+            signed = _sign(method, path, query, {"host": f"127.0.0.1:{self._connection.port}", **(headers or {})})
             self._connection.putrequest(method, url, skip_host=True, skip_accept_encoding=True)
             for name, value in {**signed, "content-length": str(len(body))}.items():
                 self._connection.putheader(name, value)
@@ -233,8 +239,17 @@ class S3:
             self.close()
             raise OSError(f"{type(error).__name__}: {error}") from error
 
-    def put(self, bucket: str, key: str, body: bytes | memoryview) -> Answer:
-        return self.request("PUT", f"/{bucket}/{quote(key)}", body=body)
+    def put(self, bucket: str, key: str, body: bytes | memoryview, **metadata: str) -> Answer:
+        """``metadata``: user metadata, with _ for -."""
+        headers = {f"x-amz-meta-{name.replace('_', '-')}": value for name, value in metadata.items()}
+        return self.request("PUT", f"/{bucket}/{quote(key)}", body=body, headers=headers)
+
+    def tag(self, bucket: str, **tags: str) -> Answer:
+        """Settings of a bucket, without their ``hiss.`` and with _ for -."""
+        rows = "".join(
+            f"<Tag><Key>hiss.{name.replace('_', '-')}</Key><Value>{value}</Value></Tag>" for name, value in tags.items()
+        )
+        return self.request("PUT", f"/{bucket}", "tagging=", f"<Tagging><TagSet>{rows}</TagSet></Tagging>".encode())
 
     def get(self, bucket: str, key: str, *, pause_s: float = 0.0) -> Answer:
         return self.request("GET", f"/{bucket}/{quote(key)}", pause_s=pause_s)
@@ -259,10 +274,7 @@ class S3:
     def make_buckets(self) -> None:
         for bucket, durability in BUCKETS.items():
             assert self.request("PUT", f"/{bucket}").status in (200, 409)
-            tags = (
-                f"<Tagging><TagSet><Tag><Key>hiss.durability</Key><Value>{durability}</Value></Tag></TagSet></Tagging>"
-            )
-            assert self.request("PUT", f"/{bucket}", "tagging=", tags.encode()).ok
+            assert self.tag(bucket, durability=durability).ok
 
 
 def _slowly(answer: http.client.HTTPResponse, pause_s: float) -> Iterator[bytes]:
