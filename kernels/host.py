@@ -153,7 +153,7 @@ class KernelHost:
         self._gatherer = Gatherer(self)
         self._tray = Tray(pad)
         self._keeper = RunKeeper(self, slot, limits.workers)
-        self._filter = RawFilter(self, slot, self._tally, self._geometry)
+        self._filter = RawFilter(self, slot, self._tally, self._layout_of)
 
     async def start(self) -> None:
         """Find out whether kernels may run here, and begin to pay what is owed. Returns at once."""
@@ -585,6 +585,9 @@ class KernelHost:
     async def single(self, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
         """See ``RunHost``."""
         return _single((await self._layout(_info_of(record), record, domain)).layout, record, domain)
+
+    async def _layout_of(self, record: ObjectRecord, domain: Domain) -> Found:
+        return await self._layout(_info_of(record), record, domain)
 
     async def _layout(self, info: StreamInfo, record: ObjectRecord, domain: Domain) -> Found:
         """How the frames of a stored version lie. Raises Gone, Postponed or Hopeless."""

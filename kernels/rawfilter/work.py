@@ -25,6 +25,8 @@ from ingest.records import CommitObject, FilterJob, FrameGeometry, FrameLedger, 
 from kernels.attach import Attachment, epochs_of
 from kernels.contract import DROP, KEEP, REPLACE, chain_geometries, out_geometry
 from kernels.formats import NotFrames
+from kernels.layout.index import FrameIndex
+from kernels.layout.stored import Found
 from kernels.passes import Gone, Hopeless, Postponed
 from kernels.rawfilter import packed
 from kernels.rawfilter.plan import REPLACED, CannotFilter, Plan, plan
@@ -53,17 +55,17 @@ class FilterHost(Protocol):
     async def prepare(self, bucket: str) -> None: ...
 
 
-GeometryOf = Callable[[ObjectRecord, Domain], Awaitable[FrameGeometry | NotFrames]]
+LayoutOf = Callable[[ObjectRecord, Domain], Awaitable[Found]]
 
 
 class RawFilter:
     """One for each worker: it filters the versions of its slot, one at a time."""
 
-    def __init__(self, host: FilterHost, slot: int, tally: Tally, geometry_of: GeometryOf) -> None:
+    def __init__(self, host: FilterHost, slot: int, tally: Tally, layout_of: LayoutOf) -> None:
         self._host = host
         self._slot = slot
         self._tally = tally
-        self._geometry_of = geometry_of
+        self._layout_of = layout_of
 
     async def run(self) -> None:
         """For ever."""
@@ -114,9 +116,11 @@ class RawFilter:
             raise Postponed("no memory region is free")
         domain.hold()
         try:
-            found = record.geometry or await self._geometry_of(record, domain)
+            found = (await self._layout_of(record, domain)).layout
             if isinstance(found, NotFrames):
                 raise CannotFilter(found.reason)
+            if isinstance(found, FrameIndex):
+                raise CannotFilter(f"frames cannot be taken out of this format ({found.source}): its raw data stay")
             await host.prepare(record.bucket)
             decided = self._plan(job, found)
             if decided is None:
