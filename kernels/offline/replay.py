@@ -2,7 +2,8 @@
 
 In: a ``Recorded`` product, and for each of its inputs a body that has the recorded checksum. Out: ``Difference``s, none when
 everything is the same. Every input is judged in a state of its own, epoch by epoch, and states merge in the order of the
-inputs: the order in which floating-point results were merged, too. Where a kernel's answer depends on what is in the state
+inputs: the order in which floating-point results were merged, too. One-frame objects of a run by an ordered kernel go
+through one state, in their order. Where a kernel's answer depends on what is in the state
 while frames are judged in several parts, the order of parts is not recorded and a difference may come from it.
 """
 
@@ -24,6 +25,8 @@ from kernels.recorded import Recorded, RecordedArray, RecordedInput
 from kernels.verdicts import AFTER_STOP
 
 Array = npt.NDArray[np.generic]
+OBJECT_COLUMN = "object"
+"""Of the rows of a run: number of the input (kernels/runs/product.py)."""
 
 
 class Impossible(Exception):
@@ -51,6 +54,9 @@ class Replayed:
 
 def kernels_of(recorded: Recorded) -> tuple[list[Kernel], list[str]]:
     """The chain, and what is odd about it. Raises Impossible."""
+    listed = recorded.about_run.get("members_listed", len(recorded.inputs))
+    if recorded.about_run.get("members", listed) != listed:
+        raise Impossible(f"the run has {recorded.about_run['members']} members, its product names {listed} of them only")
     kernels, notes = [], []
     for stage in recorded.stages:
         try:
@@ -76,7 +82,10 @@ class Replay:
         self._kernels = kernels
         self._array = array
         self._state: Arrays | None = None
-        self._rows: list[npt.NDArray[np.void]] = []
+        self._in_order: Arrays | None = None
+        """State of an ordered kernel after the one-frame objects so far."""
+        self._inputs = 0
+        self._rows: list[tuple[int, npt.NDArray[np.void]]] = []
         self._verdicts: list[npt.NDArray[np.uint8]] = []
         self._frames = 0
         self._window: Window | None = None
@@ -95,23 +104,29 @@ class Replay:
             if stopped or first >= end:
                 continue
             runner = await self._runner(settings, body)
-            found = await runner.judge(body, first, end, alone=alone)
-            self._take(found, self._frames)
+            ordered = alone and self._kernels[-1].ordered
+            found = await runner.judge(body, first, end, alone=alone, fresh=not ordered or self._in_order is None)
+            if ordered:
+                self._in_order = found.state
+            else:
+                self._merge(found.state)
+            self._take(found)
             stopped = found.stopped_at is not None
         missing = self._frames + one.frames - sum(len(part) for part in self._verdicts)
         if missing:
             self._verdicts.append(np.full(missing, AFTER_STOP, np.uint8))
         self._frames += one.frames
+        self._inputs += 1
 
     async def end(self) -> Replayed:
-        assert self._state is not None
+        if self._in_order is not None:
+            self._merge(self._in_order)
+        if self._state is None:
+            raise Impossible("the product names no frames")
         result = None
         if self._kernels[-1].has_finish:
             result = await next(iter(self._runners.values())).finish(self._state)
-        rows = None
-        if self._kernels[-1].rows is not None:
-            table = np.concatenate(self._rows) if self._rows else np.zeros(0, self._kernels[-1].rows.dtype)
-            rows = {name: table[name] for name in table.dtype.names or ()}
+        rows = self._table()
         verdicts = np.concatenate(self._verdicts) if self._verdicts else np.zeros(0, np.uint8)
         return Replayed(self._state, result, rows, verdicts, self._frames)
 
@@ -153,15 +168,29 @@ class Replay:
             found[spec.name] = use.values if use.values is not None else self._array(use)
         return found
 
-    def _take(self, found: Found, offset: int) -> None:
+    def _merge(self, state: Arrays) -> None:
         if self._state is None:
-            self._state = found.state
-        else:
-            for spec in self._kernels[-1].state:
-                merge(spec, self._state[spec.name], found.state[spec.name])
+            self._state = {name: values.copy() for name, values in state.items()}
+            return
+        for spec in self._kernels[-1].state:
+            merge(spec, self._state[spec.name], state[spec.name])
+
+    def _take(self, found: Found) -> None:
         self._verdicts.append(found.verdicts)
         if found.rows is not None:
-            self._rows.append(found.rows)
+            self._rows.append((self._inputs, found.rows))
+
+    def _table(self) -> Mapping[str, Array] | None:
+        """Columns as in a product; those of a run say which input each row is from."""
+        spec = self._kernels[-1].rows
+        if spec is None:
+            return None
+        table = np.concatenate([rows for _, rows in self._rows]) if self._rows else np.zeros(0, spec.dtype)
+        columns: dict[str, Array] = {name: table[name] for name in table.dtype.names or ()}
+        if self._recorded.run:
+            counts = [len(rows) for _, rows in self._rows]
+            columns[OBJECT_COLUMN] = np.repeat(np.array([number for number, _ in self._rows], np.int64), counts)
+        return columns
 
 
 def differences(recorded: Recorded, replayed: Replayed) -> list[Difference]:

@@ -25,10 +25,11 @@ Hiss = Callable[..., Any]
 Poll = Callable[..., Any]
 
 SOURCE = """\
-from hiss import DROP, KEEP, emit
+from hiss import DROP, KEEP, append, emit
 
 PARAMS = {"low": ("uint16", 9)}
 STATE = {"hits": ("int64", (1,), "sum"), "mean": ("float64", (4, 6), "sum"), "first": ("int64", (1,), "min")}
+ROWS = {"pixels": "int32"}
 
 
 def frame(frame, params, state, index, out, feedback):
@@ -39,6 +40,7 @@ def frame(frame, params, state, index, out, feedback):
             state.mean[y, x] += frame[y, x] / 3.0
     state.hits[0] += n
     state.first[0] = min(state.first[0], frame[0, 0])
+    append(feedback, n)
     emit(feedback, 7, n)
     return KEEP if n >= 8 else DROP
 """
