@@ -56,7 +56,9 @@ def kernels_of(recorded: Recorded) -> tuple[list[Kernel], list[str]]:
     """The chain, and what is odd about it. Raises Impossible."""
     listed = recorded.about_run.get("members_listed", len(recorded.inputs))
     if recorded.about_run.get("members", listed) != listed:
-        raise Impossible(f"the run has {recorded.about_run['members']} members, its product names {listed} of them only")
+        raise Impossible(
+            f"the run has {recorded.about_run['members']} members, its product names {listed} of them only"
+        )
     kernels, notes = [], []
     for stage in recorded.stages:
         try:
