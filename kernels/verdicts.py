@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kernels.contract import KEEP, REPLACE, STOP
+from kernels.contract import DROP, KEEP, REPLACE, STOP
 
 AFTER_STOP = 252
 """The kernel said STOP for an earlier frame, so it never judged this one."""
@@ -60,7 +60,16 @@ class Verdicts:
         self._count(part, +1)
 
     def _count(self, part: npt.NDArray[np.uint8], sign: int) -> None:
-        rows = part[self._ruling]
+        if len(self._ruling) == 1:
+            counts = np.bincount(part[self._ruling[0]], minlength=256)
+            self.kept += sign * int(counts[KEEP] + counts[STOP])
+            self.replaced += sign * int(counts[REPLACE])
+            self.after_stop += sign * int(counts[AFTER_STOP])
+            self.dropped += sign * int(counts[DROP])
+            return
+        self._count_several(part[self._ruling], sign)
+
+    def _count_several(self, rows: npt.NDArray[np.uint8], sign: int) -> None:
         kept = ((rows == KEEP) | (rows == STOP)).any(axis=0)
         replaced = (rows == REPLACE).any(axis=0) & ~kept
         open_ = (rows == UNREDUCED).any(axis=0) & ~(kept | replaced)

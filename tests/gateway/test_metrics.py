@@ -106,7 +106,7 @@ def test_totals_for_the_status(fd: int) -> None:
     Counters(fd, 1).cell("hiss_kernel_frames_total", "drop").add(3)
     reader = Reader(Counters(fd, 0))
     assert reader.total("hiss_kernel_frames_total") == 5
-    assert reader.by_label("hiss_kernel_frames_total") == {"keep": 2, "drop": 3, "unreduced": 0}
+    assert reader.by_label("hiss_kernel_frames_total") == {"keep": 2, "drop": 3, "replace": 0, "unreduced": 0}
     with pytest.raises(KeyError):
         reader.value("hiss_absent")
 

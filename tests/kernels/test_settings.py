@@ -268,6 +268,7 @@ async def test_replaced_frames_are_counted(node: Node, frames: np.ndarray, until
     await until(lambda: node.has_product("double", b"a.raw"))
     ledger = ledger_of(node, b"a.raw")
     assert (ledger.kept, ledger.dropped, ledger.replaced) == (0, 1, 39)
+    assert [node.count("hiss_kernel_frames_total", verdict) for verdict in ("replace", "unreduced")] == [39, 0]
     assert adds_up(ledger)
     with node.product("double", b"a.raw") as file:
         assert file["entry/verdicts"][:5].tolist() == [2, 2, 2, 0, 2]
