@@ -15,6 +15,10 @@ class BufferFull(IngestError):
     """No room in the arena or in the segments: ask the client to slow down (before its body)."""
 
 
+class KernelsUnavailable(IngestError):
+    """A submitted kernel could not be tried at the moment; ``str()`` says why, fit for the scientist."""
+
+
 class StreamAborted(IngestError):
     """The stream was aborted (peer gone, kernel of the system refused the write, node stopping)."""
 

@@ -454,8 +454,8 @@ class FrameHost(Protocol):
         ...
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
-        """Gate and compile a submitted kernel. Raises ``KernelRefused`` with file, line and reason, or BufferFull where it
-        could not be tried."""
+        """Gate and compile a submitted kernel. Raises ``KernelRefused`` with file, line and reason, or KernelsUnavailable where
+        it could not be tried."""
         ...
 
     async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:

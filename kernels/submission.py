@@ -1,7 +1,7 @@
 """The verdict on what somebody puts under ``_kernels/``: a kernel's source, or one of its parameter arrays.
 
 In: the bytes (of an array: its first ones and its length), the object metadata, what the bucket has already. Out: nothing,
-or KernelRefused with file, line and reason; BufferFull where it could not be tried. What is only missing yet is no reason
+or KernelRefused with file, line and reason; KernelsUnavailable where it could not be tried. What is only missing yet is no reason
 to refuse: kernels, the kernels before them and arrays may be put in any order.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ingest import bucket_settings
-from ingest.errors import BufferFull, IngestError, NoSuchBucket
+from ingest.errors import IngestError, KernelsUnavailable, NoSuchBucket
 from ingest.ports import Catalog, KernelRefused
 from kernels import uploads
 from kernels.attach import Attachment, attach, chained, kernel_name
@@ -26,9 +26,10 @@ from kernels.registry import Registry
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.standing import Verdict
 
-CLEARANCE_WAIT_S = 5.0
-"""How long a submitted kernel waits for the sandbox's self-test, which takes half a second after the node's start."""
-CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0)
+CLEARANCE_WAIT_S = 30.0
+"""How long a submitted kernel waits for the sandbox's self-test, which takes half a second once the fork server
+has started, and that several seconds on a busy machine."""
+CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
 
 Layouts = Sequence[tuple[str, int]]
@@ -78,7 +79,7 @@ class Submissions:
         except NoSuchBucket:
             return
         except IngestError as error:
-            raise BufferFull(f"the bucket's settings cannot be read at the moment: {error}") from None
+            raise KernelsUnavailable(f"the bucket's settings cannot be read at the moment: {error}") from None
         if bucket_settings.parse(tags).raw_filter != "allow":
             raise KernelRefused(
                 attachment.kernel.file,
@@ -93,7 +94,7 @@ class Submissions:
         except NoSuchBucket:
             return {}
         except IngestError as error:
-            raise BufferFull(f"the bucket's kernels cannot be read at the moment: {error}") from None
+            raise KernelsUnavailable(f"the bucket's kernels cannot be read at the moment: {error}") from None
         return {attachment.name: attachment for attachment in self._registry.known(bucket)}
 
     async def _compile(self, attachment: Attachment, layouts: Layouts) -> None:
@@ -102,7 +103,7 @@ class Submissions:
         if standing.verdict is Verdict.REFUSED:
             raise KernelRefused(kernel.file, 1, f"no kernel runs here: {standing.reason}")
         if not standing.runs:
-            raise BufferFull(f"kernels cannot be compiled at the moment: {standing.reason}")
+            raise KernelsUnavailable(f"kernels cannot be compiled at the moment: {standing.reason}")
         failure = SandboxFailed("unavailable", "")
         for wait_s in CHECK_BACKOFF_S:
             try:
@@ -114,7 +115,7 @@ class Submissions:
             if failure.kind != "unavailable":
                 raise KernelRefused(kernel.file, 1, f"does not compile: {failure}") from None
             await asyncio.sleep(wait_s)
-        raise BufferFull(f"kernels cannot be compiled at the moment: {failure.message}")
+        raise KernelsUnavailable(f"kernels cannot be compiled at the moment: {failure.message}")
 
     async def array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
         """A whole .npy file of plain numbers; one that the kernel declares and that fits, where the kernel is there."""

@@ -127,6 +127,7 @@ class S3Error(Exception):
 # something about the request, see ``translated``.
 INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.BufferFull: "SlowDown",
+    ingest.KernelsUnavailable: "ServiceUnavailable",
     ingest.StreamAborted: "ServiceUnavailable",
     ingest.StorageFailed: "InternalError",
     ingest.DataLost: "InternalError",
@@ -173,6 +174,8 @@ def translated(error: Exception, *, user_id: str = "") -> S3Error:
 def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
     if isinstance(error, ingest.BucketExists) and error.owner == user_id:
         return S3Error("BucketAlreadyOwnedByYou")
+    if isinstance(error, ingest.KernelsUnavailable):
+        return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
     if isinstance(error, ingest.PreconditionFailed):
         return S3Error("PreconditionFailed", fields=[("Condition", error.condition)])
     for kind in type(error).__mro__:
