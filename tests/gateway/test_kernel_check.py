@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fabio
 import h5py
 import hdf5plugin
 import numpy as np
 import pytest
+import tifffile
 
 from gateway.cli.kernel import plots
 
@@ -105,13 +108,16 @@ def test_the_report_is_what_numpy_finds(
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("form", ["bslz4", "gzip", "raw"])
+@pytest.mark.parametrize("form", ["bslz4", "gzip", "raw", "tiff"])
 def test_a_file_is_read_as_a_node_reads_it(quick: Hiss, tmp_path: Path, form: str, frames: np.ndarray) -> None:
     """Large frames: what a codec does with memory and threads then is what matters in the sandbox."""
     large = np.tile(frames[:4], (1, 20, 30))
     file = tmp_path / "file"
     arguments = ["--frames", str(file), "--max-frames", "3", "--seconds", "0"]
-    if form == "raw":
+    if form == "tiff":
+        large = large[:1]
+        tifffile.imwrite(file, large[0], compression="zlib", photometric="minisblack")
+    elif form == "raw":
         file.write_bytes(large.tobytes() + b"tail")
         arguments += ["--dtype", "uint16", "--shape", "600x1200"]
     else:
@@ -128,6 +134,22 @@ def test_a_file_is_read_as_a_node_reads_it(quick: Hiss, tmp_path: Path, form: st
     assert done.code == 0, done.err
     assert done.json["state"]["total"]["values"] == [int(large[:3].sum(dtype=np.int64))]
     assert ("bslz4" in done.json["read_as"]) == (form == "bslz4")
+
+
+def test_a_real_cbf(quick: Hiss, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("HISS_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+    file = folder / "phi_scan_001.cbf"
+    if not file.exists():
+        pytest.skip("real detector data is not here")
+    kernel = ("pixel_statistics", "--constant", "HEIGHT=619", "--constant", "WIDTH=487")
+    done = quick("kernel", "check", *kernel, "--frames", str(file), "--seconds", "0", "--json")
+    assert done.code == 0, done.err
+    assert done.json["read_as"] == "CBF (byte-offset): 1 frames of 619×487 int32"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = fabio.open(str(file)).data
+    sums = [one["sum"] for one in done.json["state"].values()]
+    assert int(image.clip(0).sum(dtype=np.int64)) in sums or int(image.sum(dtype=np.int64)) in sums
 
 
 def test_a_chain_and_a_stop(quick: Hiss, tmp_path: Path, frames: np.ndarray) -> None:

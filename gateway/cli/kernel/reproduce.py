@@ -161,12 +161,12 @@ class _Raw:
         shown = f"s3://{one.bucket}/{one.key.decode('utf-8', 'backslashreplace')}"
         with tempfile.TemporaryDirectory(prefix="hiss-raw-") as folder:
             file = Path(folder) / "body"
-            metadata = dict(one.metadata)
+            metadata, content_type = dict(one.metadata), ""
             if self._folder is not None:
                 file = self._in_folder(one.key)
                 crc = _crc_of(file)
             else:
-                crc, said = self._fetched(one.bucket, one.key, file, shown)
+                crc, said, content_type = self._fetched(one.bucket, one.key, file, shown)
                 metadata |= {name: value for name, value in said.items() if name.startswith("frame-")}
             if crc != one.crc64nvme:
                 raise Impossible(
@@ -174,7 +174,7 @@ class _Raw:
                     "filtered or damaged"
                 )
             try:
-                body = open_body(file, one.key, metadata)
+                body = open_body(file, one.key, metadata, content_type)
             except NoFrames as reason:
                 raise Impossible(f"{shown}: {reason}") from None
             try:
@@ -195,7 +195,7 @@ class _Raw:
                 file = self._in_folder(use.key)
                 crc = _crc_of(file)
             else:
-                crc, _ = self._fetched(use.bucket, use.key, file, shown)
+                crc, _, _ = self._fetched(use.bucket, use.key, file, shown)
             if crc != use.crc64nvme:
                 raise Impossible(f"{shown}: has CRC64NVME {crc:016x} now, used was {use.crc64nvme:016x}")
             with io.BytesIO(file.read_bytes()) as content:
@@ -211,8 +211,8 @@ class _Raw:
             raise Impossible(f"{self._folder} has no file {os.fsdecode(key)!r}")
         return path
 
-    def _fetched(self, bucket: str, key: bytes, file: Path, shown: str) -> tuple[int, dict[str, str]]:
-        """Into ``file``: (CRC64NVME of what arrived, metadata)."""
+    def _fetched(self, bucket: str, key: bytes, file: Path, shown: str) -> tuple[int, dict[str, str], str]:
+        """Into ``file``: (CRC64NVME of what arrived, metadata, content type)."""
         from awscrt import checksums
 
         from kernels.offline.replay import Impossible
@@ -224,7 +224,7 @@ class _Raw:
                 for chunk in fetched.body(CHUNK_BYTES):
                     crc = checksums.crc64nvme(chunk, crc)
                     target.write(chunk)
-                return crc, fetched.metadata
+                return crc, fetched.metadata, fetched.headers.get("content-type", "")
         except Missing:
             raise Impossible(f"{shown}: is gone") from None
         except OSError as error:
