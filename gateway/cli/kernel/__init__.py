@@ -14,7 +14,7 @@ app = typer.Typer(help="Kernels: what a scientist runs on frames as they arrive.
 
 def build() -> typer.Typer:
     """The group with its commands; each loads what it needs when it runs."""
-    from gateway.cli.kernel import change, check, listing, reproduce, submit, watch
+    from gateway.cli.kernel import change, check, listing, reproduce, submit, vhdl, watch
 
     app.command("check")(check.check)
     app.command("submit")(submit.submit)
@@ -24,4 +24,5 @@ def build() -> typer.Typer:
     app.command("params")(change.params)
     app.command("remove")(change.remove)
     app.command("reproduce")(reproduce.reproduce)
+    app.command("vhdl")(vhdl.vhdl)
     return app

@@ -10,6 +10,7 @@ import pytest
 from kernels.offload import ghdl as simulator
 from kernels.offload import registers as regs
 from kernels.offload.build import build
+from kernels.offload.folder import timing_of
 from kernels.offload.ir import Offload
 from kernels.offload.testbench import Script, state_of
 from kernels.offload.vhdl_core import emit_vhdl
@@ -92,16 +93,15 @@ def finished(script: Script, frames: int, broken: int = 0) -> Script:
 ONES = np.ones(8, np.uint8)
 
 
-def test_one_pixel_a_clock_and_a_few_clocks_between_frames() -> None:
-    offload = offload_of("threshold")
+@pytest.mark.parametrize("name", ["threshold", "counter", "window"])
+def test_the_clocks_of_a_frame_are_those_of_the_readme(name: str) -> None:
+    offload = offload_of(name)
     script = Script(offload)
-    for frame in random_frames("uint16", offload.shape, 4):
-        script.frame(frame)
+    for value in range(4):
+        script.frame(np.full(offload.shape, value, offload.dtype))
     results = simulator.simulate(offload, finished(script, 4)).results
     ends = [result.cycle for result in results if result.is_verdict]
-    between = np.diff(ends)
-    assert (between == between[0]).all()
-    assert offload.pixels <= between[0] <= offload.pixels + 6
+    assert np.diff(ends).tolist() == [timing_of(offload).frame] * 3
 
 
 @pytest.mark.parametrize("stalls", STALLS)

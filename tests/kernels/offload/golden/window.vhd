@@ -475,11 +475,11 @@ begin
     variable long : std_logic_vector(63 downto 0);
     variable reading : natural range 0 to 2 := 0;
     variable r_error : std_logic;
-    procedure merge(target : inout std_logic_vector(31 downto 0); word : std_logic_vector(31 downto 0);
-                    strobe : std_logic_vector(3 downto 0)) is
+    procedure merge(target : inout std_logic_vector(31 downto 0); given : std_logic_vector(31 downto 0);
+                    lanes : std_logic_vector(3 downto 0)) is
     begin
       for i in 0 to 3 loop
-        if strobe(i) = '1' then target(8 * i + 7 downto 8 * i) := word(8 * i + 7 downto 8 * i); end if;
+        if lanes(i) = '1' then target(8 * i + 7 downto 8 * i) := given(8 * i + 7 downto 8 * i); end if;
       end loop;
     end procedure;
   begin
