@@ -65,6 +65,8 @@ class Input:
     geometry: FrameGeometry | None
     frames: int
     epochs: tuple[Epoch, ...] = (Epoch(0, 0),)
+    layout: str = ""
+    """Where in the object the frames were and how they were stored, if they did not lie there plainly."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -108,6 +108,7 @@ def _source(entry: h5py.Group, lineage: Lineage) -> None:
     nexus.texts(group, "frame_metadata", [_frame_metadata(record) for record in records])
     origins = [one.geometry.origin if one.geometry else 0 for one in inputs]
     nexus.array(group, "origin", np.array(origins, np.int64)).attrs["units"] = "bytes"
+    nexus.texts(group, "layout", [one.layout for one in inputs])
     nexus.array(group, "frames", np.array([one.frames for one in inputs], np.int64))
     rows = [(number, epoch.first_frame, epoch.settings) for number, one in enumerate(inputs) for epoch in one.epochs]
     epochs = nexus.array(group, "epochs", np.array(rows, np.int64).reshape(-1, 3))

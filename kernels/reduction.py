@@ -563,6 +563,7 @@ class Reduction:
             self._geometry,
             self._received,
             tuple(Epoch(first_frame, number) for number, (first_frame, _) in enumerate(epochs)),
+            "" if self._index is None else self._index.description,
         )
         lineage = Lineage(
             kernel=kernel,

@@ -332,7 +332,9 @@ class Sandbox:
             raise ValueError(f"frames of {batch.frame_bytes} bytes, compiled for {self._frame_bytes}")
         if not 0 <= batch.region < self._spec.region_count:
             raise ValueError(f"region {batch.region} of {self._spec.region_count}")
-        if batch.offset < 0 or batch.offset + batch.count * batch.frame_bytes > self._spec.region_bytes:
+        # Where a table says where the frames are, the child checks every place against its regions.
+        frames_bytes = 0 if batch.table else batch.count * batch.frame_bytes
+        if batch.offset < 0 or batch.offset + frames_bytes > self._spec.region_bytes:
             raise ValueError("the batch does not lie within its region")
         if not 0 <= batch.first_frame < 1 << 62:
             raise ValueError(f"first frame {batch.first_frame}")

@@ -6,6 +6,7 @@ aligned, the machine's byte order, read-only; or word that a frame cannot be dec
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,19 @@ from kernels.decode.encoding import Encoding
 GROUP_BYTES = 256 << 10
 """Smaller frames are gathered up to this much, so that the compiled loop is entered less often."""
 
+KEPT_BYTES = 64 << 20
+"""Freed memory that the process keeps for the next frame."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 Frames = npt.NDArray[Any]
+
+
+def _keep_freed_memory() -> None:
+    """Every decoded frame is a new array. Memory that goes back to the system each time is touched anew each time, and
+    that costs more than decoding."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+    libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 class FrameDecoder:
@@ -33,6 +46,7 @@ class FrameDecoder:
         self._frame_bytes = int(np.prod(shape)) * dtype.itemsize
         self._slab_at: tuple[int, int] | None = None
         self._slab: Frames | None = None
+        _keep_freed_memory()
 
     def runs(self, first: int, count: int, message: bytes) -> Iterator[tuple[int, int, Frames | None]]:
         """(first of the run, counted from the batch's first; how many; the frames, or None: not decodable)."""

@@ -39,6 +39,13 @@ class FrameIndex:
         self._skipped = array.array("H", bytes(2 * chunks))
 
     @property
+    def description(self) -> str:
+        """For the product."""
+        return (
+            f"{self.source}, {self.encoding.dtype} in chunks of {self.encoding.chunk}, encoding: {self.encoding.name}"
+        )
+
+    @property
     def geometry(self) -> FrameGeometry:
         """What a kernel sees: plain frames, wherever they come from."""
         return FrameGeometry(self.dtype, self.shape, 0, self.frame_bytes, None)

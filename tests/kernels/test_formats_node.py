@@ -113,7 +113,8 @@ def test_real_files(scene: Scene, data_folder: Path) -> None:
     for name, dataset in (("eiger1_bslz4_data_000001.h5", "entry/data/data"), ("aps_nxsas.h5", "entry/data/frames")):
         scene.put(f"real/{name}", (data_folder / name).read_bytes())
         with h5py.File(data_folder / name) as file:
-            scene.check(f"real/{name}", file[dataset][:])
+            product = scene.check(f"real/{name}", file[dataset][:])
+        assert product["entry/source/layout"].asstr()[0].startswith(f"HDF5 /{dataset}, ")
 
 
 def test_objects_of_one_frame_go_into_their_run(scene: Scene, data_folder: Path) -> None:
