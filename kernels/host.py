@@ -106,6 +106,7 @@ class _Due:
     time_s: float
     wait_s: float
     bucket: str
+    released: bool = False
 
 
 class KernelHost:
@@ -335,7 +336,8 @@ class KernelHost:
         identity = (record.object_id, kernel)
         before = self._due.get(identity)
         wait_s = self._limits.sweep_s if before is None else min(self._limits.postpone_s_max, before.wait_s)
-        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s, record.bucket)
+        released = before is not None and before.released
+        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s, record.bucket, released)
         if reason.waits:
             self._watch.use(record.bucket)
             await self._record_failure(record, kernel, str(reason), give_up=False, counted=False)
@@ -495,11 +497,15 @@ class KernelHost:
         now_s = asyncio.get_running_loop().time()
         due = {
             (job.record.object_id, job.kernel): _Due(
-                now_s + (0.0 if job.released else grace_s), self._limits.sweep_s, job.record.bucket
+                now_s + (0.0 if job.released else grace_s), self._limits.sweep_s, job.record.bucket, job.released
             )
             for job in jobs
         }
-        self._due = {identity: self._due.get(identity, fresh) for identity, fresh in due.items()}
+        # What was paid and is owed again has no part in the grace of its first time.
+        self._due = {
+            identity: known if (known := self._due.get(identity)) and known.released >= fresh.released else fresh
+            for identity, fresh in due.items()
+        }
         for job in jobs:
             identity = (job.record.object_id, job.kernel)
             if self._is_at(*identity) or self._due[identity].time_s > now_s:

@@ -8,8 +8,10 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -449,4 +451,75 @@ def test_members_that_fail_are_named(scene: Scene) -> None:
     scene.kernel("count", COUNT)
     for number in range(3):
         scene.put(f"{RUN}{number}.npy", frame(number))
+    scene.complete("count")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("point", ["partial-before", "run-product-before"])
+def test_a_worker_dies_while_it_stores(tmp_path: Path, point: str) -> None:
+    """What was not stored is owed, and counts once in the end."""
+    flag = tmp_path / "crashpoint"
+    with running(tmp_path, {"HISS_CRASHPOINT_ONCE": str(flag)}, kernels="on", workers="2") as node:
+        scene = Scene(node)
+        scene.kernel("count", COUNT)
+        for number in range(10):
+            scene.put(f"{RUN}{number:04}.npy", frame(number))
+        scene.complete("count")
+        flag.write_text(point)
+        for number in range(10, 25):
+            scene.put(f"{RUN}{number:04}.npy", frame(number))
+        until(lambda: not flag.exists(), f"a worker died at {point}")
+        scene.client.close()
+        node.ready()
+        scene.put(f"{RUN}0003.npy", frame(333))
+        scene.complete("count")
+        scene.client.close()
+
+
+@pytest.mark.timeout(300)
+def test_workers_are_killed_and_the_node_starts_again(tmp_path: Path) -> None:
+    with running(tmp_path, kernels="on", workers="2") as node:
+        scene = Scene(node)
+        scene.kernel("count", COUNT)
+
+        def put(numbers: range) -> None:
+            for number in numbers:
+                with contextlib.suppress(OSError):
+                    scene.put(f"{RUN}{number % 40:04}.npy", frame(number))
+                    continue
+                time.sleep(0.05)
+                put(range(number, number + 1))
+
+        for attempt in range(3):
+            killer = threading.Timer(0.3, node.kill, ("worker", attempt))
+            killer.start()
+            put(range(attempt * 25, attempt * 25 + 30))
+            killer.join()
+        node.ready()
+        scene.client.close()
+        scene.complete("count")
+        scene.client.close()
+        node.kill_all()
+        node.start()
+        node.ready()
+        scene.put(f"{RUN}0001.npy", frame(1001))
+        assert scene.client.put(BUCKET, f"{RUN}_SUCCESS", b"").ok
+        file = scene.wait("count", lambda f: status(f) == "closed", "the run is closed")
+        check_count(file, scene.frames())
+        scene.client.close()
+
+
+def test_many_small_partials_are_joined(scene: Scene) -> None:
+    scene.kernel("count", COUNT)
+    deadline = time.monotonic() + 60
+    number = 0
+    seen = 0
+    while time.monotonic() < deadline and not seen > len(scene.partials("count")):
+        scene.put(f"{RUN}{number:05}.npy", frame(number))
+        number += 1
+        seen = max(seen, len(scene.partials("count")))
+        time.sleep(0.25)
+    assert seen > len(scene.partials("count")), f"{seen} partials, none joined"
+    scene.complete("count")
+    scene.delete(f"{RUN}00001.npy")
     scene.complete("count")
