@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 INTERNAL_PREFIXES = (b"_kernels/", b"_products/")
 MARKER = b"_SUCCESS"
+PARTIALS = b".partials/"
+"""Folder beside a run's product: what it is made of. Nothing for people."""
 MARKER_METADATA = ("hiss-run", "close")
 
 
@@ -21,6 +23,11 @@ def run_of(key: bytes) -> bytes:
 def is_marker(key: bytes) -> bool:
     """An object that closes its run by its name, and is no member of it."""
     return key.rpartition(b"/")[2] == MARKER
+
+
+def is_partials(folder: bytes) -> bool:
+    """Whether a folder (with its closing slash) holds partials."""
+    return folder.startswith(INTERNAL_PREFIXES[1]) and folder.endswith(b"/" + PARTIALS)
 
 
 def closes(key: bytes, metadata: Mapping[str, str]) -> bool:

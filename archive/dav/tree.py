@@ -17,6 +17,7 @@ from archive.dav.paths import Target, escape, folder_beside
 from ingest.errors import NoSuchBucket, NoSuchKey
 from ingest.ports import Catalog
 from ingest.records import BucketRecord, ListedObject, ObjectRecord
+from ingest.runs import is_partials
 
 PAGE_ENTRIES = 250
 """Rows read and rendered without a pause: about two milliseconds of the loop."""
@@ -113,7 +114,7 @@ class Tree:
             async for rows in self._rows(collection, scan, single=slash >= 0):
                 if slash >= 0:
                     rows = [ListedObject(scan[: slash + 1], None)]
-                yield [entry for row in rows if (entry := naming.entry(row))]
+                yield [entry for row in rows if not is_partials(row.key) and (entry := naming.entry(row))]
 
     async def _rows(self, folder: Folder, scan: bytes, *, single: bool) -> AsyncIterator[list[ListedObject]]:
         after, truncated = b"", True

@@ -11,11 +11,11 @@ import zlib
 
 import msgspec
 
+from ingest.runs import PARTIALS
 from kernels.attach import PRODUCT_PREFIX, Attachment
 from kernels.contract import FLOAT_DTYPES, Kernel
 
 KEY_BYTES_MAX = 1024
-PARTIALS = b".partials/"
 PARTIAL_SUFFIX = b".partial"
 _LONGEST_NAME = 64
 """Room for the longest name below a run's folder."""

@@ -88,3 +88,10 @@ async def test_a_walk_with_grants_finds_what_they_cover(
     found, folders = await walk(Tree(catalog, sight), "/")
     assert sorted(found) == sorted(key for key in keys if key.startswith((b"a/b", b"a-", b"b/../")))
     assert len(folders) == len(set(folders))
+
+
+async def test_what_a_run_is_made_of_is_not_shown(catalog: CatalogClient) -> None:
+    shown = {b"_products/k/run/_run.nxs", b"_products/k/run/a.nxs", b"run/.partials/mine"}
+    await fill(catalog, "scan", shown | {b"_products/k/run/.partials/1.partial", b"_products/k/.partials/2.partial"})
+    keys, _ = await walk(Tree(catalog, Sight(UserRecord("root", "root", "R", b"", root=True))), "/")
+    assert set(keys) == shown
