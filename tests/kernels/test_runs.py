@@ -67,7 +67,7 @@ class Scene:
 
     def put(self, key: str, values: np.ndarray) -> None:
         answer = self.client.put(BUCKET, key, npy(values))
-        assert answer.ok, answer
+        assert answer.ok, f"{answer.status} {answer.code}: {self.node.tail(30)}"
         self.stored[key] = values.reshape(-1, *values.shape[-2:])
 
     def delete(self, key: str) -> None:
