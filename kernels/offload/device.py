@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -208,18 +209,23 @@ class GhdlDevice:
         return ghdl.installed() and sum(elements(spec) for spec in offload.state) <= GHDL_STATE_MAX
 
     async def judge(self, index: int) -> Judged:
-        """Raises GhdlFailed."""
-        judged = await asyncio.to_thread(
-            ghdl.judge,
-            self._offload,
-            self._frame[np.newaxis],
-            self._params,
-            first_frame=index,
-            seed=index % 1000 + 1,
-            stall_in=40,
-            stall_out=40,
-            timeout_s=GHDL_TIMEOUT_S,
-        )
+        """Raises GhdlFailed. A cancelled call ends the simulator."""
+        stop = threading.Event()
+        try:
+            judged = await asyncio.to_thread(
+                ghdl.judge,
+                self._offload,
+                self._frame[np.newaxis],
+                self._params,
+                first_frame=index,
+                seed=index % 1000 + 1,
+                stall_in=40,
+                stall_out=40,
+                timeout_s=GHDL_TIMEOUT_S,
+                stop=stop,
+            )
+        finally:
+            stop.set()
         feedback = tuple((frame, code, float(value)) for frame, code, value in judged.feedback)
         return Judged(judged.verdicts[0], judged.state, feedback)
 

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +38,8 @@ MEMORY_BYTES = 2 << 30
 OUTPUT_BYTES = 256 << 20
 TIMEOUT_S = 120.0
 SAID_CHARS_MAX = 2000
+STOP_S = 0.2
+"""How soon a run ends that nobody waits for any more."""
 
 _LAUNCHER = """
 import ctypes, os, resource, signal, sys
@@ -94,8 +98,16 @@ def installed(name: str = "ghdl") -> bool:
     return shutil.which(name) is not None
 
 
-def confined(arguments: Sequence[str], folder: Path, timeout_s: float, *, memory_bytes: int = MEMORY_BYTES) -> str:
-    """Run a tool of the trade under limits; what it wrote to stdout. Raises GhdlFailed."""
+def confined(
+    arguments: Sequence[str],
+    folder: Path,
+    timeout_s: float,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    stop: threading.Event | None = None,
+) -> str:
+    """Run a tool of the trade under limits; what it wrote to stdout. ``stop``: set by whoever does not want to wait any more.
+    Raises GhdlFailed."""
     limits = (str(memory_bytes), str(int(timeout_s) + 1), str(OUTPUT_BYTES))
     command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, *limits, program(arguments[0]), *arguments[1:]]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TMPDIR": str(folder), "LC_ALL": "C"}
@@ -111,17 +123,29 @@ def confined(arguments: Sequence[str], folder: Path, timeout_s: float, *, memory
         errors="replace",
     ) as process:
         try:
-            out, err = process.communicate(timeout=timeout_s)
-        except BaseException as error:
+            out, err = _awaited(process, arguments[0], timeout_s, stop)
+        except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise GhdlFailed(f"{arguments[0]} did not finish within {timeout_s:g} s") from None
             raise
     if process.returncode:
         said = (err.strip() or out.strip() or f"exit code {process.returncode}").replace(str(folder), "")
         raise GhdlFailed(said[-SAID_CHARS_MAX:])
     return out
+
+
+def _awaited(
+    process: subprocess.Popen[str], name: str, timeout_s: float, stop: threading.Event | None
+) -> tuple[str, str]:
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return process.communicate(timeout=max(0.0, min(STOP_S, deadline_s - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if stop is not None and stop.is_set():
+                raise GhdlFailed(f"{name} was stopped") from None
+            if time.monotonic() >= deadline_s:
+                raise GhdlFailed(f"{name} did not finish within {timeout_s:g} s") from None
 
 
 def synthesize(offload: Offload, *, verilog: bool = False, timeout_s: float = TIMEOUT_S) -> str:
@@ -144,6 +168,7 @@ def simulate(
     stall_out: int = 0,
     cycles_max: int = 100_000_000,
     timeout_s: float = TIMEOUT_S,
+    stop: threading.Event | None = None,
 ) -> Simulated:
     """Play a script. ``stall_in``, ``stall_out``: 0 (never) to 255 (nearly always). Raises GhdlFailed."""
     with tempfile.TemporaryDirectory(prefix="hiss-ghdl-") as name:
@@ -151,7 +176,7 @@ def simulate(
         (folder / "core.vhd").write_text(emit_vhdl(offload))
         (folder / "testbench.vhd").write_text(emit_testbench(offload))
         (folder / "script.bin").write_bytes(script.data())
-        confined(["ghdl", "-a", "--std=08", "core.vhd", "testbench.vhd"], folder, timeout_s)
+        confined(["ghdl", "-a", "--std=08", "core.vhd", "testbench.vhd"], folder, timeout_s, stop=stop)
         generics = {"SEED": seed, "STALL_IN": stall_in, "STALL_OUT": stall_out, "CYCLES_MAX": cycles_max}
         confined(
             [
@@ -164,6 +189,7 @@ def simulate(
             ],
             folder,
             timeout_s,
+            stop=stop,
         )
         return Simulated(
             parse_results((folder / "results.bin").read_bytes()), parse_reads((folder / "reads.bin").read_bytes())
@@ -180,6 +206,7 @@ def judge(
     stall_in: int = 0,
     stall_out: int = 0,
     timeout_s: float = TIMEOUT_S,
+    stop: threading.Event | None = None,
 ) -> Judged:
     """The frames through the core, from a clear state. Raises GhdlFailed."""
     script = Script(offload).hold()
@@ -187,7 +214,9 @@ def judge(
     for frame in frames:
         script.frame(frame)
     script.poll(regs.FRAMES, 0xFFFFFFFF, len(frames)).hold().read_state()
-    simulated = simulate(offload, script, seed=seed, stall_in=stall_in, stall_out=stall_out, timeout_s=timeout_s)
+    simulated = simulate(
+        offload, script, seed=seed, stall_in=stall_in, stall_out=stall_out, timeout_s=timeout_s, stop=stop
+    )
     verdicts = [result.verdict for result in simulated.results if result.is_verdict]
     feedback = [
         (first_frame + ((result.frame - first_frame) & 0xFFFFFFFF), result.code, result.value)

@@ -80,7 +80,9 @@ def run_ghdl(offload: Offload, frames: np.ndarray, params: Mapping[str, int] | N
 
     judged = ghdl.judge(offload, frames, resolve_params(offload.kernel, params or {}), **how)
     feedback = [(frame, code, float(value)) for frame, code, value in judged.feedback]
-    return Found(judged.verdicts, judged.state, feedback)
+    # Arrays that frame() does not name are not in the core: they stay as they were.
+    untouched = {spec.name: np.full(spec.shape, spec.identity, spec.dtype) for spec in offload.kernel.state}
+    return Found(judged.verdicts, untouched | judged.state, feedback)
 
 
 def random_frames(dtype: str, shape: tuple[int, ...], count: int, seed: int = 1) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import Callable
 
 import h5py
@@ -10,7 +12,9 @@ import pytest
 
 from ingest.ports import KernelRefused
 from kernels.offload import device
+from kernels.offload import ghdl as simulator
 from kernels.offload.emit_numba import emit_numba
+from kernels.offload.vhdl_core import emit_vhdl
 from tests.kernels.hosting import BUCKET, Node
 from tests.kernels.offload import samples
 
@@ -61,6 +65,36 @@ async def test_the_model_runs_and_is_compared_with_the_plain_kernel(node: Node, 
     assert ran_on == "fpga model (sampled frames equal to cpu)"
     assert node.count("hiss_kernel_offload_compared_total") >= 1
     assert [event.value for event in node.feedback.events] == (frames >= 12).sum(axis=(1, 2)).tolist()
+
+
+async def test_a_crop_goes_through_the_simulated_core(
+    ghdl: str, node: Node, until: Until, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hiss.kernels")
+    node.attach("threshold", samples.THRESHOLD, device="fpga")
+    (await reduced(node, b"run/a.raw", frames_of(), until)).close()
+    await until(lambda: "the simulated core agrees on a crop of frame" in caplog.text, timeout_s=60.0)
+    assert node.count("hiss_kernel_errors_total", "offload") == 0
+
+
+async def test_a_simulated_core_that_is_wrong_ends_the_offload(
+    ghdl: str, node: Node, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        simulator,
+        "emit_vhdl",
+        lambda offload: emit_vhdl(offload).replace("fit(now, 64) + by_low", "fit(now, 64) - by_low"),
+    )
+    node.attach("threshold", samples.THRESHOLD, device="fpga")
+    frames = frames_of(count=10)
+    deadline_s = asyncio.get_running_loop().time() + 60
+    for number in itertools.count():
+        with await reduced(node, b"run/%d.raw" % number, frames, until) as file:
+            ran_on = check_product(file, frames)
+        if "the simulated core and the cpu differ in state.histogram" in ran_on:
+            break
+        assert asyncio.get_running_loop().time() < deadline_s
+    assert node.count("hiss_kernel_errors_total", "offload") == 1
 
 
 async def test_a_core_that_is_wrong_is_noticed_and_costs_nothing_but_time(
