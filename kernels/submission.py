@@ -18,7 +18,7 @@ from ingest.ports import Catalog, KernelRefused
 from kernels import uploads
 from kernels.attach import Attachment, attach, chained, kernel_name
 from kernels.clearance import Clearance
-from kernels.contract import chain_geometries
+from kernels.contract import Kernel, chain_geometries
 from kernels.formats import declared_geometry
 from kernels.gate import admit
 from kernels.offload.device import check_offload
@@ -104,10 +104,23 @@ class Submissions:
             raise KernelRefused(kernel.file, 1, f"no kernel runs here: {standing.reason}")
         if not standing.runs:
             raise KernelsUnavailable(f"kernels cannot be compiled at the moment: {standing.reason}")
+        first: KernelRefused | None = None
+        for layout in layouts:
+            # One at a time: the first that compiles is enough, and the scientist waits for the answer.
+            try:
+                await self._try(kernel, layout)
+            except KernelRefused as refusal:
+                first = first or refusal
+            else:
+                return
+        assert first is not None
+        raise first
+
+    async def _try(self, kernel: Kernel, layout: tuple[str, int]) -> None:
         failure = SandboxFailed("unavailable", "")
         for wait_s in CHECK_BACKOFF_S:
             try:
-                await check(self._zygote_socket, kernel, layouts, self._limits)
+                await check(self._zygote_socket, kernel, (layout,), self._limits)
             except SandboxFailed as error:
                 failure = error
             else:

@@ -142,6 +142,7 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.InvalidPartOrder: "InvalidPartOrder",
     ingest.EntityTooSmall: "EntityTooSmall",
     ingest.PreconditionFailed: "PreconditionFailed",
+    ingest.MembersGone: "OperationAborted",
     ingest.StaleVersion: "OperationAborted",
     ingest.StaleEpoch: "ServiceUnavailable",
 }

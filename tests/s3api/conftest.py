@@ -57,6 +57,9 @@ class CheckingHost:
     def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
         return ()
 
+    def filters(self, bucket: str, key: bytes) -> dict[str, str]:
+        return {}
+
     def catch_up(self, record: object, kernels: tuple[str, ...]) -> None: ...
     def landed(self, record: object, kernels: tuple[str, ...], payload: object) -> None: ...
 
