@@ -293,6 +293,9 @@ class Store:
         elif (object_id, kernel) in self.owed:
             self.owed[object_id, kernel] += 1
 
+    async def filters_due(self, slot: int, limit: int) -> tuple[()]:
+        return ()
+
     async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
         return [
             ReductionJob(kernel, attempts, self._live(object_id))
