@@ -434,7 +434,7 @@ class ReductionCount(msgspec.Struct, frozen=True):
 
 
 class FilterJob(msgspec.Struct, frozen=True):
-    """A raw filter that is due: every kernel has judged the version."""
+    """A raw filter that is due: every kernel has judged the version, or never will."""
 
     record: ObjectRecord
     attempts: int
@@ -442,6 +442,8 @@ class FilterJob(msgspec.Struct, frozen=True):
     """As of CommitObject."""
     verdicts: dict[str, bytes]
     """Of those kernels that have a product with verdicts, as of CommitObject."""
+    unjudged: frozenset[str] = frozenset()
+    """Kernels whose reduction of the version was given up."""
 
 
 class ListedObject(msgspec.Struct, frozen=True):

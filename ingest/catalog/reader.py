@@ -265,7 +265,9 @@ class Reader:
         found = self._db.execute(statements.FILTERS_DUE, {"slot": slot, "limit": limit}).fetchall()
         for object_id, attempts, filters in found:
             verdicts = dict(self._db.execute(statements.VERDICTS, {"of": object_id}).fetchall())
-            jobs.append(FilterJob(self.by_id(object_id), attempts, rows.decode_filters(filters), verdicts))
+            unjudged = frozenset(kernel for (kernel,) in self._db.execute(statements.UNJUDGED, {"of": object_id}))
+            asked = rows.decode_filters(filters)
+            jobs.append(FilterJob(self.by_id(object_id), attempts, asked, verdicts, unjudged))
         return jobs
 
     def drain_counts(self) -> DrainCounts:

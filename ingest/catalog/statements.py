@@ -436,6 +436,8 @@ DELETE_VERDICTS = _sql(sa.delete(filter_verdicts).where(filter_verdicts.c.object
 VERDICTS = _sql(
     sa.select(filter_verdicts.c.kernel, filter_verdicts.c.verdicts).where(filter_verdicts.c.object_id == _p("of"))
 )
+UNJUDGED = _sql(sa.select(reductions.c.kernel).where(reductions.c.object_id == _p("of")))
+"""Of a version whose filter is due: kernels that were given up; what is paid leaves no row."""
 FILTERS_DUE = _sql(
     sa.select(filters.c.object_id, filters.c.attempts, filters.c.filters)
     .where(

@@ -150,7 +150,7 @@ class RawFilter:
                 )
                 out = out_geometry(attachment.kernel, inputs[-1])
         if frames == 1 and not job.verdicts and record.ledger is not None:
-            verdicts = _of_ledger(record.ledger, job.filters)
+            verdicts = _of_ledger(record.ledger, job)
         else:
             verdicts = {kernel: packed.unpack(row) for kernel, row in job.verdicts.items()}
         decided = plan(verdicts, job.filters, geometry, frames, out)
@@ -179,8 +179,9 @@ def _frames(record: ObjectRecord, geometry: FrameGeometry) -> int:
     return frames if geometry.count is None else min(frames, geometry.count)
 
 
-def _of_ledger(ledger: FrameLedger, filters: Mapping[str, str]) -> dict[str, npt.NDArray[np.uint8]]:
-    """The verdicts of a version of one frame, which its ledger counts (it has no product of its own)."""
+def _of_ledger(ledger: FrameLedger, job: FilterJob) -> dict[str, npt.NDArray[np.uint8]]:
+    """The verdicts of a version of one frame, which its ledger counts (it has no product of its own). What the others said
+    is no verdict of a kernel that was given up."""
     verdict = UNREDUCED
     if ledger.dropped:
         verdict = DROP
@@ -188,7 +189,7 @@ def _of_ledger(ledger: FrameLedger, filters: Mapping[str, str]) -> dict[str, npt
         verdict = REPLACE
     elif ledger.kept:
         verdict = KEEP
-    return {kernel: np.array([verdict], np.uint8) for kernel in filters}
+    return {kernel: np.array([UNREDUCED if kernel in job.unjudged else verdict], np.uint8) for kernel in job.filters}
 
 
 async def _body(

@@ -238,6 +238,17 @@ def test_a_kernel_that_fails_costs_no_frame(scene: Scene) -> None:
     assert any("bad" in error for error in scene.errors())
 
 
+def test_one_frame_that_a_kernel_never_judged_stays(scene: Scene) -> None:
+    waits = HITS.replace("500)}", '500), "mask": ("uint8", "frame")}')
+    assert scene.kernel("hits", HITS, raw="kept").ok
+    assert scene.kernel("waits", waits, raw="kept").ok
+    miss = np.zeros(SHAPE, np.uint16)
+    scene.put("run/miss.npy", npy(miss))
+    until(lambda: scene.record("run/miss.npy").ledger is not None, "one of them has judged it", 60)
+    assert scene.client.delete(BUCKET, "_kernels/waits.py").ok
+    scene.stays("run/miss.npy", npy(miss))
+
+
 def test_an_overwritten_object_is_not_touched_by_the_filter_of_the_old_one(scene: Scene) -> None:
     assert scene.kernel("hits", HITS, raw="kept").ok
     last = frames(40)
