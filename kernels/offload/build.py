@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kernels import declarations
 from kernels.contract import Kernel, StateSpec
 from kernels.offload import loops, types
+from kernels.offload.context import Value, refuse
 from kernels.offload.domain import Known, known_now
 from kernels.offload.ir import (
     Const,
@@ -31,7 +32,7 @@ from kernels.offload.ir import (
     statements,
 )
 from kernels.offload.statements import Walk
-from kernels.offload.values import REGISTERS_MAX, Value, refuse
+from kernels.offload.values import REGISTERS_MAX
 
 PIXELS = ("uint8", "uint16", "uint32", "int16", "int32")
 FRAME_PIXELS_MAX = 1 << 26

@@ -130,9 +130,16 @@ class _Writer:
                 return f"return {self._exact(value)}"
 
     def _held(self, slot: str, value: Expr) -> str:
-        if self._slots[slot].is_bool:
+        stored = self._stored(slot)
+        if stored == types.BOOL:
             return self._truth(value)
-        return self._as(self._carrier(self._slots[slot].hi), value)
+        text, given = self._native(value)
+        return text if given == stored else f"np.{stored}({text})"
+
+    def _stored(self, slot: str) -> str:
+        """The narrowest type that holds whatever the variable gets: the optimiser does more of them at once."""
+        known = self._slots[slot]
+        return types.BOOL if known.is_bool else _narrowest(known.lo, known.hi)
 
     def _update(self, update: Update) -> str:
         cell = self._cell(update.array, update.index)
@@ -167,10 +174,8 @@ class _Writer:
             case Const(lo=value):
                 return str(value)
             case Local(slot=slot):
-                stored = self._slots[slot]
                 name = self._names[slot]
-                held = types.BOOL if stored.is_bool else self._carrier(stored.hi)
-                return name if held == carrier else f"np.{carrier}({name})"
+                return name if self._stored(slot) == carrier else f"np.{carrier}({name})"
             case AsInteger(value=value):
                 return f"np.int64({self._truth(value)})"
             case Select(test=test, then=then, other=other):
@@ -192,9 +197,8 @@ class _Writer:
                 return f"frame.shape[{axis + len(self._offload.shape) - 2}]"
             case FrameNumber():
                 return "index"
-            case Pixel(dy=dy, dx=dx):
-                row = [] if self._offload.rows is None else [_moved("at_y", dy)]
-                return f"np.{carrier}(frame[{', '.join([*row, _moved('at_x', dx)])}])"
+            case Pixel():
+                return f"np.{carrier}({self._pixel(node)})"
             case Param(name=name):
                 return f"np.{carrier}(params.{name})"
             case Cell(array=array, index=index):
@@ -207,9 +211,8 @@ class _Writer:
             # Exact, because the exact result fits the carrier.
             return self._modular(carrier, node)
         if node.op in ("min", "max"):
-            common = self._carrier(max(node.left.hi, node.right.hi))
-            text = f"{node.op}({self._as(common, node.left)}, {self._as(common, node.right)})"
-            return text if common == carrier else f"np.{carrier}({text})"
+            text, given = self._native(node)
+            return text if given == carrier else f"np.{carrier}({text})"
         own = self._carrier(node.left.hi)
         text = (
             f"({self._exact(node.left)} >> {self._as(own, node.right) if own == carrier else self._exact(node.right)})"
@@ -231,15 +234,50 @@ class _Writer:
         text = self._exact(node)
         return text if self._carrier(node.hi) == carrier else f"np.{carrier}({text})"
 
+    # -- in the narrowest types, for what is only compared
+
+    def _native(self, node: Expr) -> tuple[str, str]:
+        """The value as it comes, and its type."""
+        match node:
+            case Local(slot=slot) if not self._slots[slot].is_bool:
+                return self._names[slot], self._stored(slot)
+            case Pixel():
+                return self._pixel(node), self._offload.dtype
+            case Param(name=name):
+                return f"params.{name}", next(spec.dtype for spec in self._offload.kernel.params if spec.name == name)
+            case Binary(op="min" | "max" as op, left=left, right=right):
+                a, b, common = self._common(left, right)
+                return f"{op}({a}, {b})", common
+            case _:
+                return self._exact(node), self._carrier(node.hi)
+
+    def _common(self, left: Expr, right: Expr) -> tuple[str, str, str]:
+        """Both values in one type that holds both: (left, right, type)."""
+        (a, a_type), (b, b_type) = self._native(left), self._native(right)
+        for side, other in ((left, b_type), (right, a_type)):
+            lo, hi = types.bounds(other)
+            if isinstance(side, Const) and lo <= side.lo <= hi:
+                text = f"np.{other}({side.lo})"
+                return (text, b, other) if side is left else (a, text, other)
+        common = types.unified(a_type, b_type)
+        if common is None:
+            # Refused before, unless both fit: numba would go on in float64.
+            common = self._carrier(max(left.hi, right.hi))
+            assert common == types.INT64 or min(left.lo, right.lo) >= 0
+            return f"np.{common}({a})", f"np.{common}({b})", common
+        return a, b, common
+
+    def _pixel(self, node: Pixel) -> str:
+        row = [] if self._offload.rows is None else [_moved("at_y", node.dy)]
+        return f"frame[{', '.join([*row, _moved('at_x', node.dx)])}]"
+
     def _truth(self, node: Expr) -> str:
         match node:
             case Const(lo=value):
                 return "True" if value else "False"
             case Compare(op=op, left=left, right=right):
-                common = self._carrier(max(left.hi, right.hi))
-                # Refused before: numba would compare in float64.
-                assert common == types.INT64 or min(left.lo, right.lo) >= 0
-                return f"({self._as(common, left)} {op} {self._as(common, right)})"
+                a, b, _ = self._common(left, right)
+                return f"({a} {op} {b})"
             case Logic(op=op, left=left, right=right):
                 sign = {"xor": "!=", "and": "and", "or": "or"}[op]
                 return f"({self._truth(left)} {sign} {self._truth(right)})"
@@ -251,6 +289,14 @@ class _Writer:
                 return self._names[slot]
             case _:
                 return f"({self._exact(node)} != 0)"
+
+
+def _narrowest(lo: int, hi: int) -> str:
+    for name in ("uint8", "uint16", "int32", "uint32", "int64"):
+        smallest, largest = types.bounds(name)
+        if smallest <= lo and hi <= largest:
+            return name
+    return types.UINT64
 
 
 def _moved(name: str, offset: int) -> str:

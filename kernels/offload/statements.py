@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 from kernels.contract import DROP, KEEP, STOP, StateSpec
 from kernels.literals import Literal
 from kernels.offload import arithmetic, types
+from kernels.offload.context import Scope, Value, refuse
 from kernels.offload.domain import Broken, Env, Known, as_typed, assume, joined
-from kernels.offload.ir import Assign, Const, Emit, Expr, If, Refusal, Slot, Statement, Store, Update, Verdict
-from kernels.offload.values import Scope, Value, binary, dimension, element, evaluate, evaluate_condition, refuse
+from kernels.offload.ir import Const, Emit, Expr, If, Refusal, Statement, Store, Update, Verdict
+from kernels.offload.operators import binary
+from kernels.offload.values import dimension, element, evaluate, evaluate_condition
+from kernels.offload.walk import STATEMENTS_MAX, Walker
 
-STATEMENTS_MAX = 4000
-"""Statements carried out in all, unrolled and repeated ones too: bounds the time to decide and the size of the core."""
 UNROLLED_MAX = 64
 """Turns of a constant loop."""
 HELPERS_DEEP_MAX = 8
@@ -35,8 +36,8 @@ _UPDATES: dict[type[ast.operator], str] = {
 }
 
 
-class Walk:
-    """Implements ``values.Context`` but for pixels, which the builder adds."""
+class Walk(Walker):
+    """Carries out statements, loops of constant range and the file's functions."""
 
     def __init__(
         self,
@@ -48,31 +49,7 @@ class Walk:
         registers: frozenset[str],
         shape: tuple[int, ...],
     ) -> None:
-        self.literals = literals
-        self.params = params
-        self.arrays = arrays
-        self.state = state
-        self.registers = registers
-        self.shape = shape
-        self.positions: dict[str, int] = {}
-        self.out: list[Statement] = []
-        self.slots: dict[str, Slot] = {}
-        self.scope = Scope(functions["frame"], {})
-        self._functions = functions
-        self._env: Env | None = Env({})
-        self._trials = 0
-        self._conditional = 0
-        self._serial = 0
-        self._budget = STATEMENTS_MAX
-        self._depth = 0
-        self._ends: list[Env] | None = None
-        """Where paths of the helper at hand have returned; None in frame()."""
-        self._skips: list[Env] | None = None
-        """Where paths of the loop at hand have continued."""
-        self.may_return = False
-        self._result = ""
-        self.turning = 0
-        """Loops that are open."""
+        super().__init__(functions, literals, params, arrays, state, registers, shape)
         self._handlers: dict[type[ast.stmt], Callable[[Any], None]] = {
             ast.Pass: self._pass,
             ast.Expr: self._expression,
@@ -85,78 +62,6 @@ class Walk:
             ast.Break: self._leave,
             ast.While: self._while,
         }
-
-    # -- what is known
-
-    @property
-    def env(self) -> Env:
-        assert self._env is not None, "nothing is carried out after the end of a path"
-        return self._env
-
-    @env.setter
-    def env(self, env: Env) -> None:
-        self._env = env
-
-    @property
-    def ended(self) -> bool:
-        return self._env is None
-
-    def prove(self, holds: bool, line: int, reason: str) -> None:
-        if not holds and not self._trials:
-            raise Refusal(line, reason)
-
-    def conditionally(self, env: Env | None, work: Callable[[], Value]) -> Value:
-        before = self._env
-        self._env = env if env is not None else before
-        self._conditional += 1
-        self._trials += env is None
-        try:
-            return work()
-        finally:
-            self._trials -= env is None
-            self._conditional -= 1
-            self._env = before
-
-    def trial(self, env: Env, work: Callable[[], None]) -> Env:
-        """What holds after ``work`` under ``env``; nothing of it stays."""
-        kept = (self._env, self.out, self._budget, self._ends, self._skips, self.turning)
-        self._env, self.out = env, []
-        self._ends = None if self._ends is None else []
-        self._skips = None if self._skips is None else []
-        self._trials += 1
-        try:
-            work()
-            # Every path ended (continue is none): the loop has no second turn that adds anything.
-            return self._env if self._env is not None else env
-        finally:
-            self._trials -= 1
-            self._env, self.out, self._budget, self._ends, self._skips, self.turning = kept
-
-    def fresh(self, name: str) -> str:
-        self._serial += 1
-        return f"{name}.{self._serial}"
-
-    def slot_of(self, name: str) -> str:
-        slots = self.scope.slots
-        if name not in slots:
-            slots[name] = name if self._ends is None else self.fresh(name)
-        return slots[name]
-
-    def assign(self, line: int, slot: str, value: Value) -> None:
-        node = value.node
-        if slot in self.positions:
-            raise Refusal(line, f"{slot!r} is the position of the pixel and cannot be assigned to in its loop")
-        self.env = self.env.bind(slot, Known(node.type, node.lo, node.hi, value.origin, value.place))
-        self.out.append(Assign(line, slot, node))
-        if not self._trials:
-            before = self.slots.get(slot)
-            now = Slot(slot, node.type == types.BOOL, node.lo, node.hi)
-            if before is not None:
-                now = Slot(slot, before.is_bool and now.is_bool, min(before.lo, now.lo), max(before.hi, now.hi))
-            self.slots[slot] = now
-
-    def pixel(self, node: ast.Subscript, indices: list[Value]) -> Value:
-        raise NotImplementedError
 
     # -- blocks
 

@@ -12,11 +12,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kernels.contract import StateSpec
 from kernels.offload import registers as regs
 from kernels.offload import types
 from kernels.offload.ir import Offload
-from kernels.offload.vhdl_values import address_width, literal, operand_width, width_of
+from kernels.offload.vhdl_memory import clear_bits, memory_read, memory_variables, memory_write, unsigned
+from kernels.offload.vhdl_values import literal, width_of
 
 if TYPE_CHECKING:
     from kernels.offload.vhdl_core import Core
@@ -38,7 +38,7 @@ def frame_process(core: Core) -> Iterator[str]:
     yield "    if rising_edge(aclk) then"
     yield from textwrap.indent(_BEGIN, "      ").splitlines()
     for spec in core.offload.memories:
-        yield from (f"      {line}" for line in _memory_write(core, spec))
+        yield from (f"      {line}" for line in memory_write(core, spec))
     yield "      case phase is"
     yield from textwrap.indent("\n".join(_phases(core)), "        ").splitlines()
     yield "      end case;"
@@ -47,7 +47,7 @@ def frame_process(core: Core) -> Iterator[str]:
     yield "      end if;"
     yield from textwrap.indent(_SEND, "      ").splitlines()
     for spec in core.offload.memories:
-        yield from (f"      {line}" for line in _memory_read(core, spec))
+        yield from (f"      {line}" for line in memory_read(core, spec))
     yield from textwrap.indent("\n".join(_reset(core)), "      ").splitlines()
     yield from (f"      {line}" for line in _shown(core))
     yield "    end if;"
@@ -69,14 +69,14 @@ def _variables(core: Core) -> Iterator[str]:
         name = values.states[spec.name]
         yield f"variable {name} : {name}_t := (others => {name}_identity);"
     for spec in offload.memories:
-        yield from _memory_variables(core, spec)
+        yield from memory_variables(core, spec)
     yield from core.span_variables()
     yield f"variable at_y : signed({width_of(0, offload.height) - 1} downto 0) := (others => '0');"
     yield f"variable at_x : signed({width_of(0, offload.width) - 1} downto 0) := (others => '0');"
     yield f"variable in_x : unsigned({_count_bits(offload.width) - 1} downto 0) := (others => '0');"
     yield f"variable to_come : unsigned({_count_bits(offload.pixels + 1) - 1} downto 0) := (others => '0');"
     yield f"variable lead : unsigned({_count_bits(lead_of(offload) + 1) - 1} downto 0) := (others => '0');"
-    yield f"variable clear_at : unsigned({_clear_bits(offload) - 1} downto 0) := (others => '0');"
+    yield f"variable clear_at : unsigned({clear_bits(offload) - 1} downto 0) := (others => '0');"
     yield "variable window : window_t := (others => (others => (others => '0')));"
     if offload.window.rows > 1:
         yield "variable beneath : std_logic_vector(above'range);"
@@ -85,72 +85,6 @@ def _variables(core: Core) -> Iterator[str]:
 
 def _count_bits(values: int) -> int:
     return max(1, (values - 1).bit_length())
-
-
-def _clear_bits(offload: Offload) -> int:
-    return max([1, *(address_width(spec) for spec in offload.memories)])
-
-
-def _unsigned(value: int, bits: int) -> str:
-    return f'unsigned\'("{value:0{bits}b}")'
-
-
-# -- memories
-
-
-def _memory_variables(core: Core, spec: StateSpec) -> Iterator[str]:
-    name, bits = core.values.states[spec.name], types.bits(spec.dtype)
-    address = f"unsigned({address_width(spec) - 1} downto 0) := (others => '0')"
-    operand = operand_width(core.offload, spec.name) - 1
-    for stage in ("", "_next"):
-        yield f"variable {name}{stage}_on : boolean := false;"
-        yield f"variable {name}{stage}_at : {address};"
-        yield f'variable {name}{stage}_op : std_logic_vector(2 downto 0) := "000";'
-        yield f"variable {name}{stage}_by : signed({operand} downto 0) := (others => '0');"
-    yield f"variable {name}_last_on : boolean := false;"
-    yield f"variable {name}_last_at : {address};"
-    yield f"variable {name}_last : std_logic_vector({bits - 1} downto 0) := (others => '0');"
-    yield f"variable {name}_write : boolean;"
-    yield f"variable {name}_write_at : {address};"
-
-
-def _memory_write(core: Core, spec: StateSpec) -> Iterator[str]:
-    """The second half of an update: what was read in the last cycle, or written in it, is changed and written."""
-    name = core.values.states[spec.name]
-    bits, size = address_width(spec), regs.elements(spec)
-    yield f"{name}_write := {name}_next_on;"
-    yield f"{name}_write_at := {name}_next_at;"
-    yield f"if {name}_next_on then"
-    yield f"  if {name}_last_on and {name}_last_at = {name}_next_at then"
-    yield f"    {name}_last := changed_{name}({name}_last, {name}_next_op, {name}_next_by);"
-    yield "  else"
-    yield f"    {name}_last := changed_{name}({name}_read, {name}_next_op, {name}_next_by);"
-    yield "  end if;"
-    yield f"  {name}_last_on := true;"
-    yield f"  {name}_last_at := {name}_next_at;"
-    yield "elsif phase = clear then"
-    yield f"  {name}_last := {name}_identity;"
-    yield f"  {name}_last_on := false;"
-    if size == 1 << _clear_bits(core.offload):
-        yield f"  {name}_write := true;"
-    else:
-        width = _clear_bits(core.offload)
-        yield f"  {name}_write := clear_at <= {_unsigned(size - 1, width)};"
-    yield f"  {name}_write_at := clear_at({bits - 1} downto 0);"
-    yield "end if;"
-    yield f"if {name}_write then"
-    yield f"  {name}(to_integer({name}_write_at)) <= {name}_last;"
-    yield "end if;"
-    yield f"{name}_on := false;"
-
-
-def _memory_read(core: Core, spec: StateSpec) -> Iterator[str]:
-    """The first half of an update; between frames the register file reads."""
-    name = core.values.states[spec.name]
-    yield f"if not {name}_on then {name}_at := {name}_asked; end if;"
-    yield f"{name}_read <= {name}(to_integer({name}_at));"
-    for part in ("on", "at", "op", "by"):
-        yield f"{name}_next_{part} := {name}_{part};"
 
 
 # -- phases
@@ -170,12 +104,12 @@ def _phases(core: Core) -> Iterator[str]:
     yield "  at_y := (others => '0');"
     yield "  at_x := (others => '0');"
     yield "  in_x := (others => '0');"
-    yield f"  to_come := {_unsigned(offload.pixels, _count_bits(offload.pixels + 1))};"
-    yield f"  lead := {_unsigned(lead, _count_bits(lead + 1))};"
+    yield f"  to_come := {unsigned(offload.pixels, _count_bits(offload.pixels + 1))};"
+    yield f"  lead := {unsigned(lead, _count_bits(lead + 1))};"
     yield "  opening := true;"
     yield "  phase := run;"
     yield from _RUN.format(
-        one=_unsigned(1, _count_bits(offload.pixels + 1)), after="flush" if lead else "epilogue"
+        one=unsigned(1, _count_bits(offload.pixels + 1)), after="flush" if lead else "epilogue"
     ).splitlines()
     yield "when flush =>"
     yield "  if not waiting then"
@@ -196,7 +130,7 @@ def _clear(core: Core) -> Iterator[str]:
     for spec in core.offload.registers:
         name = core.values.states[spec.name]
         yield f"  {name} := (others => {name}_identity);"
-    yield f"  if clear_at = {_unsigned(size - 1, _clear_bits(core.offload))} then"
+    yield f"  if clear_at = {unsigned(size - 1, clear_bits(core.offload))} then"
     yield "    clear_at := (others => '0');"
     yield "    fault(3) := '0';"
     yield "    did_clear <= '1';"
@@ -236,7 +170,7 @@ def _step(core: Core) -> Iterator[str]:
     yield from _window_step(offload)
     lead = lead_of(offload)
     if lead:
-        yield f"if lead /= {_unsigned(0, _count_bits(lead + 1))} then"
+        yield f"if lead /= {unsigned(0, _count_bits(lead + 1))} then"
         yield "  lead := lead - 1;"
         yield "else"
     else:
@@ -300,7 +234,7 @@ def _window_step(offload: Offload) -> Iterator[str]:
         yield f"beneath := arrived & above({top - 1} downto {pixel});"
     bits = _count_bits(offload.width)
     yield "rows_above(to_integer(in_x)) <= beneath;"
-    yield f"if in_x = {_unsigned(offload.width - 1, bits)} then in_x := (others => '0'); else in_x := in_x + 1; end if;"
+    yield f"if in_x = {unsigned(offload.width - 1, bits)} then in_x := (others => '0'); else in_x := in_x + 1; end if;"
     yield "-- Asked for a cycle ahead, as block RAM answers."
     yield "above <= rows_above(to_integer(in_x));"
 

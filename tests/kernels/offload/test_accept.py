@@ -89,16 +89,16 @@ def test_refused_with_line_and_reason(source: str, line: str, reason: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("declared", "reason"),
+    ("declared", "used", "reason"),
     [
-        ('OUT = ("same", "same")', "transformed frames"),
-        ('ROWS = {"x": "float32"}', "rows"),
-        ('STATE = {"mean": ("float64", (1,), "sum")}', "state.mean is float64"),
-        ('STATE = {"a": ("int64", (2000000,), "sum")}', "Mbit"),
+        ('OUT = ("same", "same")', "out[0, 0] = 1", "transformed frames"),
+        ('ROWS = {"x": "float32"}', "append(feedback, 1.0)", "rows"),
+        ('STATE = {"mean": ("float64", (1,), "sum")}', "state.mean[0] += 1", "state.mean is float64"),
+        ('STATE = {"a": ("int64", (2000000,), "sum")}', "state.a[5] += 1", "Mbit"),
     ],
 )
-def test_declarations_that_no_core_can_carry_out(declared: str, reason: str) -> None:
-    source = f"\n{declared}\ndef frame(frame, params, state, index, out, feedback):\n    return KEEP\n"
+def test_declarations_that_no_core_can_carry_out(declared: str, used: str, reason: str) -> None:
+    source = f"\n{declared}\ndef frame(frame, params, state, index, out, feedback):\n    {used}\n    return KEEP\n"
     with pytest.raises(Refusal) as caught:
         build(kernel_of(source), "uint16", (8, 8))
     assert reason in caught.value.reason
