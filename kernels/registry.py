@@ -38,7 +38,7 @@ BUCKETS_MAX = 4096
 READS_MAX = 5
 """Attempts to read a bucket whose kernels are put anew meanwhile."""
 ARRAYS_BYTES_MAX = 1 << 30
-"""Parameter arrays of all remembered buckets but the last one."""
+"""Parameter arrays of one bucket, and of all remembered buckets but the last one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -231,6 +231,9 @@ class Registry:
             if kernel != attachment.name or name not in wanted:
                 continue
             use = known.get(record.object_id)
+            if sum(each.values.nbytes for each in used.values()) + record.length > ARRAYS_BYTES_MAX:
+                bad[name] = f"the arrays of the bucket's kernels hold more than {ARRAYS_BYTES_MAX >> 20} MiB together"
+                continue
             if use is None:
                 domain = self._domain(record.bucket)
                 domain.hold()

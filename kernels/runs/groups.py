@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from urllib.parse import unquote_to_bytes
 
 import h5py
+import msgspec
 
 from ingest.errors import NoSuchKey
 from ingest.ports import KernelRefused
-from ingest.records import PartialRecord
+from ingest.records import ObjectRecord, PartialRecord
 from kernels.contract import Kernel
 from kernels.gate import admit
 from kernels.runs import partial as partials
@@ -81,10 +82,32 @@ async def _partial(
         return await asyncio.to_thread(partials.decode, body)
     record = await host.catalog.by_id(one.object_id)
     try:
-        source = await host.catalog.by_id(bytes.fromhex(record.metadata["hiss-source-object-id"]))
+        object_id = bytes.fromhex(record.metadata["hiss-source-object-id"])
     except (KeyError, ValueError):
         raise NoSuchKey(one.object_id.hex()) from None
+    try:
+        source = await host.catalog.by_id(object_id)
+    except NoSuchKey:
+        source = await _as_received(host, bucket, object_id, body)
     return await asyncio.to_thread(partials.from_product, body, source, kernel, origin)
+
+
+async def _as_received(host: RunHost, bucket: str, object_id: bytes, body: bytearray) -> ObjectRecord:
+    """The version that the product is of, where a raw filter left another one. Raises NoSuchKey where it is gone."""
+    key, geometry = await asyncio.to_thread(partials.source_of, body)
+    left = await host.catalog.head(bucket, key)
+    if left.raw is None or left.raw.object_id != object_id:
+        raise NoSuchKey(object_id.hex())
+    return msgspec.structs.replace(
+        left,
+        object_id=object_id,
+        length=left.raw.length,
+        etag=left.raw.etag,
+        crc64nvme=left.raw.crc64nvme,
+        modified_ns=left.raw.received_ns,
+        geometry=geometry,
+        raw=None,
+    )
 
 
 def _origin(one: PartialRecord, body: bytearray) -> Origin:

@@ -10,7 +10,9 @@ front), because their merge depends on the order, which is known only once the r
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
+from urllib.parse import unquote_to_bytes
 
 import h5py
 import msgspec
@@ -235,6 +237,21 @@ def from_product(data: bytes | bytearray, record: ObjectRecord, kernel: Kernel, 
         rows=rows.tobytes(),
         rows_left_out=left_out,
     )
+
+
+def source_of(data: bytes | bytearray) -> tuple[bytes, FrameGeometry]:
+    """The key of the version that a product is of, and the layout of its frames. Raises BadPartial."""
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            source = file["entry/source"]
+            location, dtype, shape = (source[name].asstr()[0] for name in ("location", "dtype", "shape"))
+            origin = int(source["origin"][0])
+        sizes = tuple(int(size) for size in shape.split(","))
+        frame_bytes = math.prod(sizes) * np.dtype(dtype).itemsize
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise BadPartial(str(error)) from None
+    key = unquote_to_bytes(location.removeprefix("s3://").partition("/")[2])
+    return key, FrameGeometry(dtype, sizes, origin, frame_bytes)
 
 
 def _table(entry: h5py.Group, kernel: Kernel) -> npt.NDArray[np.void]:

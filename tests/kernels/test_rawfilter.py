@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,33 @@ def test_a_run_goes_on_when_its_members_are_filtered(scene: Scene) -> None:
     scene.filtered("run/a.npy")
     until(lambda: not scene.open_filters(), "all are filtered", 60)
     want = int((values[:, 0, 0] >= 500).sum() + (values[:20, 0, 0] >= 500).sum())
+    until(
+        lambda: _run_hits(scene) == want,
+        lambda: f"the run counts {want}, not {_run_hits(scene)}\n{scene.node.tail(20)}",
+        60,
+    )
+
+
+def test_a_run_whose_members_were_filtered_is_read_again_by_the_next_worker(scene: Scene) -> None:
+    assert scene.kernel("hits", HITS, raw="kept").ok
+    values = frames(300)
+    scene.put("run/a.npy", npy(values))
+    scene.filtered("run/a.npy")
+    before = scene.node.rows("worker")
+    for row in before:
+        os.kill(row["pid"], signal.SIGKILL)
+    until(
+        lambda: all(
+            now["state"] == "ready" and now["pid"] != was["pid"]
+            for now, was in zip(scene.node.rows("worker"), before, strict=True)
+        ),
+        "the workers are back",
+        60,
+    )
+    client, scene.client = scene.client, S3(scene.node)
+    client.close()
+    scene.put("run/b.npy", npy(values[:100]))
+    want = int((values[:, 0, 0] >= 500).sum() + (values[:100, 0, 0] >= 500).sum())
     until(
         lambda: _run_hits(scene) == want,
         lambda: f"the run counts {want}, not {_run_hits(scene)}\n{scene.node.tail(20)}",
