@@ -41,7 +41,8 @@ _ENDINGS = {
 
 
 class SandboxFailed(Exception):
-    """``kind``: crash | timeout | lie (the process was killed and is gone), or unavailable (it never ran)."""
+    """``kind``: crash | timeout | lie (the process was killed and is gone), or unavailable (it never ran, or ended with the
+    zygote)."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}")
@@ -60,6 +61,8 @@ class SandboxProcess:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._released = False
+        self.orphaned = False
+        """It ended with the zygote, which is nobody's fault here; known once ``ending`` or ``kill`` has returned."""
         self._loop.add_reader(pidfd, self._on_ended)
 
     @classmethod
@@ -133,7 +136,7 @@ class SandboxProcess:
         await self._wait_ended()
         status = await self._exit_status()
         if status is None:
-            return "it ended"
+            return "it ended with the fork server" if self.orphaned else "it ended"
         if status < 0:
             return _ENDINGS.get(status, f"it was ended by {signal.Signals(-status).name}")
         return f"it exited with status {status}"
@@ -149,7 +152,9 @@ class SandboxProcess:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
                 await _readable(self._control)
-            message = msgspec.msgpack.decode(self._control.recv(4096), type=wire.ZygoteReply)
+            report = self._control.recv(4096)
+            self.orphaned = not report
+            message = msgspec.msgpack.decode(report, type=wire.ZygoteReply)
         except (TimeoutError, OSError, msgspec.MsgspecError):
             return None
         return message.status if isinstance(message, wire.Exited) else None

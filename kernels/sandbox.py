@@ -274,6 +274,11 @@ class Sandbox:
             lambda: f"finish() did not end within {timeout_s:g} s",
         )
 
+    async def _gone(self) -> SandboxFailed:
+        """What to say of a process that does not speak any more."""
+        ending = await self._process.kill()
+        return SandboxFailed("unavailable" if self._process.orphaned else "crash", ending)
+
     async def _exchange(
         self, request: bytes, timeout_s: float, taken: Callable[[wire.RawReply], _Result], late: Callable[[], str]
     ) -> _Result:
@@ -281,13 +286,13 @@ class Sandbox:
         backing = asyncio.get_running_loop().call_later(STEP_BACK_S, self._process.step_back)
         try:
             if not self._process.send(request):
-                raise SandboxFailed("crash", await self._process.kill())
+                raise await self._gone()
             try:
                 reply = await self._process.receive(timeout_s)
             except TimeoutError:
                 raise SandboxFailed("timeout", late()) from None
             if reply is None:
-                raise SandboxFailed("crash", await self._process.kill())
+                raise await self._gone()
             return taken(reply)
         except SandboxFailed:
             await self._end()
@@ -401,7 +406,8 @@ async def _compile_or_kill(process: SandboxProcess, layouts: int, timeout_s: flo
     except SandboxFailed as failure:
         ending = await process.kill()
         if failure.kind == "crash" and not failure.message:
-            raise SandboxFailed("crash", f"while compiling, {ending}") from None
+            kind = "unavailable" if process.orphaned else "crash"
+            raise SandboxFailed(kind, f"while compiling, {ending}") from None
         raise
     except BaseException:
         await process.kill()

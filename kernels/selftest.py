@@ -131,6 +131,8 @@ async def _attempt(zygote_socket: str, probe: str, region_fd: int) -> str:
         if reply is not None:
             return reply.text
         status = await process.exit_status()
+        if process.orphaned:
+            return f"{_UNASKED}the zygote died"
         return probes.KILLED_OUTCOME if status == -signal.SIGSYS else f"ended with status {status}"
     except (TimeoutError, SandboxFailed) as error:
         return f"no answer: {error}"
@@ -155,7 +157,8 @@ async def _compute(zygote_socket: str, region_fd: int) -> str:
         finally:
             await sandbox.close()
     except (SandboxFailed, KernelRefused) as failure:
-        return str(failure)
+        unasked = isinstance(failure, SandboxFailed) and failure.kind == "unavailable"
+        return f"{_UNASKED if unasked else ''}{failure}"
     # Frames 0..5, 6..11, 12..17 sum to 15, 51 and 87.
     right = total == 153 and reply.verdicts.tolist() == [DROP, KEEP, DROP]
     return _COMPUTED if right else "computed wrong results"

@@ -87,8 +87,10 @@ class RawFilter:
             left = await self._filter(job)
         except (StaleVersion, NoSuchKey, NoSuchBucket, Gone):
             return True
-        except (CannotFilter, Hopeless, SandboxFailed) as error:
+        except (CannotFilter, Hopeless) as error:
             reason = str(error)
+        except SandboxFailed as error:
+            reason, again = str(error), error.kind == "unavailable" and job.attempts + 1 < ATTEMPTS_MAX
         except (IngestError, Postponed) as error:
             reason, again = f"{type(error).__name__}: {error}", job.attempts + 1 < ATTEMPTS_MAX
         except Exception as error:
