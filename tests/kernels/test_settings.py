@@ -14,6 +14,7 @@ import pytest
 from ingest.errors import BufferFull
 from ingest.ports import KernelRefused
 from ingest.records import FrameLedger
+from kernels import registry
 from kernels.sandbox import SandboxLimits
 from tests.kernels.hosting import BUCKET, Node
 
@@ -144,6 +145,21 @@ async def test_arrays_that_no_kernel_can_take_are_refused(
     with pytest.raises(KernelRefused) as refusal:
         await node.host.check_array(BUCKET, "masked", "mask", stored[:1000], len(stored) + length)
     assert reason in refusal.value.reason
+
+
+async def test_the_arrays_of_a_bucket_are_bounded_together(
+    node: Node, frames: np.ndarray, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "ARRAYS_BYTES_MAX", 300)
+    for name in ("masked", "other"):
+        node.attach(name, MASKED)
+        node.put_array(name, "mask", np.ones((8, 12), np.uint8))
+    stream = await node.open(b"a.raw", frames)
+    stream.sniff()
+    stream.offer(0, 40)
+    record = stream.commit()
+    await until(lambda: node.has_product("masked", b"a.raw") and (record.object_id, "other") in node.store.waits)
+    assert "hold more than" in node.store.waits[record.object_id, "other"]
 
 
 async def test_an_array_that_the_kernel_does_not_declare_is_refused(node: Node) -> None:
