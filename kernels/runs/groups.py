@@ -123,6 +123,7 @@ def _origin(one: PartialRecord, body: bytearray) -> Origin:
                 match=entry["process/kernel/match"].asstr()[()],
                 stages=tuple(_stage(process["kernel"]) for process in processes),
                 settings=tuple(tuple(_values(process, epoch) for process in processes) for epoch in range(epochs)),
+                device="cpu" if entry["process/environment/device"].asstr()[()] == "cpu" else "fpga",
             )
     except (OSError, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise BadPartial(str(error)) from None

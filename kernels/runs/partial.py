@@ -103,6 +103,8 @@ class Origin(msgspec.Struct, frozen=True):
     """The kernel itself comes last."""
     settings: tuple[tuple[StageValues, ...], ...]
     """Of every stage, in the order of the epochs of a member."""
+    device: str = "cpu"
+    """What was asked for: members say themselves what they ran on."""
 
     def lineage(self) -> tuple[Settings, ...]:
         return tuple(
@@ -129,7 +131,7 @@ def origin_of(attachment: Attachment) -> Origin:
         for stage in attachment.stages
     )
     stages = tuple(Stage(stage.name, stage.kernel.source) for stage in attachment.stages)
-    return Origin(attachment.match, stages, (values,))
+    return Origin(attachment.match, stages, (values,), attachment.device)
 
 
 class Partial(msgspec.Struct, frozen=True):

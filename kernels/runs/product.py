@@ -179,4 +179,5 @@ def _lineage(findings: RunFindings) -> Lineage:
         started_ns=findings.started_ns,
         ended_ns=findings.ended_ns,
         run=findings.run.run,
+        device="cpu" if findings.origin.device == "cpu" else f"{findings.origin.device} as asked for, or cpu",
     )

@@ -101,7 +101,7 @@ async def test_a_core_that_is_wrong_is_noticed_and_costs_nothing_but_time(
     node: Node, until: Until, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        device, "emit_numba", lambda offload: emit_numba(offload).replace("min(v_v, 63)", "min(v_v, 30)")
+        device, "emit_numba", lambda offload: emit_numba(offload).replace("np.uint16(63)", "np.uint16(30)")
     )
     node.attach("threshold", samples.THRESHOLD, device="fpga")
     for key in (b"run/a.raw", b"run/b.raw"):
