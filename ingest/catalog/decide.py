@@ -197,7 +197,7 @@ class Decider:
             self._check_partial(request.bucket, request.partial)
         if (
             request.raw is not None
-            and self._db.execute(statements.FILTER, {"of": request.raw.object_id}).fetchone() is None
+            and self._db.execute(statements.FILTER_IF_JUDGED, {"of": request.raw.object_id}).fetchone() is None
         ):
             raise StaleVersion("the version that was to be filtered has gone")
         if request.source:

@@ -2,8 +2,9 @@
 
 In: what entries do to versions (``Index`` calls this). Out: rows of runs, run_products, partials and members. What always
 holds: a version's frames are in at most one partial of a kernel; a partial of many versions that lost one of them is
-deleted in the same transaction, and the others are owed again. So nobody ever merges a state with frames in it that are
-no longer stored, and nothing has to be repaired after a crash. Like the index it decides nothing and reads no clock.
+deleted in the same transaction, and the others are owed again (or given up, where a raw filter has changed them). So
+nobody ever merges a state with frames in it that are no longer stored, and nothing has to be repaired after a crash. Like
+the index it decides nothing and reads no clock.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ingest.records import ObjectRecord, PartialOf, RunProductOf
 from ingest.runs import closes, run_of
 
 MARKER = "marker"
+FILTERED = "a member judged together with it went, and its frames as they were received are filtered away"
 
 
 class RunIndex:
@@ -106,20 +108,22 @@ class RunIndex:
             self._drop_object(sequence, partial)
 
     def _owe_again(self, sequence: int, object_id: bytes, kernel: str) -> None:
-        found = self._db.execute(statements.STATE_BY_ID, {"object_id": object_id}).fetchone()
+        found = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
         if found is None:
             return
-        extents = rows.decode_extents(found[4])
+        record = rows.object_record(found)
+        # What a raw filter left of a member is not what its kernel judged, and must not be taken for it.
+        lost = record.raw is not None
         self._db.execute(
             statements.INSERT_REDUCTION,
             {
                 "object_id": object_id,
                 "kernel": kernel,
                 "sequence": sequence,
-                "slot": extents[0].slot if extents else 0,
+                "slot": record.extents[0].slot if record.extents else 0,
                 "attempts": 0,
-                "given_up": 0,
-                "error": "",
+                "given_up": int(lost),
+                "error": FILTERED if lost else "",
                 "released": 1,
             },
         )

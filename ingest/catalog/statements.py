@@ -418,6 +418,15 @@ FAILED_IN_RUN = _sql(
 INSERT_FILTER = _sql(sa.insert(filters))
 DELETE_FILTER = _sql(sa.delete(filters).where(filters.c.object_id == _p("of")))
 FILTER = _sql(sa.select(filters.c.given_up).where(filters.c.object_id == _p("of")))
+FILTER_IF_JUDGED = _sql(
+    sa.select(filters.c.given_up).where(
+        filters.c.object_id == _p("of"),
+        ~sa.exists(_one)
+        .where(reductions.c.object_id == filters.c.object_id, reductions.c.given_up == literal_column("0"))
+        .correlate(filters),
+    )
+)
+"""A version may be owed again after its filter was found due: when a member judged together with it went."""
 FILTER_FAILED = _sql(
     sa.update(filters)
     .where(filters.c.object_id == _p("of"))

@@ -335,6 +335,30 @@ def test_a_run_whose_members_were_filtered_is_read_again_by_the_next_worker(scen
     )
 
 
+def test_filtered_members_of_a_lost_batch_are_named_and_not_judged_as_they_are_now(scene: Scene) -> None:
+    assert scene.kernel("halve", HALVE, raw="kept").ok
+    values = frames(8)
+    values[:, 0, 0] = 700
+    for number in range(8):
+        scene.put(f"run/{number}.npy", npy(values[number]))
+    for number in range(8):
+        scene.filtered(f"run/{number}.npy")
+    assert scene.client.delete(BUCKET, "run/0.npy").ok
+
+    def judged_and_failed() -> tuple[int, int]:
+        answer = scene.client.get(BUCKET, "_products/halve/run/_run.nxs")
+        with h5py.File(io.BytesIO(answer.body)) as file:
+            judged = int(file["entry/state/n"][0]) if "entry/state/n" in file else 0
+            return judged, int(file["entry/run/failed"][()])
+
+    def settled() -> bool:
+        # The members were judged in one batch or in several; those of the deleted one's are named.
+        judged, failed = judged_and_failed()
+        return failed > 0 and judged + failed == 7
+
+    until(settled, lambda: f"7 members are judged or named, not {judged_and_failed()}\n{scene.node.tail(20)}", 60)
+
+
 def _run_hits(scene: Scene) -> int | None:
     answer = scene.client.get(BUCKET, "_products/hits/run/_run.nxs")
     if not answer.ok:
