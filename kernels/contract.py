@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -151,6 +152,12 @@ class Kernel:
         """The name that messages to the scientist carry."""
         return f"{self.name}.py"
 
+    @property
+    def params_line(self) -> int:
+        """Where PARAMS is declared, 1-based, to point to when what is given does not fit it; 1 without."""
+        lines = enumerate(self.source.splitlines(), 1)
+        return next((number for number, line in lines if re.match(r"PARAMS\s*=", line)), 1)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Stage:
@@ -204,9 +211,13 @@ def resolve_params(kernel: Kernel, given: Mapping[str, int | float]) -> dict[str
         spec = specs.get(name)
         if spec is None:
             declared = ", ".join(specs) or "none"
-            raise KernelRefused(kernel.file, 1, f"parameter {name!r} is not in PARAMS (declared: {declared})")
+            raise KernelRefused(
+                kernel.file, kernel.params_line, f"parameter {name!r} is not in PARAMS (declared: {declared})"
+            )
         if not fits(spec.dtype, value):
-            raise KernelRefused(kernel.file, 1, f"parameter {name!r}: {value!r} is not a value of {spec.dtype}")
+            raise KernelRefused(
+                kernel.file, kernel.params_line, f"parameter {name!r}: {value!r} is not a value of {spec.dtype}"
+            )
         values[name] = value
     return values
 
@@ -223,10 +234,14 @@ def resolve_arrays(
     for name in given:
         if name not in specs:
             declared = ", ".join(specs) or "none"
-            raise KernelRefused(kernel.file, 1, f"array {name!r} is not in PARAMS (arrays declared: {declared})")
+            raise KernelRefused(
+                kernel.file, kernel.params_line, f"array {name!r} is not in PARAMS (arrays declared: {declared})"
+            )
     resolved = {name: _fitted(kernel, spec, given.get(name), shape) for name, spec in specs.items()}
     if sum(array.nbytes for array in resolved.values()) > MAX_ARRAY_BYTES:
-        raise KernelRefused(kernel.file, 1, f"the arrays of PARAMS need more than {MAX_ARRAY_BYTES >> 20} MiB")
+        raise KernelRefused(
+            kernel.file, kernel.params_line, f"the arrays of PARAMS need more than {MAX_ARRAY_BYTES >> 20} MiB"
+        )
     return resolved
 
 
@@ -235,19 +250,23 @@ def _fitted(
 ) -> npt.NDArray[np.generic]:
     if array is None:
         raise KernelRefused(
-            kernel.file, 1, f"array {spec.name!r} is missing: upload it as _kernels/{kernel.name}/{spec.name}.npy"
+            kernel.file,
+            kernel.params_line,
+            f"array {spec.name!r} is missing: upload it as _kernels/{kernel.name}/{spec.name}.npy",
         )
     wanted = frame_shape if spec.shape is None else spec.shape
     fitting = len(wanted) == array.ndim and all(w in (-1, s) for w, s in zip(wanted, array.shape, strict=True))
     if not fitting or array.size == 0:
         declared = f"{FRAME!r}, here {frame_shape}" if spec.shape is None else f"{spec.shape}"
         raise KernelRefused(
-            kernel.file, 1, f"array {spec.name!r} has shape {array.shape}, PARAMS declares {declared} (-1: any size)"
+            kernel.file,
+            kernel.params_line,
+            f"array {spec.name!r} has shape {array.shape}, PARAMS declares {declared} (-1: any size)",
         )
     if not np.can_cast(array.dtype, spec.dtype, "safe"):
         raise KernelRefused(
             kernel.file,
-            1,
+            kernel.params_line,
             f"array {spec.name!r} is {array.dtype}, PARAMS declares {spec.dtype}: upload it as {spec.dtype}, or as a dtype "
             "that converts to it without loss",
         )

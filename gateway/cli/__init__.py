@@ -21,6 +21,7 @@ A new command is a function or a Typer app in a module of its own, named in ``bu
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 from typer.exceptions import TyperException
@@ -70,6 +71,15 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _names(context: Any) -> list[str]:
+    """Of the command that a usage error is about: ``["kernel", "check"]``; empty for ``hiss`` itself."""
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, context.info_name)
+        context = context.parent
+    return names
+
+
 def main() -> None:
     """Entry point of the ``hiss`` script."""
     try:
@@ -80,7 +90,9 @@ def main() -> None:
         if not message:  # a group without a command: its help is the answer
             getattr(error, "show", lambda: None)()
             sys.exit(ExitCode.USAGE)
-        complain(f"{message.rstrip('.')}; `hiss --help` shows what there is")
+        context = getattr(error, "ctx", None)
+        group = "".join(f" {name}" for name in _names(context))
+        complain(f"{message.rstrip('.')}; `hiss{group} --help` shows what there is")
         sys.exit(ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(130)

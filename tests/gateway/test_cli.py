@@ -22,6 +22,7 @@ NO_NODE = "no node runs on /nowhere; start one with `hiss serve --data /nowhere`
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
+        ("kernel vhdl x.py", 2, "Missing option '-o' / '--output'; `hiss kernel vhdl --help` shows what there is"),
         ("bogus", 2, "No such command 'bogus'; `hiss --help` shows what there is"),
         ("serve", 2, "data_dir is not set: give the node's folder with --data DIR or HISS_DATA_DIR"),
         ("serve --data x --set workers", 2, "--set workers: write it as NAME=VALUE; `hiss settings` lists the names"),

@@ -143,6 +143,7 @@ def test_a_refusal_shows_the_line(kernel: Hiss, bucket: str, tmp_path: Path) -> 
     ("arguments", "complaint"),
     [
         (["--params", '{"high": 1}'], "parameter 'high' is not in PARAMS (declared: low, gain)"),
+        (["--params", '{"high": 1}'], " | PARAMS = {"),
         (["--params", '{"low": 70000}'], "70000 is not a value of uint16"),
         (["--params", "low=1"], "--params: not JSON"),
         (["--array", "mask=m.npy"], "declares no arrays"),

@@ -314,6 +314,10 @@ def test_a_chain_with_an_array_from_submission_to_reproduction(
     (tmp_path / "scale.py").write_text(SCALE)
     (tmp_path / "brightest.py").write_text(BRIGHTEST)
     here("kernel", "remove", f"{bucket.name}/hits", *node)
+    done = here("kernel", "submit", str(tmp_path / "brightest.py"), "--bucket", bucket.name, "--after", "scale", *node)
+    assert done.code == 0, done.err
+    row = here("kernel", "list", bucket.name, "--json", *node).json[0]
+    assert (row["state"], row["reason"].split(",")[0]) == ("waiting", "for kernel scale")
     done = here("kernel", "submit", str(tmp_path / "scale.py"), "--bucket", bucket.name, *node, "--match", "none/*")
     assert (done.code, "not sent: gain" in done.out) == (0, True), done.err
     done = here("kernel", "submit", str(tmp_path / "brightest.py"), "--bucket", bucket.name, "--after", "scale", *node)

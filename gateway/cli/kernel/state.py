@@ -30,6 +30,8 @@ class Submitted:
     source: bytes
     kernel: Kernel | None
     refusal: str
+    missing_before: str = ""
+    """The kernel that ``after`` names, where the bucket has none of that name."""
 
     @property
     def missing_arrays(self) -> list[str]:
@@ -57,6 +59,8 @@ class Submitted:
         if self.missing_arrays:
             arrays = ", ".join(self.missing_arrays)
             return "waiting", f"for array {arrays}: `hiss kernel submit … --array {self.missing_arrays[0]}=FILE.npy`"
+        if self.missing_before:
+            return "waiting", f"for kernel {self.missing_before}, whose out are its frames: `hiss kernel submit`"
         if failure is not None:
             return "failing", failure["error"]
         return "running", self.row["last_error"]
@@ -73,6 +77,7 @@ def submitted(found: node.Node, s3: S3, bucket: str, name: str = "") -> list[Sub
     rows = found.ask("/v1/kernels", bucket=bucket)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "failures" in row for row in rows):
         raise CliError("/v1/kernels: the answer is not one that is known here; are node and hiss of one version?")
+    names = {row["name"] for row in rows}
     if name:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
@@ -83,15 +88,16 @@ def submitted(found: node.Node, s3: S3, bucket: str, name: str = "") -> list[Sub
             source = s3.get(bucket, f"_kernels/{row['name']}.py", most_bytes=SOURCE_BYTES_MAX).body
         except Missing:  # removed meanwhile
             continue
-        kernels.append(_read(row, source))
+        kernels.append(_read(row, source, names))
     return kernels
 
 
-def _read(row: dict[str, Any], source: bytes) -> Submitted:
+def _read(row: dict[str, Any], source: bytes, names: set[str]) -> Submitted:
+    before = row["after"] if row["after"] and row["after"] not in names else ""
     try:
-        return Submitted(row["name"], row, source, admitted(row["name"], source).kernel, "")
+        return Submitted(row["name"], row, source, admitted(row["name"], source).kernel, "", before)
     except CliError as refusal:
-        return Submitted(row["name"], row, source, None, str(refusal).splitlines()[0])
+        return Submitted(row["name"], row, source, None, str(refusal).splitlines()[0], before)
 
 
 def place(text: str) -> tuple[str, str]:
