@@ -193,7 +193,8 @@ class Index:
         if path is not None:
             self._db.execute(
                 statements.INSERT_TOMBSTONE,
-                {"sequence": sequence, "bucket": record.bucket, "key": record.key, "path": path},
+                # By the version's own sequence: one entry may delete several versions.
+                {"sequence": version, "bucket": record.bucket, "key": record.key, "path": path},
             )
 
     def _outcome(self, sequence: int, object_id: bytes, kind: str, record: msgspec.Struct) -> None:

@@ -33,6 +33,8 @@ from ingest.records import (
     Grant,
     ObjectRecord,
     ObjectState,
+    PartialMember,
+    PartialOf,
     SettleRequest,
     UserRecord,
 )
@@ -350,6 +352,28 @@ async def test_a_delete_leaves_a_tombstone_where_a_copy_may_lie(
     assert [tombstone[1:] for tombstone in pending] == expected
     for tombstone, *_ in pending:
         await client.archive_deleted(tombstone)
+        await client.archive_deleted(tombstone)
+    assert await client.pending_archive_deletes(10) == []
+
+
+async def test_one_commit_may_delete_several_archived_versions(client: CatalogClient, commit_of: CommitOf) -> None:
+    await client.create_bucket("run", "root")
+    parts = []
+    for name in (b"a", b"b"):
+        member = await client.commit(commit_of("run", b"r/" + name, reductions=("hits",)))
+        await archived(client, member, f"r/{name.decode()}")
+        partial = PartialOf("hits", b"r/", "g", (PartialMember(member.object_id),), batch=True)
+        part = await client.commit(commit_of("run", b"_products/hits/r/.partials/" + name, partial=partial))
+        parts.append((await archived(client, part, f"p/{name.decode()}")).object_id)
+    partial = PartialOf("hits", b"r/", "g", replaces=tuple(parts), batch=True)
+    joined = await client.commit(commit_of("run", b"_products/hits/r/.partials/joined", partial=partial))
+    assert {path for _, path, *_ in await client.pending_archive_deletes(10)} == {"p/a", "p/b"}
+    await archived(client, joined, "p/joined")
+    # A member that goes takes the partial with it, and the other member is owed again.
+    assert await client.delete([DeleteObject("run", b"r/a")])
+    pending = await client.pending_archive_deletes(10)
+    assert {path for _, path, *_ in pending} == {"p/a", "p/b", "p/joined", "r/a"}
+    for tombstone, *_ in pending:
         await client.archive_deleted(tombstone)
     assert await client.pending_archive_deletes(10) == []
 
