@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fcntl
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,63 +18,39 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ingest.ports import KernelRefused
 from kernels import arrays as array_memory
 from kernels import wire
 from kernels.contract import (
-    DTYPES,
-    MAX_FRAME_NDIM,
-    MAX_OUT_BYTES,
-    Geometry,
-    Kernel,
     Stage,
     chain_geometries,
-    out_geometry,
     resolve_arrays,
     resolve_params,
 )
-from kernels.memory import OutputLayout, frame_bytes
+from kernels.launch import (
+    DEFAULT_LAYOUTS,
+    DEFAULT_LIMITS,
+    Checked,
+    SandboxLimits,
+    cautions_of,
+    check,
+    check_geometry,
+    check_out,
+    check_seals,
+    checked_chain,
+    launch,
+    make_spec,
+    refusal_of,
+)
+from kernels.memory import frame_bytes
 from kernels.output import Output, Reply, finished, validated
 from kernels.process import SandboxFailed, SandboxProcess
 
-__all__ = ["Batch", "Reply", "Sandbox", "SandboxFailed", "SandboxLimits", "check"]
+__all__ = ["DEFAULT_LAYOUTS", "Batch", "Checked", "Reply", "Sandbox", "SandboxFailed", "SandboxLimits", "check"]
 
-_F_SEAL_FUTURE_WRITE = 0x0010
-
-DEFAULT_LAYOUTS = (("<u2", 2), ("<u4", 2), ("<i4", 2), ("<f4", 2))
-"""(dtype, dimensions) of frames that a kernel is tried with when it does not say what it is for."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SandboxLimits:
-    """Times are wall clock: a process's CPU clock counts its whole life."""
-
-    memory_bytes: int = 512 << 20
-    """Address space beyond what the process has mapped when it is locked down."""
-    compile_timeout_s: float = 60.0
-    batch_timeout_s: float = 2.0
-    frame_timeout_s: float = 0.1
-    """A batch may take ``batch_timeout_s + count * frame_timeout_s``."""
-    finish_timeout_s: float = 10.0
-    nice: int = 5
-    """Of a worker's first sandbox; see ``among``."""
-    batch_scheduling: bool = True
-    """SCHED_BATCH: the scheduler then never lets a kernel pre-empt the receivers on wake-up."""
-    populate: bool = True
-    """Map regions with MAP_POPULATE: costs about 80 ms per GiB at start, saves a third on the first pass."""
-
-    def among(self, processes: int) -> SandboxLimits:
-        """The limits of the last of ``processes`` sandboxes of a worker: each doubling yields three steps more (half the
-        share of a core), so that all of them together weigh less than one process that receives."""
-        return dataclasses.replace(self, nice=min(self.nice + 3 * (processes - 1).bit_length(), _NICE_MAX))
-
-
-_NICE_MAX = 19
 STEP_BACK_S = 0.5
 """A batch that takes longer goes on in idle time only: it must not cost the streams of others."""
 _CLOSED = "the sandbox is closed"
 _ARRAYS_ON_LOOP_BYTES_MAX = 1 << 20
-_DEFAULT_LIMITS = SandboxLimits()
 _Result = TypeVar("_Result")
 
 
@@ -135,7 +110,7 @@ class Sandbox:
         region_fds: Sequence[int],
         region_bytes: int,
         slots: int = 8,
-        limits: SandboxLimits = _DEFAULT_LIMITS,
+        limits: SandboxLimits = DEFAULT_LIMITS,
         out_frames: int = 0,
     ) -> Sandbox:
         """Fork, lock down and compile for C-ordered frames of ``dtype`` and ``shape``.
@@ -145,23 +120,23 @@ class Sandbox:
         frames of ``out`` one batch may ask for. Raises KernelRefused (a parameter or array does not fit, or it does not
         compile: the line is the user's), SandboxFailed, or ValueError for arguments out of their limits.
         """
-        _check_geometry(dtype, shape)
+        check_geometry(dtype, shape)
         if not 1 <= slots <= wire.MAX_SLOTS or len(region_fds) > wire.MAX_REGIONS:
             raise ValueError(f"at most {wire.MAX_SLOTS} slots and {wire.MAX_REGIONS} regions")
         if not 0 <= out_frames <= wire.MAX_BATCH:
             raise ValueError(f"{out_frames} frames of out: a batch has at most {wire.MAX_BATCH}")
         for fd in region_fds:
-            _check_seals(fd)
-        kernels = _checked_chain([stage.kernel for stage in stages])
+            check_seals(fd)
+        kernels = checked_chain([stage.kernel for stage in stages])
         inputs = chain_geometries(kernels, (dtype, shape))
         for kernel, geometry in zip(kernels, inputs, strict=True):
-            _check_out(kernel, geometry)
+            check_out(kernel, geometry)
         arrays = [
             resolve_arrays(stage.kernel, stage.arrays, geometry[1])
             for stage, geometry in zip(stages, inputs, strict=True)
         ]
         places, arrays_bytes = array_memory.place(arrays)
-        spec = _spec(
+        spec = make_spec(
             [
                 wire.StageSpec(stage.kernel, resolve_params(stage.kernel, stage.params), placed)
                 for stage, placed in zip(stages, places, strict=True)
@@ -179,13 +154,13 @@ class Sandbox:
             if arrays_bytes:
                 fds.insert(0, await _written(arrays, places, arrays_bytes))
                 stack.callback(os.close, fds[0])
-            process, output, answers = await _launch(zygote_socket, spec, fds, limits)
+            process, output, answers = await launch(zygote_socket, spec, fds, limits)
         refusal = next((answer for answer in answers if answer.kind == wire.KIND_REFUSED), None)
         if refusal is not None:
             await process.kill()
             output.close()
-            raise _refusal(kernels, refusal)
-        return cls(process, output, spec, limits, _cautions(kernels, answers))
+            raise refusal_of(kernels, refusal)
+        return cls(process, output, spec, limits, cautions_of(kernels, answers))
 
     @property
     def alive(self) -> bool:
@@ -345,105 +320,6 @@ class Sandbox:
             raise ValueError(f"first frame {batch.first_frame}")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Checked:
-    """A kernel that compiles for some frames at least."""
-
-    refused: dict[str, str]
-    """Why it does not, for each dtype it does not compile for."""
-    cautions: tuple[str, ...]
-    """What compiled and is probably not meant."""
-
-
-async def check(
-    zygote_socket: str,
-    kernel: Kernel,
-    dtypes: Sequence[tuple[str, int]] = DEFAULT_LAYOUTS,
-    limits: SandboxLimits = _DEFAULT_LIMITS,
-) -> Checked:
-    """Compile in a throwaway sandbox for each (dtype, dimensions); raises KernelRefused if it compiles for none.
-
-    A histogram indexed by pixel values is right to compile for integers only. Raises SandboxFailed when it could not be tried.
-    """
-    layouts = tuple((dtype, (2,) * ndim) for dtype, ndim in dtypes)
-    for dtype, shape in layouts:
-        _check_geometry(dtype, shape)
-        _check_out(kernel, (dtype, shape))
-    spec = _spec([wire.StageSpec(kernel, resolve_params(kernel, {}), ())], layouts, limits, compile_only=True)
-    process, output, answers = await _launch(zygote_socket, spec, (), limits)
-    await process.kill()
-    output.close()
-    refusals = {answer.index: answer for answer in answers if answer.kind == wire.KIND_REFUSED}
-    if len(refusals) >= len(layouts):
-        raise _refusal([kernel], next(iter(refusals.values())))
-    refused = {layouts[n][0]: str(_refusal([kernel], refusal)) for n, refusal in refusals.items() if n < len(layouts)}
-    return Checked(refused, _cautions([kernel], answers))
-
-
-async def _launch(
-    zygote_socket: str, spec: wire.SandboxSpec, fds: Sequence[int], limits: SandboxLimits
-) -> tuple[SandboxProcess, Output, list[wire.RawReply]]:
-    """A process that has compiled, or refused every layout, and what it said; raises SandboxFailed with it gone."""
-    kernels = [stage.kernel for stage in spec.stages]
-    output = Output(OutputLayout(kernels, spec.layouts[0], spec.slots, spec.out_frames))
-    try:
-        try:
-            process = await SandboxProcess.fork(zygote_socket, spec, output.fd, fds)
-        finally:
-            output.close_fd()
-        return process, output, await _compile_or_kill(process, len(spec.layouts), limits.compile_timeout_s)
-    except BaseException:
-        output.close()
-        raise
-
-
-async def _compile_or_kill(process: SandboxProcess, layouts: int, timeout_s: float) -> list[wire.RawReply]:
-    try:
-        return await _compiled(process, layouts, timeout_s)
-    except TimeoutError:
-        await process.kill()
-        raise SandboxFailed("timeout", f"not compiled within {timeout_s:g} s") from None
-    except SandboxFailed as failure:
-        ending = await process.kill()
-        if failure.kind == "crash" and not failure.message:
-            kind = "unavailable" if process.orphaned else "crash"
-            raise SandboxFailed(kind, f"while compiling, {ending}") from None
-        raise
-    except BaseException:
-        await process.kill()
-        raise
-
-
-async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> list[wire.RawReply]:
-    """What is heard before READY or the end: refusals, one for each layout at most, and cautions."""
-    answers: list[wire.RawReply] = []
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while True:
-        reply = await process.receive(max(0.0, deadline - asyncio.get_running_loop().time()))
-        if reply is None:
-            refusals = [answer for answer in answers if answer.kind == wire.KIND_REFUSED]
-            if refusals:
-                # It ended without READY: it compiled for none, or its module did not load at all.
-                return [dataclasses.replace(refusals[0], index=index) for index in range(layouts)]
-            raise SandboxFailed("crash", "")
-        if reply.kind == wire.KIND_READY:
-            return answers
-        if reply.kind == wire.KIND_FAILED:
-            raise SandboxFailed("unavailable", f"lock-down: {reply.text}")
-        most = layouts if reply.kind == wire.KIND_REFUSED else layouts * wire.MAX_CAUTIONS
-        if reply.kind not in (wire.KIND_REFUSED, wire.KIND_CAUTION) or most <= sum(
-            a.kind == reply.kind for a in answers
-        ):
-            raise SandboxFailed("lie", "an answer that nothing asked for, before the first batch")
-        answers.append(reply)
-
-
-def _cautions(kernels: Sequence[Kernel], answers: Sequence[wire.RawReply]) -> tuple[str, ...]:
-    """Each once, however many layouts it was said of."""
-    found = [str(_refusal(kernels, answer)) for answer in answers if answer.kind == wire.KIND_CAUTION]
-    return tuple(dict.fromkeys(found))
-
-
 async def _written(
     arrays: Sequence[array_memory.Arrays], places: Sequence[Sequence[wire.ArrayPlace]], size_bytes: int
 ) -> int:
@@ -465,84 +341,3 @@ async def _to_its_end(work: Coroutine[Any, Any, _Result], undo: Callable[[_Resul
         if not task.cancelled() and task.exception() is None:
             undo(task.result())
         raise
-
-
-def _spec(
-    stages: Sequence[wire.StageSpec],
-    layouts: tuple[Geometry, ...],
-    limits: SandboxLimits,
-    *,
-    compile_only: bool = False,
-    region_count: int = 0,
-    region_bytes: int = 0,
-    arrays_bytes: int = 0,
-    slots: int = 1,
-    out_frames: int = 0,
-) -> wire.SandboxSpec:
-    return wire.SandboxSpec(
-        stages=tuple(stages),
-        layouts=layouts,
-        compile_only=compile_only,
-        region_count=region_count,
-        region_bytes=region_bytes,
-        arrays_bytes=arrays_bytes,
-        slots=slots,
-        out_frames=out_frames,
-        memory_bytes=limits.memory_bytes,
-        nice=limits.nice,
-        batch_scheduling=limits.batch_scheduling,
-        populate=limits.populate,
-    )
-
-
-def _refusal(kernels: Sequence[Kernel], refusal: wire.RawReply) -> KernelRefused:
-    kernel = kernels[min(refusal.stage, len(kernels) - 1)]
-    lines = kernel.source.count("\n") + 1
-    return KernelRefused(kernel.file, min(max(refusal.line, 1), lines), refusal.text or "does not compile")
-
-
-def _checked_chain(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
-    """Raises ValueError for a chain that no sandbox takes, KernelRefused for one whose sources are too large."""
-    if not 1 <= len(kernels) <= wire.MAX_STAGES:
-        raise ValueError(f"a chain of {len(kernels)} kernels: 1 to {wire.MAX_STAGES} are possible")
-    total = sum(len(kernel.source.encode()) for kernel in kernels)
-    if total > wire.MAX_CHAIN_SOURCE_BYTES:
-        raise KernelRefused(
-            kernels[-1].file,
-            1,
-            f"the chain's sources have {total} bytes, at most {wire.MAX_CHAIN_SOURCE_BYTES} are allowed",
-        )
-    return kernels
-
-
-def _check_out(kernel: Kernel, frame: Geometry) -> None:
-    out = out_geometry(kernel, frame)
-    if out is not None and frame_bytes(out) > MAX_OUT_BYTES:
-        raise KernelRefused(
-            kernel.file, 1, f"OUT has more than {MAX_OUT_BYTES >> 20} MiB for frames of shape {frame[1]}"
-        )
-
-
-def _check_geometry(dtype: str, shape: tuple[int, ...]) -> None:
-    """Raises ValueError for frames no kernel can be compiled for."""
-    try:
-        parsed = np.dtype(dtype)
-    except TypeError:
-        raise ValueError(f"frames of {dtype!r}: not a dtype") from None
-    if parsed.name not in DTYPES or not parsed.isnative:
-        raise ValueError(f"frames of {dtype!r} are not supported: little-endian {', '.join(DTYPES)} are")
-    if not 1 <= len(shape) <= MAX_FRAME_NDIM or min(shape) < 1:
-        raise ValueError(f"frames of shape {shape} are not supported: 1 to {MAX_FRAME_NDIM} dimensions, none empty")
-
-
-def _check_seals(fd: int) -> None:
-    """A region that a sandbox maps must not be writable through its descriptor, nor shrink under the mapping.
-
-    Either the memory is sealed against future writable mappings, or the descriptor was opened for reading only: a shared
-    mapping of it can then never be made writable (mmap(2): EACCES), and a sandbox has no way to open it again. The arena
-    hands out the latter, because a worker that takes over from a dead one must map the same memory for writing.
-    """
-    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    read_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-    if not (read_only or seals & (_F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE)) or not seals & fcntl.F_SEAL_SHRINK:
-        raise ValueError(f"region descriptor {fd} is not sealed against writing and shrinking")

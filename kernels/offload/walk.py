@@ -6,6 +6,7 @@ what would hold afterwards: bounds are not final then, so nothing is refused for
 
 from __future__ import annotations
 
+import abc
 import ast
 from collections.abc import Callable, Mapping
 
@@ -20,7 +21,7 @@ STATEMENTS_MAX = 4000
 """Statements carried out in all, unrolled and repeated ones too: bounds the time to decide and the size of the core."""
 
 
-class Walker:
+class Walker(abc.ABC):
     """Implements ``Context`` but for calls and pixels."""
 
     def __init__(
@@ -128,8 +129,10 @@ class Walker:
                 now = Slot(slot, before.is_bool and now.is_bool, min(before.lo, now.lo), max(before.hi, now.hi))
             self.slots[slot] = now
 
+    @abc.abstractmethod
     def call(self, node: ast.Call, name: str) -> Value | None:
-        raise NotImplementedError
+        """A call by name; None where it has no value."""
 
+    @abc.abstractmethod
     def pixel(self, node: ast.Subscript, indices: list[Value]) -> Value:
-        raise NotImplementedError
+        """An element of the frame."""

@@ -12,6 +12,7 @@ Always holds: framing kept between calls is at most one line (``chunk_line_bytes
 
 from __future__ import annotations
 
+import abc
 import enum
 import re
 from collections.abc import Sequence
@@ -90,7 +91,7 @@ class _State(enum.Enum):
     DONE = enum.auto()
 
 
-class _LineFraming:
+class _LineFraming(abc.ABC):
     """What the two chunked codings share: size line, payload, CRLF, …, last chunk, trailers, empty line."""
 
     __slots__ = ("_limits", "_line", "_state", "_trailer_bytes", "_trailers", "payload_left")
@@ -154,11 +155,13 @@ class _LineFraming:
         else:
             self._state = _State.TRAILERS
 
+    @abc.abstractmethod
     def _size_line(self, line: bytes) -> int:
-        raise NotImplementedError
+        """Payload bytes of the chunk that this line begins; 0 for the last."""
 
+    @abc.abstractmethod
     def _trailer_line(self, line: bytes) -> None:
-        raise NotImplementedError
+        """A line behind the last chunk."""
 
     def _add_trailer(self, line: bytes) -> tuple[str, str]:
         self._trailer_bytes += len(line)
