@@ -158,6 +158,10 @@ class Catalog(Protocol):
         """Versions of a slot that are to be filtered and owe no reduction any more."""
         ...
 
+    async def filters_failed(self, bucket: str, prefix: bytes, limit: int) -> Sequence[tuple[bytes, str]]:
+        """(key, reason) of versions whose raw data stay although kernels were to filter them."""
+        ...
+
     async def filter_ended(self, object_id: bytes, error: str = "", *, again: bool = False) -> None:
         """The raw data stay as they are: nothing was to be filtered, or ``error`` says why it cannot be (``again``: yet)."""
         ...

@@ -121,6 +121,9 @@ def _print(place: str, status: dict[str, Any]) -> None:
     if status["gaps"]:
         gaps = [(one["key"], one["first_frame"], one["frames"]) for one in status["gaps"]]
         print_table(("frames missing in", "first", "count"), gaps[:_SHOWN_MAX])
+    if status["unfiltered"]:
+        whole = [(one["key"], one["reason"]) for one in status["unfiltered"]]
+        print_table(("raw data not filtered", "why"), whole[:_SHOWN_MAX])
     if status["truncated"]:
         cuts = [(one["key"], one["stopped_at"], one["discarded_bytes"]) for one in status["truncated"]]
         print_table(("ended by a kernel's STOP", "at frame", "bytes not stored"), cuts[:_SHOWN_MAX])

@@ -46,6 +46,13 @@ class Truncated(msgspec.Struct, frozen=True):
     discarded_bytes: int
 
 
+class Unfiltered(msgspec.Struct, frozen=True):
+    """An object whose raw data stay as they were received, although a kernel was to filter them."""
+
+    key: str
+    reason: str
+
+
 class Frames(msgspec.Struct):
     """Sums over the frame ledgers (ingest.records.FrameLedger)."""
 
@@ -82,6 +89,9 @@ class RunStatus(msgspec.Struct):
     gaps: list[Gap] = []
     truncated_objects: int = 0
     truncated: list[Truncated] = []
+    unfiltered_objects: int = 0
+    """At most NAMED_MAX are counted."""
+    unfiltered: list[Unfiltered] = []
     missing_objects: int = 0
     missing: list[Missing] = []
     complete: bool = True
@@ -107,6 +117,10 @@ async def run_status(
         after = rows[-1].key if rows else after
     uploads, more = await catalog.uploads(bucket, prefix=prefix, limit=NAMED_MAX)
     status.unfinished_uploads = len(uploads) + more
+    status.unfiltered = [
+        Unfiltered(_text(key), reason) for key, reason in await catalog.filters_failed(bucket, prefix, NAMED_MAX)
+    ]
+    status.unfiltered_objects = len(status.unfiltered)
     _judge(status, expect_objects, expect_bytes)
     return status
 

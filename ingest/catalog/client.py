@@ -473,6 +473,9 @@ class CatalogClient:
     async def filters_due(self, slot: int, limit: int) -> Sequence[FilterJob]:
         return await self._scan(lambda reader: reader.filters_due(slot, limit))
 
+    async def filters_failed(self, bucket: str, prefix: bytes, limit: int) -> Sequence[tuple[bytes, str]]:
+        return await self._scan(lambda reader: reader.filters_failed(bucket, prefix, limit))
+
     async def filter_ended(self, object_id: bytes, error: str = "", *, again: bool = False) -> None:
         await self._call(wire.EndFilter(object_id, error, again), _nothing)
 

@@ -270,6 +270,10 @@ class Reader:
             jobs.append(FilterJob(self.by_id(object_id), attempts, asked, verdicts, unjudged))
         return jobs
 
+    def filters_failed(self, bucket: str, prefix: bytes, limit: int) -> list[tuple[bytes, str]]:
+        of = {"bucket": bucket, "start": prefix, "end": key_after(prefix), "limit": limit}
+        return [(key, error) for key, error in self._db.execute(statements.FILTERS_FAILED, of).fetchall()]
+
     def drain_counts(self) -> DrainCounts:
         queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS).fetchone()
         (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, {"node": self._node}).fetchone()

@@ -247,6 +247,7 @@ filters = Table(
     Column("error", Text, nullable=False),
     Column("filters", LargeBinary, nullable=False),
     Index("filters_of_slot", "slot", "attempts", "sequence", sqlite_where=text("given_up = 0")),
+    Index("filters_given_up", "object_id", sqlite_where=text("given_up = 1")),
     sqlite_with_rowid=False,
 )
 """Versions that kernels are to filter once all of them have judged."""

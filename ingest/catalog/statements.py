@@ -460,6 +460,18 @@ FILTERS_DUE = _sql(
     .limit(_limit)
     .offset(_none)
 )
+FILTERS_FAILED = _sql(
+    sa.select(objects.c.key, filters.c.error)
+    .select_from(filters.join(objects, objects.c.object_id == filters.c.object_id))
+    .where(
+        filters.c.given_up == literal_column("1"),
+        text("+objects.bucket = :bucket"),
+        objects.c.key >= _p("start"),
+        sa.or_(bindparam("end", type_=sa.LargeBinary).is_(None), objects.c.key < _p("end")),
+    )
+    .limit(_limit)
+    .offset(_none)
+)
 SET_DUE = _sql(sa.update(objects).where(objects.c.object_id == _p("of")).values(due_ns=_p("due_ns")))
 MOVE_MEMBERSHIP = _sql(sa.update(members).where(members.c.object_id == _p("of")).values(object_id=_p("to")))
 INSERT_TOMBSTONE = _sql(sa.insert(tombstones))

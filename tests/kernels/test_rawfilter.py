@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import httpx
 import numpy as np
 import pytest
 
 from ingest.records import ObjectRecord
-from tests.crash.harness import S3, Answer, Node, running, until
+from tests.crash.harness import ROOT, S3, Answer, Node, running, until
 
 SHAPE = (16, 24)
 BUCKET = "disk"
@@ -238,6 +239,11 @@ def test_a_kernel_that_fails_costs_no_frame(scene: Scene) -> None:
     scene.put("run/a.npy", body)
     scene.stays("run/a.npy", body)
     assert any("bad" in error for error in scene.errors())
+    query = f"bucket={BUCKET}&prefix=run/"
+    url = f"http://127.0.0.1:{scene.node.port('control')}/v1/runs/status?{query}"
+    status = httpx.get(url, auth=(ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"])).json()
+    assert [one["key"] for one in status["unfiltered"]] == ["run/a.npy"]
+    assert "bad" in status["unfiltered"][0]["reason"]
 
 
 def test_one_frame_that_a_kernel_never_judged_stays(scene: Scene) -> None:

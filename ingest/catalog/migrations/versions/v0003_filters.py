@@ -29,6 +29,7 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("given_up = 0"),
     )
+    op.create_index("filters_given_up", "filters", ["object_id"], unique=False, sqlite_where=sa.text("given_up = 1"))
     op.create_table(
         "filter_verdicts",
         sa.Column("object_id", sa.LargeBinary(), nullable=False),
