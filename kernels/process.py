@@ -112,6 +112,19 @@ class SandboxProcess:
             return False
         return True
 
+    async def send_in_time(self, datagram: bytes, timeout_s: float) -> bool:
+        """As ``send``, and waits while the process has not read what it was sent. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    self._channel.send(datagram)
+                except BlockingIOError:
+                    await _writable(self._channel)
+                except OSError:
+                    return False
+                else:
+                    return True
+
     async def receive_datagram(self, size_max: int, timeout_s: float) -> bytes | None:
         """The next datagram, cut to ``size_max`` bytes; None when the process has ended. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
@@ -243,16 +256,26 @@ def _connected(control: socket.socket, path: str) -> bool:
 async def _readable(connection: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(connection.fileno(), wake)
+    loop.add_reader(connection.fileno(), _wake, ready)
     try:
         await ready
     finally:
         loop.remove_reader(connection.fileno())
+
+
+async def _writable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(connection.fileno(), _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(connection.fileno())
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _read_forked(control: socket.socket) -> tuple[wire.Forked, int]:

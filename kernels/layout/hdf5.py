@@ -42,8 +42,12 @@ def read_structure(
 ) -> tuple[Structure, npt.NDArray[np.void]]:
     """Raises NotReadable, or whatever HDF5 makes of a broken file."""
     with h5py.File(file, "r") as opened:
-        found = _named(opened, dataset) if dataset else _chosen(opened)
-        return _structure(found, frame_shape)
+        return _structure(find_dataset(opened, dataset), frame_shape)
+
+
+def find_dataset(file: h5py.File, path: str) -> h5py.Dataset:
+    """The one of that path; without one, the one that holds the frames. Raises NotReadable."""
+    return _named(file, path) if path else _chosen(file)
 
 
 # -- which dataset

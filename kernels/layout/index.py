@@ -103,6 +103,19 @@ class FrameIndex:
         written: npt.NDArray[np.void] = found[found["length"] > 0]
         return written
 
+    def entries_of(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """Entries of frames that share chunks with no other, numbered as if these were the whole stack."""
+        assert self.encoding.depth == 1
+        per_slab = self._per_slab
+        numbers = (frames[:, None] * per_slab + np.arange(per_slab)).ravel()
+        found = np.zeros(len(numbers), ENTRY)
+        found["number"] = np.arange(len(numbers))
+        found["offset"] = np.frombuffer(self._offsets, np.uint64)[numbers]
+        found["length"] = np.frombuffer(self._lengths, np.uint32)[numbers]
+        found["skipped"] = np.frombuffer(self._skipped, np.uint16)[numbers]
+        written: npt.NDArray[np.void] = found[found["length"] > 0]
+        return written
+
     @property
     def is_single(self) -> bool:
         """One frame that shares its chunks with no other."""

@@ -7,46 +7,22 @@ file; no offset and no count it says is believed unchecked.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-from collections.abc import Iterator
-
-import msgspec
 import numpy as np
 
-from ingest.ports import Domain, LandingPad, LoadedBytes
+from ingest.ports import Domain, LandingPad
 from ingest.records import FrameGeometry, ObjectRecord
 from kernels.decode.table import ENTRY
 from kernels.formats import DTYPES, NDIM_MAX, SHAPE_MAX, NotFrames, parse_shape
-from kernels.layout.dialogue import (
-    CHUNKS_A_DATAGRAM,
-    DATAGRAM_BYTES_MAX,
-    WANT_BYTES_MAX,
-    Ask,
-    Place,
-    Refusal,
-    Want,
-    Word,
-)
+from kernels.layout.conversation import Conversation, Lie, TooSpread, conversation
+from kernels.layout.dialogue import CHUNKS_A_DATAGRAM, Ask, Refusal
 from kernels.layout.hdf5_types import Structure
 from kernels.layout.index import CHUNKS_MAX, FrameIndex
-from kernels.passes import load
-from kernels.process import SandboxFailed, SandboxProcess
+from kernels.process import SandboxFailed
 from kernels.sandbox import SandboxLimits
-from kernels.wire import KIND_FAILED, KIND_READY, SandboxSpec
 
-WANTS_MAX = 20_000
-"""Requests of one file: 5 GB of structure."""
-THINKING_S = 30.0
-"""Longest silence between two words."""
 FRAMES_MAX = 1 << 26
 
 Layout = FrameGeometry | FrameIndex | NotFrames
-
-
-class _Lie(Exception):
-    """The sandbox said what cannot be."""
 
 
 async def read_stored_structure(
@@ -61,156 +37,67 @@ async def read_stored_structure(
         )
     except ValueError as error:
         return NotFrames(str(error))
-    domain.hold()
     try:
-        process = await _start(zygote_socket, domain, limits)
-        try:
-            return await _Conversation(process, pad, record, domain).run(ask)
-        finally:
-            await process.kill()
-    except _Lie as lie:
+        async with conversation(zygote_socket, pad, record, domain, limits) as talk:
+            await talk.begin(ask)
+            found = await talk.answer()
+            if isinstance(found, Refusal):
+                return NotFrames(printable(found.reason))
+            if not isinstance(found, Structure):
+                raise Lie("an answer to another question")
+            return await _layout(talk, found, record)
+    except TooSpread as spread:
+        return NotFrames(str(spread))
+    except Lie as lie:
         return NotFrames(f"the structure of the file makes no sense: {lie}")
     except SandboxFailed as failure:
         if failure.kind == "unavailable":
             raise
         return NotFrames(f"the structure of the file could not be read: {failure.message}")
-    finally:
-        domain.drop()
 
 
-async def _start(zygote_socket: str, domain: Domain, limits: SandboxLimits) -> SandboxProcess:
-    spec = SandboxSpec(
-        stages=(),
-        layouts=(),
-        compile_only=True,
-        region_count=len(domain.region_fds),
-        region_bytes=domain.region_bytes,
-        arrays_bytes=0,
-        slots=1,
-        out_frames=0,
-        memory_bytes=limits.memory_bytes,
-        nice=limits.nice,
-        batch_scheduling=limits.batch_scheduling,
-        populate=False,
-        reader=True,
-    )
-    # Every sandbox has an output memory; this one has nothing to write there.
-    output_fd = os.memfd_create("hiss-reader-output", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(output_fd, mmap.PAGESIZE)
-        process = await SandboxProcess.fork(zygote_socket, spec, output_fd, domain.region_fds)
-    finally:
-        os.close(output_fd)
-    try:
-        with _in_time():
-            reply = await process.receive(THINKING_S)
-        if reply is None or reply.kind != KIND_READY:
-            failed = reply is not None and reply.kind == KIND_FAILED
-            raise SandboxFailed("unavailable" if failed else "crash", reply.text if reply is not None else "it ended")
-    except BaseException:
-        await process.kill()
-        raise
-    return process
+def printable(text: str) -> str:
+    return "".join(c for c in text if c.isprintable())
 
 
-@contextlib.contextmanager
-def _in_time() -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError:
-        raise SandboxFailed("timeout", f"no word within {THINKING_S:g} s") from None
-
-
-class _Conversation:
-    def __init__(self, process: SandboxProcess, pad: LandingPad, record: ObjectRecord, domain: Domain) -> None:
-        self._process = process
-        self._pad = pad
-        self._record = record
-        self._domain = domain
-        self._loaded: LoadedBytes | None = None
-
-    async def run(self, ask: Ask) -> Layout:
-        self._send(msgspec.msgpack.encode(ask))
+async def _layout(talk: Conversation, found: Structure, record: ObjectRecord) -> Layout:
+    _check(found)
+    if found.origin >= 0:
+        return _contiguous(found, record)
+    index = FrameIndex(found.encoding, found.shape, f"HDF5 {found.dataset}", found.frames)
+    left = found.chunks
+    while left > 0:
+        datagram = await talk.hear()
+        count = min(left, CHUNKS_A_DATAGRAM)
+        if len(datagram) != count * ENTRY.itemsize:
+            raise Lie("chunks are missing")
         try:
-            for _ in range(WANTS_MAX):
-                word = self._understood(await self._hear())
-                if isinstance(word, Refusal):
-                    return NotFrames("".join(c for c in word.reason if c.isprintable()))
-                if isinstance(word, Structure):
-                    return await self._layout(word)
-                await self._bring(word)
-            return NotFrames(f"its structure is spread over more than {WANTS_MAX * WANT_BYTES_MAX} bytes")
-        finally:
-            self._release()
+            index.fill(np.frombuffer(datagram, ENTRY), record.length)
+        except ValueError as error:
+            return NotFrames(str(error))
+        left -= count
+    return index
 
-    def _send(self, datagram: bytes) -> None:
-        if not self._process.send(datagram):
-            raise SandboxFailed("crash", "it ended")
 
-    async def _hear(self) -> bytes:
-        with _in_time():
-            datagram = await self._process.receive_datagram(DATAGRAM_BYTES_MAX, THINKING_S)
-        if datagram is None:
-            raise SandboxFailed("crash", await self._process.ending())
-        return datagram
+def _check(found: Structure) -> None:
+    dtype, shape = found.encoding.dtype, found.shape
+    if dtype.lstrip("<>|") not in DTYPES or dtype[:1] not in "<>|" or not 1 <= len(shape) <= NDIM_MAX:
+        raise Lie(f"frames of {dtype} in {len(shape)} dimensions")
+    if not all(0 < size <= SHAPE_MAX for size in (*shape, *found.encoding.chunk)):
+        raise Lie("sizes out of range")
+    trouble = found.encoding.trouble(shape)
+    if trouble or len(found.encoding.fill) not in (0, np.dtype(dtype).itemsize):
+        raise Lie(trouble or "a fill value of another type")
+    if not 0 < found.frames <= FRAMES_MAX:
+        raise Lie(f"{found.frames} frames")
+    slabs = -(-found.frames // found.encoding.depth)
+    if not 0 <= found.chunks <= slabs * found.encoding.chunks_of_slab(shape) <= CHUNKS_MAX:
+        raise Lie(f"{found.chunks} chunks")
 
-    def _understood(self, datagram: bytes) -> Word:
-        try:
-            return msgspec.msgpack.decode(datagram, type=Word)  # type: ignore[no-any-return]
-        except msgspec.MsgspecError:
-            raise _Lie("a word that nobody knows") from None
 
-    async def _bring(self, want: Want) -> None:
-        self._release()
-        if want.offset < 0 or not 0 < want.length <= WANT_BYTES_MAX or want.offset + want.length > self._record.length:
-            raise _Lie("it asks for bytes outside the file")
-        self._loaded = loaded = await load(self._pad, self._record, want.offset, want.length, self._domain)
-        self._send(msgspec.msgpack.encode(Place(loaded.region, loaded.offset, loaded.length)))
-
-    def _release(self) -> None:
-        """The sandbox has copied what was brought last, or is about to end."""
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            loaded.release()
-
-    # -- the structure, checked
-
-    async def _layout(self, found: Structure) -> Layout:
-        self._check(found)
-        if found.origin >= 0:
-            return self._contiguous(found)
-        index = FrameIndex(found.encoding, found.shape, f"HDF5 {found.dataset}", found.frames)
-        left = found.chunks
-        while left > 0:
-            datagram = await self._hear()
-            count = min(left, CHUNKS_A_DATAGRAM)
-            if len(datagram) != count * ENTRY.itemsize:
-                raise _Lie("chunks are missing")
-            try:
-                index.fill(np.frombuffer(datagram, ENTRY), self._record.length)
-            except ValueError as error:
-                return NotFrames(str(error))
-            left -= count
-        return index
-
-    def _check(self, found: Structure) -> None:
-        dtype, shape = found.encoding.dtype, found.shape
-        if dtype.lstrip("<>|") not in DTYPES or dtype[:1] not in "<>|" or not 1 <= len(shape) <= NDIM_MAX:
-            raise _Lie(f"frames of {dtype} in {len(shape)} dimensions")
-        if not all(0 < size <= SHAPE_MAX for size in (*shape, *found.encoding.chunk)):
-            raise _Lie("sizes out of range")
-        trouble = found.encoding.trouble(shape)
-        if trouble or len(found.encoding.fill) not in (0, np.dtype(dtype).itemsize):
-            raise _Lie(trouble or "a fill value of another type")
-        if not 0 < found.frames <= FRAMES_MAX:
-            raise _Lie(f"{found.frames} frames")
-        slabs = -(-found.frames // found.encoding.depth)
-        if not 0 <= found.chunks <= slabs * found.encoding.chunks_of_slab(shape) <= CHUNKS_MAX:
-            raise _Lie(f"{found.chunks} chunks")
-
-    def _contiguous(self, found: Structure) -> Layout:
-        index = FrameIndex(found.encoding, found.shape, f"HDF5 {found.dataset}")
-        if found.origin + found.frames * index.frame_bytes > self._record.length:
-            return NotFrames("the file is cut short: the dataset goes beyond its end")
-        index.extend(found.origin, index.frame_bytes, found.frames)
-        return index
+def _contiguous(found: Structure, record: ObjectRecord) -> Layout:
+    index = FrameIndex(found.encoding, found.shape, f"HDF5 {found.dataset}")
+    if found.origin + found.frames * index.frame_bytes > record.length:
+        return NotFrames("the file is cut short: the dataset goes beyond its end")
+    index.extend(found.origin, index.frame_bytes, found.frames)
+    return index

@@ -1,7 +1,7 @@
 """The sandbox's side of reading a file's structure: a file object whose bytes come from the gateway on request.
 
-Runs in a locked-down process of its own, one file in its life. In: an ``Ask``. Out: a ``Structure`` with its chunks, or
-why there is none. Whatever a C library does to this process with a hostile file, it can only say a wrong structure, and
+Runs in a locked-down process of its own, one file in its life. In: an ``Ask``, or a ``Rewrite``. Out: a ``Structure`` with
+its chunks, or the new file, or why there is none. Whatever a C library does to this process with a hostile file, it can only say a wrong structure, and
 that is checked.
 """
 
@@ -11,32 +11,47 @@ import collections
 import io
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import msgspec
 import numpy as np
 
+from kernels.decode.table import ENTRY
 from kernels.layout.dialogue import (
+    BITS_A_DATAGRAM,
     CHUNKS_A_DATAGRAM,
+    DATAGRAM_BYTES_MAX,
+    LITERAL,
+    OF_FRAME,
+    RANGE,
+    RANGES,
     REASON_CHARS_MAX,
     WANT_BYTES_MAX,
     Ask,
     Place,
     Refusal,
+    Rewrite,
+    Rewritten,
+    Task,
     Want,
     Word,
 )
 from kernels.layout.hdf5 import NotReadable, read_structure
+from kernels.layout.recorder import Recorder
+from kernels.layout.rewriter import rewrite
 
 BLOCKS_KEPT = 32
 CHANNEL_FD = 3
+
+Fetch = Callable[[int, int], bytes]
+"""Bytes [offset, offset + length) of the file."""
 
 
 class RemoteFile(io.RawIOBase):
     """Read-only, seekable; ``fetch(offset, length)`` brings bytes. Recently read blocks are kept."""
 
-    def __init__(self, length: int, fetch: Callable[[int, int], bytes]) -> None:
+    def __init__(self, length: int, fetch: Fetch) -> None:
         super().__init__()
         self._length = length
         self._fetch = fetch
@@ -88,8 +103,8 @@ class RemoteFile(io.RawIOBase):
 
 
 def serve(regions: Sequence[mmap.mmap]) -> NoReturn:
-    """Answer one ``Ask`` on the channel and end."""
-    ask = msgspec.msgpack.decode(os.read(CHANNEL_FD, 1 << 16), type=Ask)
+    """Do one ``Task`` that comes on the channel and end."""
+    task: Task = msgspec.msgpack.decode(os.read(CHANNEL_FD, 1 << 16), type=Task)
 
     def fetch(offset: int, length: int) -> bytes:
         _say(Want(offset, length))
@@ -97,16 +112,55 @@ def serve(regions: Sequence[mmap.mmap]) -> NoReturn:
         return regions[place.region][place.offset : place.offset + place.length]
 
     try:
-        structure, chunks = read_structure(RemoteFile(ask.length, fetch), ask.dataset, ask.frame_shape)
+        if isinstance(task, Rewrite):
+            _rewrite(task, fetch)
+        else:
+            _read(task, fetch)
     except NotReadable as refusal:
         _say(Refusal(str(refusal)[:REASON_CHARS_MAX]))
     except Exception as error:
         _say(Refusal(f"HDF5 cannot read it: {error}"[:REASON_CHARS_MAX]))
-    else:
-        _say(structure)
-        for start in range(0, len(chunks), CHUNKS_A_DATAGRAM):
-            os.write(CHANNEL_FD, chunks[start : start + CHUNKS_A_DATAGRAM].tobytes())
     os._exit(0)
+
+
+def _read(ask: Ask, fetch: Fetch) -> None:
+    structure, chunks = read_structure(RemoteFile(ask.length, fetch), ask.dataset, ask.frame_shape)
+    _say(structure)
+    for start in range(0, len(chunks), CHUNKS_A_DATAGRAM):
+        os.write(CHANNEL_FD, chunks[start : start + CHUNKS_A_DATAGRAM].tobytes())
+
+
+def _rewrite(task: Rewrite, fetch: Fetch) -> None:
+    bits = _received((task.frames + 7) // 8, BITS_A_DATAGRAM)
+    entries = _received(task.chunks * ENTRY.itemsize, CHUNKS_A_DATAGRAM * ENTRY.itemsize)
+    remains = np.unpackbits(np.frombuffer(bits, np.uint8), count=task.frames).astype(bool)
+    recorder, path = rewrite(RemoteFile(task.ask.length, fetch), task, remains, np.frombuffer(entries, ENTRY))
+    _say(Rewritten(recorder.length, path))
+    for datagram in _told(recorder):
+        os.write(CHANNEL_FD, datagram)
+
+
+def _received(length: int, part: int) -> bytes:
+    """Datagrams of ``part`` bytes, the last one shorter."""
+    return b"".join(os.read(CHANNEL_FD, DATAGRAM_BYTES_MAX) for _ in range(0, length, part))
+
+
+def _told(recorder: Recorder) -> Iterator[bytes]:
+    """The new file as datagrams."""
+    ranges: list[tuple[int, int, int]] = []
+    for piece in recorder.pieces():
+        if isinstance(piece, bytes):
+            if ranges:
+                yield RANGES + np.array(ranges, RANGE).tobytes()
+                ranges = []
+            yield LITERAL + piece
+            continue
+        ranges.append(piece)
+        if len(ranges) == CHUNKS_A_DATAGRAM:
+            yield RANGES + np.array(ranges, RANGE).tobytes()
+            ranges = []
+    if ranges:
+        yield RANGES + np.array(ranges, RANGE).tobytes()
 
 
 def _say(word: Word) -> None:
@@ -128,6 +182,11 @@ def warm_reader() -> None:
     whole = target.getvalue()
     for name in ("", "link"):
         read_structure(RemoteFile(len(whole), lambda start, length: whole[start : start + length]), name, None)
+    entries = np.array([(0, 0, 100, OF_FRAME, 0)], ENTRY)
+    for dtype in ("", "<u2"):
+        task = Rewrite(Ask(len(whole)), 2, 1, dtype, (4, 4), (1, 4, 4), 1, "warm")
+        recorder, _ = rewrite(io.BytesIO(whole), task, np.array([True, False]), entries)
+        assert b"".join(_told(recorder))
     for broken in (b"", whole[:600], whole[:-400]):
         try:
             read_structure(RemoteFile(len(broken), lambda start, length: broken[start : start + length]), "", None)  # noqa: B023
