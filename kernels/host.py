@@ -130,6 +130,7 @@ class KernelHost:
         self.zygote_socket = zygote_socket
         self.counters = counters
         self.sandbox_limits = limits.sandbox
+        self.scratch = None if strikes_file is None else strikes_file.parent
         self._slot = slot
         self._limits = limits
         self._clearance = clearance

@@ -107,6 +107,7 @@ class CborStream(Scanner):
                 wanted = f"channel {self._channel!r}" if self._channel else "data"
                 raise Broken(f"the image message at byte {self.settled} has no {wanted}")
             self._found(image, numbers.get("image_id"))
+            self._item_over()
         elif kind != "end":
             raise Broken(f"byte {self.settled}: a message of type {kind!r:.40}")
 

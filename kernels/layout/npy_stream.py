@@ -41,6 +41,7 @@ class NpyStream(Scanner):
                 raise Broken(f"more than {FOUND_MAX} frames in one object")
             self._stack_first = index.count
             yield from self._payload(found.frame_bytes, count)
+            self._item_over()
             self.settled = self.position
 
     def _header(self) -> Generator[None, None, FrameGeometry]:

@@ -1,8 +1,8 @@
 """The sandbox's side of reading a file's structure: a file object whose bytes come from the gateway on request.
 
 Runs in a locked-down process of its own, one file in its life. In: an ``Ask``, or a ``Rewrite``. Out: a ``Structure`` with
-its chunks, or the new file, or why there is none. Whatever a C library does to this process with a hostile file, it can only say a wrong structure, and
-that is checked.
+its chunks, or the new file, or why there is none. Whatever a C library does to this process with a hostile file, it can only
+say a wrong structure, and that is checked.
 """
 
 from __future__ import annotations

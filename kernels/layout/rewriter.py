@@ -90,7 +90,10 @@ def _dataset(found: h5py.Dataset, group: h5py.Group, name: str, task: Rewrite) -
         creation.set_shuffle()
         creation.set_deflate(DEFLATE_LEVEL)
     creation.set_obj_track_times(False)
-    space = h5py.h5s.create_simple((task.remain, *task.shape), (h5py.h5s.UNLIMITED, *task.shape))
+    # HDF5 wants chunks no larger than a dimension that cannot grow.
+    sizes = zip(task.shape, task.chunk[1:], strict=True)
+    most = (h5py.h5s.UNLIMITED, *(h5py.h5s.UNLIMITED if part > size else size for size, part in sizes))
+    space = h5py.h5s.create_simple((task.remain, *task.shape), most)
     return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, creation))
 
 

@@ -9,6 +9,7 @@ it needs more bytes and raises ``Broken`` where the body is not what it should b
 from __future__ import annotations
 
 import abc
+import array
 import bisect
 from collections.abc import Callable, Generator
 
@@ -32,6 +33,8 @@ class Scanner(abc.ABC):
         self.settled = 0
         """Body bytes up to the end of the last whole item: what follows is the beginning of another one, or rubbish."""
         self.index: FrameIndex | None = None
+        self.items: array.array[int] | None = None
+        """Where each whole item that holds frames begins and ends, one number after the other; None: not asked for."""
         self._on_index = on_index
         self._data = memoryview(b"")
         self._at = 0
@@ -90,6 +93,12 @@ class Scanner(abc.ABC):
         return ()
 
     # -- for subclasses
+
+    def _item_over(self) -> None:
+        """What began at ``settled`` is whole, and holds frames."""
+        if self.items is not None:
+            self.items.append(self.settled)
+            self.items.append(self.position)
 
     @abc.abstractmethod
     def _parse(self) -> Steps:

@@ -6,8 +6,9 @@ messages which frames are missing.
 
 from __future__ import annotations
 
+import array
 import dataclasses
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 
 from ingest.ports import StreamInfo
 from ingest.records import FrameGeometry
@@ -33,6 +34,9 @@ class Found:
     layout: FrameGeometry | FrameIndex | NotFrames
     trailing_bytes: int = 0
     gaps: tuple[tuple[int, int], ...] = ()
+    kind: Kind = Kind.RAW
+    items: Sequence[int] = ()
+    """Of a stream: body offsets where each message or array that holds frames begins and ends, in turn."""
 
     def frames(self, body_bytes: int) -> int:
         """Whole frames in a body of that length."""
@@ -63,13 +67,13 @@ async def find_layout(
         assert not isinstance(kind, int)
         match kind:
             case Kind.HDF5:
-                return Found(await read_structure())
+                return Found(await read_structure(), kind=kind)
             case Kind.CBF:
-                return Found(await _driven(read_cbf(length), fetch))
+                return Found(await _driven(read_cbf(length), fetch), kind=kind)
             case Kind.TIFF:
-                return Found(await _driven(read_tiff(length), fetch))
+                return Found(await _driven(read_tiff(length), fetch), kind=kind)
             case Kind.CBOR:
-                return await _scanned(CborStream(_ignore, info.metadata.get("frame-channel", "")), length, fetch)
+                return await _scanned(CborStream(_ignore, info.metadata.get("frame-channel", "")), kind, length, fetch)
             case _:
                 return await _plain(kind, info, length, fetch)
     except (Broken, ValueError) as error:
@@ -87,18 +91,19 @@ async def _plain(kind: Kind, info: StreamInfo, length: int, fetch: Fetch) -> Fou
     payload = max(0, length - found.origin)
     frames = payload // found.frame_bytes
     if found.count is not None and frames > found.count and kind is Kind.NPY:
-        return await _scanned(NpyStream(_ignore, declared_geometry(info.metadata)), length, fetch)
+        return await _scanned(NpyStream(_ignore, declared_geometry(info.metadata)), kind, length, fetch)
     return Found.plain(found, length)
 
 
-async def _scanned(scanner: Scanner, length: int, fetch: Fetch) -> Found:
+async def _scanned(scanner: Scanner, kind: Kind, length: int, fetch: Fetch) -> Found:
+    scanner.items = array.array("Q")
     while scanner.position < length:
         window = await fetch(scanner.position, min(WINDOW_BYTES, length - scanner.position))
         scanner.feed(memoryview(window))
         scanner.jump(length)
     if scanner.index is None:
         return Found(NotFrames(NO_IMAGE))
-    return Found(scanner.index, length - scanner.settled, scanner.gaps())
+    return Found(scanner.index, length - scanner.settled, scanner.gaps(), kind, scanner.items)
 
 
 async def _driven(steps: Generator[tuple[int, int], bytes, FrameIndex], fetch: Fetch) -> FrameIndex:

@@ -1,21 +1,19 @@
-"""What a raw filter leaves: which frames stay, which give way to ``out``, and how the body lies that holds them.
+"""What a raw filter leaves: which frames stay and which give way to ``out``.
 
 In: the verdicts of the kernels that filter, what each asked for (``raw``), the version's geometry. Out: a ``Plan``, or
 ``CannotFilter`` with the reason. What always holds: a frame that any of these kernels kept, or that one of them has not
-judged, stays; what remains is a body of the format that came (a .npy file has a right header), in the order it came.
+judged, stays. How the body lies that holds the frames is the business of ``bodies`` and ``hdf5``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 
 import msgspec
 import numpy as np
-import numpy.lib.format
 import numpy.typing as npt
 
 from ingest.records import FrameGeometry, FrameLedger
@@ -33,31 +31,31 @@ class CannotFilter(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """``fates``: DROPPED, KEPT or REPLACED for each frame. ``geometry``: of the new body, which begins with ``header``."""
+    """``fates``: DROPPED, KEPT or REPLACED for each frame. ``dtype``, ``shape``: of the frames that remain."""
 
     fates: npt.NDArray[np.uint8]
     replaces: str
     """The kernel whose ``out`` stands for the REPLACED frames; empty when there are none."""
-    header: bytes
-    geometry: FrameGeometry
+    dtype: str
+    shape: tuple[int, ...]
 
     @property
     def frames(self) -> int:
         return int(np.count_nonzero(self.fates))
 
     @property
-    def length(self) -> int:
-        """Bytes of the new body."""
-        return self.geometry.origin + self.frames * self.geometry.frame_bytes
+    def frame_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(first frame, frames, fate) of each run of frames that remain, in order."""
-        edges = np.flatnonzero(np.diff(self.fates)) + 1
-        bounds = [0, *(int(edge) for edge in edges), len(self.fates)]
-        for first, stop in itertools.pairwise(bounds):
-            fate = int(self.fates[first]) if stop > first else DROPPED
+    def runs(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """(first frame, frames, fate) of each run of frames that remain, in order, from ``first`` up to ``stop``."""
+        fates = self.fates[first:stop]
+        edges = np.flatnonzero(np.diff(fates)) + 1
+        bounds = [0, *(int(edge) for edge in edges), len(fates)]
+        for begin, end in itertools.pairwise(bounds):
+            fate = int(fates[begin]) if end > begin else DROPPED
             if fate != DROPPED:
-                yield first, stop - first, fate
+                yield first + begin, end - begin, fate
 
     def ledger(self, received: FrameLedger) -> FrameLedger:
         """The new version's: what was received is what was received, ``stored`` is what is left of it."""
@@ -109,14 +107,4 @@ def plan(
                 "one object holds frames of one kind"
             )
         dtype, shape = replacing
-    count = int(np.count_nonzero(decided))
-    header = _npy_header(dtype, (count, *shape)) if geometry.origin else b""
-    frame_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    return Plan(decided, by, header, FrameGeometry(dtype, shape, len(header), frame_bytes, count if header else None))
-
-
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    target = io.BytesIO()
-    described = {"descr": dtype, "fortran_order": False, "shape": shape}
-    numpy.lib.format.write_array_header_1_0(target, described)
-    return target.getvalue()
+    return Plan(decided, by, dtype, shape)

@@ -9,9 +9,13 @@ leaves the raw data as they are, and the drain takes them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,12 +29,16 @@ from ingest.records import CommitObject, FilterJob, FrameGeometry, FrameLedger, 
 from kernels.attach import Attachment, epochs_of
 from kernels.contract import DROP, KEEP, REPLACE, chain_geometries, out_geometry
 from kernels.formats import NotFrames
+from kernels.layout.conversation import Lie, TooSpread, conversation
+from kernels.layout.detect import Kind
 from kernels.layout.index import FrameIndex
 from kernels.layout.stored import Found
 from kernels.passes import Gone, Hopeless, Postponed
-from kernels.rawfilter import packed
-from kernels.rawfilter.plan import REPLACED, CannotFilter, Plan, plan
-from kernels.rawfilter.replay import Replay
+from kernels.rawfilter import hdf5, packed
+from kernels.rawfilter.bodies import Outs, Piece, body_of
+from kernels.rawfilter.plan import KEPT, REPLACED, CannotFilter, Plan, plan
+from kernels.rawfilter.replay import Replay, decoding
+from kernels.rawfilter.spool import Spool
 from kernels.sandbox import SandboxFailed, SandboxLimits
 from kernels.tally import Tally
 from kernels.verdicts import UNREDUCED
@@ -50,9 +58,21 @@ class FilterHost(Protocol):
     pad: LandingPad
     zygote_socket: str
     sandbox_limits: SandboxLimits
+    scratch: Path | None
+    """A folder of the node's for files without a name; None: the system's."""
 
     def attached(self, bucket: str, name: str) -> Attachment | None: ...
     async def prepare(self, bucket: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Remains:
+    """The new body. ``metadata``: what it needs to be understood, where the sender has not said so."""
+
+    length: int
+    pieces: AsyncIterator[memoryview]
+    geometry: FrameGeometry | None
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 LayoutOf = Callable[[ObjectRecord, Domain], Awaitable[Found]]
@@ -118,31 +138,63 @@ class RawFilter:
             raise Postponed("no memory region is free")
         domain.hold()
         try:
-            found = (await self._layout_of(record, domain)).layout
-            if isinstance(found, NotFrames):
-                raise CannotFilter(found.reason)
-            if isinstance(found, FrameIndex):
-                raise CannotFilter(f"frames cannot be taken out of this format ({found.source}): its raw data stay")
+            found = await self._layout_of(record, domain)
+            if isinstance(found.layout, NotFrames):
+                raise CannotFilter(found.layout.reason)
             await host.prepare(record.bucket)
-            decided = self._plan(job, found)
+            decided = self._plan(job, found, found.layout)
             if decided is None:
                 await host.catalog.filter_ended(record.object_id)
                 return record.length
-            replay = self._replay(record, found, domain, decided) if decided.replaces else None
-            try:
-                request = _request(record, decided, job.filters)
-                crashpoint("filter-before")
-                await host.pad.compose(request, _body(host.pad, record, found, decided, replay), decided.length)
-            finally:
+            async with contextlib.AsyncExitStack() as undo:
+                replay = self._replay(record, found.layout, domain, decided) if decided.replaces else None
                 if replay is not None:
-                    await replay.close()
+                    undo.push_async_callback(replay.close)
+                if found.kind is Kind.HDF5:
+                    remains = await self._hdf5(job, found.layout, domain, decided, replay, undo)
+                else:
+                    body = body_of(found, record.length, decided)
+                    remains = Remains(body.length, _bytes(host.pad, record, body.pieces, replay), body.geometry)
+                request = _request(record, decided, job.filters, remains)
+                crashpoint("filter-before")
+                await host.pad.compose(request, remains.pieces, remains.length)
+        except Lie as lie:
+            raise CannotFilter(f"writing its file anew made no sense: {lie}") from None
+        except TooSpread as spread:
+            raise CannotFilter(str(spread)) from None
         finally:
             domain.drop()
-        return decided.length
+        return remains.length
 
-    def _plan(self, job: FilterJob, geometry: FrameGeometry) -> Plan | None:
+    async def _hdf5(
+        self,
+        job: FilterJob,
+        layout: FrameGeometry | FrameIndex,
+        domain: Domain,
+        decided: Plan,
+        replay: Replay | None,
+        undo: contextlib.AsyncExitStack,
+    ) -> Remains:
+        host, record = self._host, job.record
+        assert isinstance(layout, FrameIndex)
+        spool = None
+        if hdf5.copies_chunks(layout, decided):
+            chunks = hdf5.chunks_of(layout, decided)
+        else:
+            spool = undo.enter_context(Spool(host.scratch, hdf5.spool_bytes_max(record)))
+            decode = functools.partial(self._decoding, record, layout, domain, decided)
+            chunks = await hdf5.spooled(spool, decided, decode, replay)
+        talk = await undo.enter_async_context(
+            conversation(host.zygote_socket, host.pad, record, domain, host.sandbox_limits, hdf5.THINKING_S)
+        )
+        new = hdf5.Rewriting(talk, host.pad, record, layout, decided, chunks, spool)
+        await new.begin(hdf5.note_of(record, decided, job.filters, encoded_anew=spool is not None))
+        return Remains(new.length, new.bytes(), None, {"frame-dataset": layout.source.removeprefix(hdf5.SOURCE)})
+
+    def _plan(self, job: FilterJob, found: Found, layout: FrameGeometry | FrameIndex) -> Plan | None:
         record = job.record
-        frames = _frames(record, geometry)
+        frames = found.frames(record.length)
+        geometry = layout.geometry if isinstance(layout, FrameIndex) else layout
         out = None
         for name, raw in job.filters.items():
             attachment = self._host.attached(record.bucket, name)
@@ -160,25 +212,42 @@ class RawFilter:
             raise CannotFilter(f"kernel {decided.replaces} is not there any more, and its frames cannot be made again")
         return decided
 
-    def _replay(self, record: ObjectRecord, geometry: FrameGeometry, domain: Domain, decided: Plan) -> Replay:
+    def _replay(
+        self, record: ObjectRecord, layout: FrameGeometry | FrameIndex, domain: Domain, decided: Plan
+    ) -> Replay:
+        """Of the kernel that replaces."""
         attachment = self._host.attached(record.bucket, decided.replaces)
         assert attachment is not None
+        epochs = epochs_of(attachment, record.epochs)
+        return self._replayed(record, layout, domain, decided, epochs, REPLACED)
+
+    def _decoding(self, record: ObjectRecord, layout: FrameIndex, domain: Domain, decided: Plan) -> Replay:
+        return self._replayed(record, layout, domain, decided, [(0, decoding())], KEPT, skips=True)
+
+    def _replayed(
+        self,
+        record: ObjectRecord,
+        layout: FrameGeometry | FrameIndex,
+        domain: Domain,
+        decided: Plan,
+        epochs: Sequence[tuple[int, Attachment]],
+        fate: int,
+        *,
+        skips: bool = False,
+    ) -> Replay:
+        host = self._host
         return Replay(
-            self._host.pad,
-            self._host.zygote_socket,
-            self._host.sandbox_limits,
+            host.pad,
+            host.zygote_socket,
+            host.sandbox_limits,
             record,
-            geometry,
+            layout,
             domain,
-            epochs_of(attachment, record.epochs),
-            decided.fates,
-            decided.geometry.frame_bytes,
+            epochs,
+            decided.fates == fate,
+            decided.frame_bytes,
+            skips=skips,
         )
-
-
-def _frames(record: ObjectRecord, geometry: FrameGeometry) -> int:
-    frames = max(0, record.length - geometry.origin) // geometry.frame_bytes
-    return frames if geometry.count is None else min(frames, geometry.count)
 
 
 def _of_ledger(ledger: FrameLedger, job: FilterJob) -> dict[str, npt.NDArray[np.uint8]]:
@@ -194,35 +263,35 @@ def _of_ledger(ledger: FrameLedger, job: FilterJob) -> dict[str, npt.NDArray[np.
     return {kernel: np.array([UNREDUCED if kernel in job.unjudged else verdict], np.uint8) for kernel in job.filters}
 
 
-async def _body(
-    pad: LandingPad, record: ObjectRecord, geometry: FrameGeometry, decided: Plan, replay: Replay | None
+async def _bytes(
+    pad: LandingPad, record: ObjectRecord, pieces: Sequence[Piece], replay: Replay | None
 ) -> AsyncIterator[memoryview]:
-    if decided.header:
-        yield memoryview(decided.header)
-    for first, count, fate in decided.runs():
-        if fate == REPLACED:
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            yield memoryview(piece)
+        elif isinstance(piece, Outs):
             assert replay is not None
-            async for piece in replay.outs(first, count):
-                yield piece
-            continue
-        start = geometry.origin + first * geometry.frame_bytes
-        async for piece in pad.read_range(record, start, start + count * geometry.frame_bytes):
-            yield piece
+            async for out in replay.outs(piece.first, piece.count):
+                yield out
+        else:
+            async for part in pad.read_range(record, piece.start, piece.stop):
+                yield part
 
 
-def _request(record: ObjectRecord, decided: Plan, filters: Mapping[str, str]) -> CommitObject:
-    metadata = dict(record.metadata)
-    if "frame-dtype" in metadata:
-        metadata["frame-dtype"] = decided.geometry.dtype
-        metadata["frame-shape"] = ",".join(map(str, decided.geometry.shape))
+def _request(record: ObjectRecord, decided: Plan, filters: Mapping[str, str], remains: Remains) -> CommitObject:
+    metadata = {**remains.metadata, **record.metadata}
+    for name, value in (("frame-dtype", decided.dtype), ("frame-shape", ",".join(map(str, decided.shape)))):
+        if name in metadata and decided.replaces:
+            metadata[name] = value
     metadata["hiss-raw-filter"] = ",".join(f"{kernel}={raw}" for kernel, raw in sorted(filters.items()))
+    metadata["hiss-raw-frames"] = f"{decided.frames} of {len(decided.fates)}"
     metadata["hiss-raw-length"] = str(record.length)
     metadata["hiss-raw-crc64nvme"] = f"{record.crc64nvme:016x}"
     return CommitObject(
         bucket=record.bucket,
         key=record.key,
         object_id=secrets.token_bytes(16),
-        length=decided.length,
+        length=remains.length,
         etag="",
         crc64nvme=0,
         owner=record.owner,
@@ -230,7 +299,7 @@ def _request(record: ObjectRecord, decided: Plan, filters: Mapping[str, str]) ->
         headers=record.headers,
         metadata=metadata,
         ledger=decided.ledger(record.ledger or FrameLedger()),
-        geometry=decided.geometry,
+        geometry=remains.geometry,
         epochs=record.epochs,
         raw=RawVersion(record.object_id, record.length, record.etag, record.crc64nvme, record.modified_ns),
     )
