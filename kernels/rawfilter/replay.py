@@ -34,7 +34,10 @@ _AS_IT_IS = b"""
 OUT = ("same", "same")
 
 def frame(frame, params, state, index, out, feedback):
-    out[:] = frame
+    pixels = frame.reshape(frame.size)
+    copied = out.reshape(out.size)
+    for i in range(pixels.size):
+        copied[i] = pixels[i]
     return REPLACE
 """
 

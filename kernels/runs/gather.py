@@ -81,7 +81,7 @@ class Gatherer:
     def __init__(self, host: RunHost) -> None:
         self._host = host
         self._open: dict[BatchKey, Batch] = {}
-        self._batches: set[Batch] = set()
+        self._batches: dict[Batch, BatchKey] = {}
         self._held: set[tuple[bytes, str]] = set()
         self._deferred: dict[tuple[str, bytes, str], list[bytes]] = {}
         self._closed = False
@@ -124,7 +124,7 @@ class Gatherer:
             encoded = 0 if index is None else batch_members_max(index)
             batch = Batch(self._host, key.run, key.group, attachment, lane, domain, self.done, encoded=encoded)
             self._open[key] = batch
-            self._batches.add(batch)
+            self._batches[batch] = key
             self._host.spawn(self._live(key, batch), f"batch {record.bucket}/{attachment.kernel.name}")
         self._held.add(identity)
         batch.add(Entry(record, geometry, ledger, index), frame)
@@ -176,7 +176,7 @@ class Gatherer:
         finally:
             if self._open.get(key) is batch:
                 del self._open[key]
-            self._batches.discard(batch)
+            self._batches.pop(batch, None)
             batch.abandon()
         for entry in again:
             self.add(entry.record, batch.attachment, entry.geometry, batch.domain, entry.ledger, None, entry.index)
@@ -184,7 +184,4 @@ class Gatherer:
     def _finishing(self, key: BatchKey) -> bool:
         """Whether an earlier batch of the same key is not stored yet: a kernel that lags gets fewer, larger batches."""
         open_batch = self._open.get(key)
-        return any(
-            batch is not open_batch and (batch.lane.key, batch.run, batch.group) == (key.lane, key.run, key.group)
-            for batch in self._batches
-        )
+        return any(other == key and batch is not open_batch for batch, other in self._batches.items())
