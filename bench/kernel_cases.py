@@ -106,7 +106,7 @@ def compute_bound(bench: Bench) -> Figure:
     rounds = Rounds()
     cores = os.cpu_count() or 1
     attach(bench, "heavy", HEAVY)
-    per_stream = OBJECT_BYTES // FRAME_BYTES * 2
+    per_stream = OBJECT_BYTES // FRAME_BYTES * 5
     frames = per_stream * cores
     for _ in range(bench.rounds):
         rounds.ceilings.append(alone.frames_per_s(HEAVY, per_stream, cores))
