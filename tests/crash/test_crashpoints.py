@@ -152,7 +152,7 @@ FULL: dict[str, Callable[[Scene], None]] = {
     "recall-written": Scene.recalls,
 }
 
-PRODUCTS = {"product-before", "partial-before", "run-product-before"}
+PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before"}
 """Points of the kernel room: below, and in tests/kernels/test_runs.py."""
 
 
