@@ -23,6 +23,8 @@ from kernels.process import SandboxFailed, SandboxProcess
 
 _F_SEAL_FUTURE_WRITE = 0x0010
 
+NOT_LOCKED_DOWN = "lock-down: "
+"""How SandboxFailed("unavailable") begins where the machine, not the fork server, is the reason."""
 DEFAULT_LAYOUTS = (("<u2", 2), ("<u4", 2), ("<i4", 2), ("<f4", 2))
 """(dtype, dimensions) of frames that a kernel is tried with when it does not say what it is for."""
 
@@ -139,7 +141,7 @@ async def _compiled(process: SandboxProcess, layouts: int, timeout_s: float) -> 
         if reply.kind == wire.KIND_READY:
             return answers
         if reply.kind == wire.KIND_FAILED:
-            raise SandboxFailed("unavailable", f"lock-down: {reply.text}")
+            raise SandboxFailed("unavailable", f"{NOT_LOCKED_DOWN}{reply.text}")
         most = layouts if reply.kind == wire.KIND_REFUSED else layouts * wire.MAX_CAUTIONS
         if reply.kind not in (wire.KIND_REFUSED, wire.KIND_CAUTION) or most <= sum(
             a.kind == reply.kind for a in answers

@@ -19,6 +19,7 @@ import numpy as np
 from ingest.ports import KernelRefused
 from kernels import lockdown, probes, wire
 from kernels.contract import DROP, KEEP, Kernel, Stage, StateSpec
+from kernels.launch import NOT_LOCKED_DOWN
 from kernels.memory import OutputLayout
 from kernels.process import SandboxFailed, SandboxProcess
 from kernels.sandbox import Batch, Sandbox, SandboxLimits
@@ -157,7 +158,11 @@ async def _compute(zygote_socket: str, region_fd: int) -> str:
         finally:
             await sandbox.close()
     except (SandboxFailed, KernelRefused) as failure:
-        unasked = isinstance(failure, SandboxFailed) and failure.kind == "unavailable"
+        unasked = (
+            isinstance(failure, SandboxFailed)
+            and failure.kind == "unavailable"
+            and not failure.message.startswith(NOT_LOCKED_DOWN)
+        )
         return f"{_UNASKED if unasked else ''}{failure}"
     # Frames 0..5, 6..11, 12..17 sum to 15, 51 and 87.
     right = total == 153 and reply.verdicts.tolist() == [DROP, KEEP, DROP]

@@ -121,7 +121,7 @@ async def test_status_is_the_node_in_numbers(node: Any, write_processes: Any) ->
     assert status["processes"] == [row]
     assert status["rates"]["received_bytes_per_s"] == pytest.approx(1000, rel=0.1)
     assert status["arena"] == {"used_bytes": 200, "capacity_bytes": 800, "fill": 0.25}
-    assert status["kernels"]["frames"] == {"keep": 6, "drop": 0, "unreduced": 0}
+    assert status["kernels"]["frames"] == {"keep": 6, "drop": 0, "replace": 0, "unreduced": 0}
     assert status["ingest"]["lost_objects"] == 2
     assert status["errors"]["http"]["slow_down"] == 4
     assert status["catalogue"] == "ok"
