@@ -21,7 +21,6 @@ import msgspec
 
 from ingest import bucket_settings
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
-from ingest.blockio import open_direct, read_fully
 from ingest.body import Body
 from ingest.counters import Counters
 from ingest.errors import (
@@ -35,6 +34,7 @@ from ingest.errors import (
     StorageFailed,
 )
 from ingest.label import Label
+from ingest.landing import Lent, fill, read_into
 from ingest.packing import PACKED_BYTES_MAX, PackedStream, Packer
 from ingest.paths import NodePaths
 from ingest.ports import Catalog, Domain, FrameHost, StreamInfo
@@ -66,36 +66,6 @@ READ_BYTES = 1 << 20
 """One piece of a range that is read to be stored anew."""
 RESOLVE_RETRY_S = 0.5
 SETTLE_BATCH_S = 0.02
-
-
-class Loaded:
-    """Stored bytes in a domain's memory (implements ``ingest.ports.LoadedBytes``)."""
-
-    def __init__(self, span: Span, region: int, offset: int, length: int, give: Callable[[Span], None]) -> None:
-        self.region = region
-        self.offset = offset
-        self.length = length
-        self._span = span
-        self._give = give
-
-    def release(self) -> None:
-        if not self._span.freed:
-            self._give(self._span)
-
-
-class Cleared:
-    """Memory of a domain to be filled by its owner (implements ``ingest.ports.Room``)."""
-
-    def __init__(self, span: Span, region: int, length: int, give: Callable[[Span], None]) -> None:
-        self.region = region
-        self.offset = span.offset
-        self.view = span.view[:length]
-        self._span = span
-        self._give = give
-
-    def release(self) -> None:
-        if not self._span.freed:
-            self._give(self._span)
 
 
 class Buffer:
@@ -442,7 +412,7 @@ class Buffer:
         self._active.add(stream)
         try:
             async for piece in pieces:
-                await _fill(stream, piece)
+                await fill(stream, piece)
             digest = await stream.finish()
             crc = digest.crc64nvme
             request = msgspec.structs.replace(
@@ -466,12 +436,11 @@ class Buffer:
     async def read(self, record: ObjectRecord) -> bytearray:
         """See ``ingest.ports.LandingPad``."""
         body = bytearray()
-        async with await self.open_reader(record, 0, record.length) as reader:
-            async for chunk in reader.chunks(1 << 20):
-                body += chunk
+        async for piece in self.read_range(record, 0, record.length):
+            body += piece
         return body
 
-    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> Loaded:
+    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> Lent:
         """Read stored bytes into one contiguous piece of the domain's memory, past the page cache where alignment allows."""
         assert isinstance(domain, ArenaDomain)
         room = length + BLOCK_BYTES
@@ -485,21 +454,21 @@ class Buffer:
             try:
                 skip = reader.pieces[0].offset % BLOCK_BYTES
                 await asyncio.get_running_loop().run_in_executor(
-                    self.executor, _load, reader, span.view[skip : skip + length], span.view
+                    self.executor, read_into, reader, span.view[skip : skip + length], span.view
                 )
             except BaseException:
                 self.give_span(span)
                 raise
-        return Loaded(span, domain.region_number(span.region), span.offset + skip, length, self.give_span)
+        return Lent(span, domain.region_number(span.region), skip, length, self.give_span)
 
-    def room(self, length: int, domain: Domain) -> Cleared | None:
+    def room(self, length: int, domain: Domain) -> Lent | None:
         """See ``ingest.ports.LandingPad``."""
         assert isinstance(domain, ArenaDomain)
         slabs = -(-length // SLAB_BYTES)
         span = self.arena.take(slabs * SLAB_BYTES, domain) if self._spare(domain, slabs, None) else None
         if span is None:
             return None
-        return Cleared(span, domain.region_number(span.region), length, self.give_span)
+        return Lent(span, domain.region_number(span.region), 0, length, self.give_span)
 
     def domain(self, bucket: str) -> Domain | None:
         return self.arena.domain(bucket)
@@ -517,44 +486,6 @@ class Buffer:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-async def _fill(stream: SpanStream | PackedStream, piece: memoryview) -> None:
-    done = 0
-    while done < len(piece):
-        view = stream.get_buffer()
-        if view is None:
-            await stream.writable()
-            continue
-        count = min(len(view), len(piece) - done)
-        view[:count] = piece[done : done + count]
-        stream.received(count)
-        done += count
-
-
-def _load(reader: SegmentReader, view: memoryview, span: memoryview) -> None:
-    """In a thread. One piece: straight into the span, block-aligned. Several: buffered, each behind the other."""
-    if len(reader.pieces) == 1:
-        piece = reader.pieces[0]
-        skip = piece.offset % BLOCK_BYTES
-        whole = -(-(skip + piece.length) // BLOCK_BYTES) * BLOCK_BYTES
-        fd = open_direct(f"/proc/self/fd/{piece.fd}", os.O_RDONLY)
-        try:
-            if read_fully(fd, span[:whole], piece.offset - skip) < skip + piece.length:
-                raise DataLost("a segment ends inside an extent")
-        finally:
-            os.close(fd)
-        return
-    done = 0
-    for piece in reader.pieces:
-        end = done + piece.length
-        offset = piece.offset
-        while done < end:
-            count = os.preadv(piece.fd, [view[done:end]], offset)
-            if count <= 0:
-                raise DataLost("a segment ends inside an extent")
-            done += count
-            offset += count
 
 
 def _moved(committed: Sequence[Extent], extents: Sequence[Extent]) -> list[tuple[Extent, list[Extent]]]:
