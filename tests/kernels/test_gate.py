@@ -422,7 +422,7 @@ def test_statement_limit_names_a_line_within_the_file() -> None:
     ],
 )
 def test_parameters_given_are_checked(given: dict[str, int | float], reason: str) -> None:
-    with pytest.raises(KernelRefused, match=r"hits\.py:1: ") as caught:
+    with pytest.raises(KernelRefused, match=r"hits\.py:9: ") as caught:
         resolve_params(admit("hits", HITS.encode()), given)
     assert reason in caught.value.reason
 
