@@ -157,6 +157,9 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = _setting(
         30.0, "s", "Time each stage of a shutdown has before SIGKILL.", low=0.1, high=3600
     )
+    virtual_clock: Literal["off", "on"] = _setting(
+        "off", "name", "For tests of lifecycle rules and object lock: DATA/run/clock moves the node's time."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "name", "Least level that is logged.")
     log_format: Literal["text", "json"] = _setting("text", "name", "Shape of a log line.")
 

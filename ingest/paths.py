@@ -76,6 +76,11 @@ class NodePaths:
         return self.run / "processes.json"
 
     @property
+    def clock(self) -> Path:
+        """Only on a node with ``virtual_clock``: by how much its clock is ahead (ingest/clock.py)."""
+        return self.run / "clock"
+
+    @property
     def sandbox(self) -> Path:
         """While a node runs: whether its machine can confine kernels (JSON)."""
         return self.run / "sandbox.json"

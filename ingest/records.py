@@ -161,6 +161,8 @@ class BucketRecord(msgspec.Struct, frozen=True):
     region: str = ""
     tags: dict[str, str] = {}
     """User tags and ``hiss.*`` settings alike; ingest/bucket_settings.py reads the latter."""
+    documents: dict[str, bytes] = {}
+    """Configuration documents by name; ingest/bucket_documents.py says which there are and reads them."""
 
 
 class ObjectRecord(msgspec.Struct, frozen=True):

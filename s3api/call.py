@@ -8,8 +8,6 @@ key has happened before the operation runs; operations that touch others (copy, 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 
 from ingest import bucket_settings
 from ingest.bucket_settings import BucketSettings
@@ -101,8 +99,6 @@ class Node:
     buckets: Buckets
     settings: ServiceSettings
     kernels: FrameHost | None = None
-    clock: Callable[[], float] = time.time
-    """Seconds since the epoch."""
 
 
 @dataclasses.dataclass(slots=True)

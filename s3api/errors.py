@@ -136,6 +136,7 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.NoSuchBucket: "NoSuchBucket",
     ingest.BucketExists: "BucketAlreadyExists",
     ingest.BucketNotEmpty: "BucketNotEmpty",
+    ingest.BadDocument: "InvalidArgument",
     ingest.NoSuchKey: "NoSuchKey",
     ingest.NoSuchUpload: "NoSuchUpload",
     ingest.InvalidPart: "InvalidPart",

@@ -42,7 +42,7 @@ class S3Service:
         self._settings = settings or ServiceSettings()
         self._clock = clock
         self._auth = SigV4(users)
-        self._node = Node(data, Buckets(data.catalog), self._settings, kernels, clock)
+        self._node = Node(data, Buckets(data.catalog), self._settings, kernels)
         self._requests = {name: counters.cell("hiss_http_requests_total", name) for name in S3_OPERATIONS}
         self._seconds = {name: counters.histogram("hiss_http_request_seconds", name) for name in S3_OPERATIONS}
         self._errors = {name: counters.cell("hiss_http_errors_total", name) for name in ERROR_CLASSES}

@@ -28,6 +28,7 @@ from gateway.supervisor.child import Child
 from gateway.supervisor.notify import notify, watchdog
 from gateway.supervisor.slot import Slot
 from gateway.supervisor.table import Role
+from ingest import clock
 from ingest.counters import SUPERVISOR, Counters
 from ingest.paths import NodePaths
 
@@ -91,6 +92,7 @@ class Supervisor:
             self._counters.cell("hiss_buffer_capacity_bytes").set(self._settings.buffer_bytes)
             # A killed node's: this one has not tested yet.
             self._paths.sandbox.unlink(missing_ok=True)
+            (clock.create if self._settings.virtual_clock == "on" else clock.discard)(self._paths)
             self._write_ports()
             self._handle_signals()
             await self._serve()

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from ingest import clock
 from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
@@ -185,6 +186,7 @@ class CatalogClient:
         self, paths: NodePaths, *, slot: int | None = None, node: int = 0, timeout_s: float = CALL_TIMEOUT_S
     ) -> None:
         self._paths = paths
+        self._clock = clock.of(paths)
         self._slot = slot
         # A later process of the same slot must win over an earlier one, also across a restart of the catalogue process.
         # The clock does not step back while the machine runs, and no socket outlives the machine.
@@ -241,6 +243,10 @@ class CatalogClient:
     def subscribe(self, handler: PushHandler) -> None:
         """Receive pushes for the slot this client registered as, in order."""
         self._handlers.append(handler)
+
+    def now_ns(self) -> int:
+        """The node's time (ingest/clock.py)."""
+        return self._clock()
 
     def generation(self) -> int:
         """Changes with every commit that changes buckets, users or kernels."""
@@ -337,8 +343,10 @@ class CatalogClient:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._readers.read, look)
 
     # -- buckets and users
-    async def create_bucket(self, name: str, owner: str, region: str = "") -> BucketRecord:
-        record = BucketRecord(name, owner, time.time_ns(), region)
+    async def create_bucket(
+        self, name: str, owner: str, region: str = "", documents: Mapping[str, bytes] | None = None
+    ) -> BucketRecord:
+        record = BucketRecord(name, owner, self.now_ns(), region, documents=dict(documents or {}))
         return await self._call(wire.CreateBucket(record), _bucket)
 
     async def delete_bucket(self, name: str) -> None:
@@ -346,6 +354,9 @@ class CatalogClient:
 
     async def set_bucket_tags(self, name: str, tags: Mapping[str, str]) -> BucketRecord:
         return await self._call(wire.TagBucket(name, dict(tags)), _bucket)
+
+    async def configure_bucket(self, name: str, documents: Mapping[str, bytes | None]) -> BucketRecord:
+        return await self._call(wire.ConfigureBucket(name, dict(documents)), _bucket)
 
     async def bucket(self, name: str) -> BucketRecord:
         return self._readers.read(lambda reader: reader.bucket(name))

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from ingest import clock
 from ingest.catalog import entries as e
 from ingest.catalog import rows, snapshot, wire
 from ingest.catalog.decide import PART_BYTES_MIN, Decider, Known
@@ -99,7 +100,7 @@ def _survives_in_memory(entry: e.Entry) -> bool:
 
 def _changes_generation(entry: e.Entry) -> bool:
     match entry:
-        case e.BucketCreated() | e.BucketDeleted() | e.BucketTagged() | e.UserPut():
+        case e.BucketCreated() | e.BucketDeleted() | e.BucketTagged() | e.BucketConfigured() | e.UserPut():
             return True
         case e.ObjectCommitted() | e.UploadCompleted():
             return entry.record.key.startswith(KERNEL_PREFIX)
@@ -129,6 +130,7 @@ class Committer:
         freed: Callable[[tuple[Extent, ...]], None],
         ops: FileOps | None = None,
     ) -> None:
+        self._clock = clock.of(paths)
         self._paths = paths
         self._db = database
         self._limits = limits
@@ -251,7 +253,7 @@ class Committer:
                 ticket.answer(outcome)
 
     def _gather(self, batch: Batch, work_until: float) -> None:
-        now_ns = time.time_ns()
+        now_ns = self._clock()
         waiting, outcomes = self._waiting, batch.outcomes
         while (
             waiting

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from ingest import bucket_settings
+from ingest import bucket_documents, bucket_settings
 from ingest.catalog import entries as e
 from ingest.catalog import rows, statements, wire
 from ingest.catalog.reader import Reader
@@ -101,6 +101,7 @@ class Decider:
             wire.CreateBucket: self._create_bucket,
             wire.DeleteBucket: self._delete_bucket,
             wire.TagBucket: self._tag_bucket,
+            wire.ConfigureBucket: self._configure_bucket,
             wire.PutUser: self._put_user,
             wire.CreateUpload: self._create_upload,
             wire.PutPart: self._put_part,
@@ -136,7 +137,7 @@ class Decider:
                 return entry.record
             case e.PartCommitted():
                 return entry.part
-            case e.BucketTagged():
+            case e.BucketTagged() | e.BucketConfigured():
                 return self._reader.bucket(entry.name)
             case e.ObjectDeleted():
                 return Deleted(existed=True, version_id="")
@@ -151,6 +152,7 @@ class Decider:
     def _create_bucket(self, mutation: wire.CreateBucket) -> e.Entry | Known:
         record = mutation.record
         drain_after_ns(record)
+        bucket_documents.check(record.documents)
         try:
             existing = self._reader.bucket(record.name)
         except NoSuchBucket:
@@ -173,6 +175,13 @@ class Decider:
             return Known(bucket)
         delay_ns = _drain_after_ns(mutation.tags)
         return e.BucketTagged(mutation.name, mutation.tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
+
+    def _configure_bucket(self, mutation: wire.ConfigureBucket) -> e.Entry | Known:
+        bucket = self._reader.bucket(mutation.name)
+        bucket_documents.check(mutation.documents)
+        if bucket_documents.changed(bucket.documents, mutation.documents) == bucket.documents:
+            return Known(bucket)
+        return e.BucketConfigured(mutation.name, mutation.documents)
 
     def _put_user(self, mutation: wire.PutUser) -> e.Entry:
         user = mutation.user

@@ -38,6 +38,12 @@ class BucketTagged(msgspec.Struct, frozen=True, array_like=True, tag="bucket-tag
     """The bucket's new drain delay when it changed: waiting versions get new deadlines."""
 
 
+class BucketConfigured(msgspec.Struct, frozen=True, array_like=True, tag="bucket-configured"):
+    name: str
+    documents: dict[str, bytes | None]
+    """Those that change; None: it goes."""
+
+
 class UserPut(msgspec.Struct, frozen=True, array_like=True, tag="user-put"):
     user: UserRecord
 
@@ -193,6 +199,7 @@ Entry = (
     BucketCreated
     | BucketDeleted
     | BucketTagged
+    | BucketConfigured
     | UserPut
     | ObjectCommitted
     | UploadCreated

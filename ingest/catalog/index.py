@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from ingest import bucket_documents
 from ingest.catalog import entries as e
 from ingest.catalog import rows, statements
 from ingest.catalog.runs import RunIndex
@@ -37,6 +38,7 @@ class Index:
             e.BucketCreated: self._bucket_created,
             e.BucketDeleted: self._bucket_deleted,
             e.BucketTagged: self._bucket_tagged,
+            e.BucketConfigured: self._bucket_configured,
             e.UserPut: self._user_put,
             e.ObjectCommitted: self._object_committed,
             e.UploadCreated: self._upload_created,
@@ -87,6 +89,13 @@ class Index:
         self._db.execute(statements.PUT_BUCKET, {"name": entry.name, "record": rows.encode(record)})
         if entry.drain_after_ns is not None:
             self._db.execute(statements.RESCHEDULE_BUCKET, {"name": entry.name, "drain_after_ns": entry.drain_after_ns})
+
+    def _bucket_configured(self, _: int, entry: e.BucketConfigured) -> None:
+        (blob,) = self._one(statements.BUCKET, name=entry.name)
+        record = rows.decode_bucket(blob)
+        documents = bucket_documents.changed(record.documents, entry.documents)
+        record = msgspec.structs.replace(record, documents=documents)
+        self._db.execute(statements.PUT_BUCKET, {"name": entry.name, "record": rows.encode(record)})
 
     def _user_put(self, _: int, entry: e.UserPut) -> None:
         user = entry.user

@@ -62,6 +62,12 @@ class TagBucket(msgspec.Struct, frozen=True, array_like=True, tag="tag-bucket"):
     tags: dict[str, str]
 
 
+class ConfigureBucket(msgspec.Struct, frozen=True, array_like=True, tag="configure-bucket"):
+    name: str
+    documents: dict[str, bytes | None]
+    """Configuration documents to put, or with None to delete; all at once or none."""
+
+
 class PutUser(msgspec.Struct, frozen=True, array_like=True, tag="put-user"):
     user: UserRecord
 
@@ -202,6 +208,7 @@ Mutation = (
     | CreateBucket
     | DeleteBucket
     | TagBucket
+    | ConfigureBucket
     | PutUser
     | CreateUpload
     | PutPart

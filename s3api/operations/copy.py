@@ -165,7 +165,7 @@ async def upload_part_copy(call: Call) -> Response:
             crc64nvme=digest.crc64nvme,
             checksums=_checksum(chosen, digest),
             extents=digest.extents,
-            modified_ns=int(call.node.clock() * 1e9),
+            modified_ns=call.catalog.now_ns(),
             settled=digest.settled,
         )
         return await stream.commit_part(

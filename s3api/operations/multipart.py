@@ -52,7 +52,7 @@ async def create_multipart_upload(call: Call) -> Response:
         key=call.key,
         upload_id=secrets.token_hex(16),
         owner=call.user.user_id,
-        started_ns=int(call.node.clock() * 1e9),
+        started_ns=call.catalog.now_ns(),
         headers=stored_headers(headers),
         metadata=metadata,
         checksum_algorithm=algorithm,
@@ -140,7 +140,7 @@ async def upload_part(call: Call) -> Response:
             crc64nvme=digest.crc64nvme,
             checksums=verified,
             extents=digest.extents,
-            modified_ns=int(call.node.clock() * 1e9),
+            modified_ns=call.catalog.now_ns(),
             settled=digest.settled,
         )
         return await stream.commit_part(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 
+import msgspec
 import pytest
 
+from ingest import clock
+from ingest.bucket_documents import Form
 from ingest.catalog.client import CatalogClient
 from ingest.errors import (
+    BadDocument,
     BucketExists,
     BucketNotEmpty,
     CatalogError,
@@ -23,6 +28,7 @@ from ingest.errors import (
 from ingest.paths import NodePaths
 from ingest.records import (
     ArchiveCopy,
+    BucketRecord,
     CommitObject,
     DeleteObject,
     Durability,
@@ -40,6 +46,7 @@ from ingest.records import (
 )
 
 CommitOf = Callable[..., CommitObject]
+Serving = Callable[..., AbstractAsyncContextManager[None]]
 
 
 async def eventually(holds: Callable[[], bool], deadline_s: float = 5.0) -> None:
@@ -78,6 +85,56 @@ async def test_buckets(client: CatalogClient, commit_of: CommitOf) -> None:
         await client.bucket("run")
 
 
+async def test_documents_of_a_bucket(client: CatalogClient) -> None:
+    await client.create_bucket("run", "ada", documents={"versioning": b"Enabled"})
+    record = await client.configure_bucket("run", {"cors": b"<rules>", "policy": b"{}"})
+    assert record.documents == {"versioning": b"Enabled", "cors": b"<rules>", "policy": b"{}"}
+    assert await client.bucket("run") == record
+    changed = await client.configure_bucket("run", {"cors": None, "policy": b"{ }"})
+    assert changed.documents == {"versioning": b"Enabled", "policy": b"{ }"}
+    assert await client.set_bucket_tags("run", {"a": "b"}) == msgspec.structs.replace(changed, tags={"a": "b"})
+    for wrong in ({"polcy": b"{}"}, {"policy": bytes(20 * 1024 + 1)}):
+        with pytest.raises(BadDocument, match="pol"):
+            await client.configure_bucket("run", {"cors": b"<rules>", **wrong})
+    with pytest.raises(BadDocument):
+        await client.create_bucket("other", "ada", documents={"polcy": b""})
+    with pytest.raises(NoSuchBucket):
+        await client.configure_bucket("gone", {"cors": b""})
+    assert "cors" not in (await client.bucket("run")).documents
+
+
+def test_a_form_parses_once_and_says_which_document_is_bad() -> None:
+    parsed: list[bytes] = []
+
+    def parse(document: bytes) -> int:
+        parsed.append(document)
+        return int(document)
+
+    form = Form("versioning", parse)
+    bucket = BucketRecord("run", "ada", 0, documents={"versioning": b"12"})
+    assert [form.of(bucket), form.of(bucket)] == [12, 12]
+    assert parsed == [b"12"]
+    assert form.of(BucketRecord("run", "ada", 0)) is None
+    with pytest.raises(BadDocument, match="versioning: "):
+        form.check(b"x")
+    with pytest.raises(ValueError, match="no document"):
+        Form("versionning", parse)
+
+
+async def test_time_passes_where_a_node_has_a_virtual_clock(
+    paths: NodePaths, serving: Serving, commit_of: CommitOf
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        clock.advance(paths, 1)
+    clock.create(paths)
+    async with serving(), CatalogClient(paths) as client:
+        before = await client.create_bucket("run", "ada")
+        clock.advance(paths, 30 * 86400)
+        later = await client.commit(commit_of("run", b"k"))
+        assert 0 <= later.modified_ns - before.created_ns - 30 * 86400 * 10**9 < 3600 * 10**9
+        assert client.now_ns() >= later.modified_ns
+
+
 async def test_users_replace_by_id_and_keys_are_unique(client: CatalogClient) -> None:
     ada = UserRecord("ada", "Ada", "AKADA", b"sealed", (Grant("run*", access="write"),))
     await client.put_user(ada)
@@ -101,6 +158,7 @@ async def test_the_generation_changes_with_buckets_users_and_kernels_only(
 
     assert await changes(client.create_bucket("run", "ada"))
     assert await changes(client.set_bucket_tags("run", {"a": "b"}))
+    assert await changes(client.configure_bucket("run", {"cors": b"<rules>"}))
     assert await changes(client.put_user(UserRecord("ada", "Ada", "AK", b"s")))
     assert not await changes(client.commit(commit_of("run", b"frame")))
     assert await changes(client.commit(commit_of("run", b"_kernels/hits.py")))

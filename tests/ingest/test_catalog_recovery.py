@@ -276,6 +276,22 @@ async def test_a_journal_with_a_hole_is_not_glossed_over(
             pass
 
 
+async def test_documents_of_a_bucket_come_back_from_the_journal_and_from_a_snapshot(
+    paths: NodePaths, serving: Serving
+) -> None:
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "ada", documents={"versioning": b"on"})
+        before = await client.configure_bucket("run", {"cors": b"<rules>", "versioning": None})
+    paths.catalogue.unlink()
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        assert await client.bucket("run") == before
+        await client.snapshot()
+        await client.snapshot()
+    paths.catalogue.unlink()
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        assert await client.bucket("run") == before
+
+
 # -- back-up, restore, fsck
 async def test_backup_of_a_running_node_and_restore(
     paths: NodePaths, serving: Serving, commit_of: CommitOf, tmp_path: Path
