@@ -15,7 +15,7 @@ from ingest.ports import Catalog, FrameHost
 from ingest.records import BucketRecord, UserRecord
 from ingest.stream_types import DataPlane
 from s3api.auth import grants
-from s3api.auth.grants import Access
+from s3api.auth.actions import Over
 from s3api.auth.sigv4 import Signed
 from s3api.errors import S3Error
 from s3api.http.message import Request
@@ -129,9 +129,13 @@ class Call:
             raise S3Error("AccessDenied", "The bucket is not owned by x-amz-expected-bucket-owner")
         return record, settings
 
-    def authorise(self, access: Access, bucket: str, prefix: bytes = b"") -> None:
-        """Raises AccessDenied unless the user may do ``access`` to everything under ``prefix``."""
-        if not grants.allows(self.user, access, bucket, prefix):
+    async def may(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> bool:
+        """May the user do ``action`` (of s3api/auth/actions.py) to ``bucket``, or to the key or listed prefix ``name`` in it?"""
+        return grants.permits(self.user, action, bucket, name, over)
+
+    async def authorise(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> None:
+        """Raises AccessDenied unless the user ``may``."""
+        if not await self.may(action, bucket, name, over):
             raise S3Error("AccessDenied")
 
     def number(self, name: str, low: int, high: int, default: int) -> int:

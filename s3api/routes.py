@@ -1,6 +1,6 @@
 """The routes table: which operation a request is, from its method, its bucket and key, and its query and headers.
 
-In: method, level and the names in the query. Out: a ``Route`` with the operation and the access it needs, or an S3Error.
+In: method, level and the names in the query. Out: a ``Route`` with the operation and the action it needs, or an S3Error.
 A subresource the table does not have is 501 NotImplemented: ``PUT /bucket/key?acl`` must never become a PutObject.
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html
 """
@@ -12,7 +12,7 @@ import enum
 from collections.abc import Awaitable, Callable
 from urllib.parse import unquote_to_bytes
 
-from s3api.auth.grants import Access
+from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
@@ -27,16 +27,6 @@ class Level(enum.Enum):
     OBJECT = "object"
 
 
-class Over(enum.Enum):
-    """What the access must cover."""
-
-    NOTHING = "nothing"  # any user; the operation shows only what the user may see
-    ANYTHING = "anything"  # any grant in the bucket; the operation may decide more
-    BUCKET = "bucket"
-    PREFIX = "prefix"  # the keys a listing asks for
-    KEY = "key"
-
-
 Operation = Callable[[Call], Awaitable[Response]]
 
 
@@ -47,46 +37,50 @@ class Route:
     method: str
     level: Level
     run: Operation
-    access: Access
-    over: Over
+    action: str
+    """What the user must be allowed to do (a row of s3api/auth/actions.py) to the request's bucket or key."""
     query: tuple[str, ...] = ()
     """Parameters that make a request this operation; all must be there."""
     header: str = ""
     """A header that must be there."""
     accepts: tuple[str, ...] = ()
     """Subresource names this operation understands as arguments."""
+    over: Over | None = None
+    """What a grant must cover, where it is not what the actions table says."""
 
 
 _SERVICE, _BUCKET, _OBJECT = Level.SERVICE, Level.BUCKET, Level.OBJECT
-_READ, _WRITE, _ADMIN = Access.READ, Access.WRITE, Access.ADMIN
 
 # Within one (method, level) the first row that fits wins: more specific rows come first.
 ROUTES: tuple[Route, ...] = (
-    Route("ListBuckets", "GET", _SERVICE, buckets.list_buckets, _READ, Over.NOTHING),
-    Route("CreateBucket", "PUT", _BUCKET, buckets.create_bucket, _ADMIN, Over.BUCKET),
-    Route("HeadBucket", "HEAD", _BUCKET, buckets.head_bucket, _READ, Over.ANYTHING),
-    Route("DeleteBucket", "DELETE", _BUCKET, buckets.delete_bucket, _ADMIN, Over.BUCKET),
-    Route("GetBucketLocation", "GET", _BUCKET, buckets.get_bucket_location, _READ, Over.ANYTHING, ("location",)),
-    Route("GetBucketVersioning", "GET", _BUCKET, buckets.get_bucket_versioning, _READ, Over.ANYTHING, ("versioning",)),
-    Route("PutBucketTagging", "PUT", _BUCKET, tagging.put_bucket_tagging, _ADMIN, Over.BUCKET, ("tagging",)),
-    Route("GetBucketTagging", "GET", _BUCKET, tagging.get_bucket_tagging, _READ, Over.ANYTHING, ("tagging",)),
-    Route("DeleteBucketTagging", "DELETE", _BUCKET, tagging.delete_bucket_tagging, _ADMIN, Over.BUCKET, ("tagging",)),
-    Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, _READ, Over.PREFIX, ("uploads",)),
-    Route("DeleteObjects", "POST", _BUCKET, objects.delete_objects, _WRITE, Over.ANYTHING, ("delete",)),
-    Route("ListObjectsV2", "GET", _BUCKET, listing.list_objects_v2, _READ, Over.PREFIX, ("list-type",)),
-    Route("ListObjects", "GET", _BUCKET, listing.list_objects, _READ, Over.PREFIX),
-    Route("UploadPartCopy", "PUT", _OBJECT, copy.upload_part_copy, _WRITE, Over.KEY, ("uploadId", "partNumber"),
+    Route("ListBuckets", "GET", _SERVICE, buckets.list_buckets, "s3:ListAllMyBuckets"),
+    Route("CreateBucket", "PUT", _BUCKET, buckets.create_bucket, "s3:CreateBucket"),
+    Route("HeadBucket", "HEAD", _BUCKET, buckets.head_bucket, "s3:ListBucket", over=Over.ANYTHING),
+    Route("DeleteBucket", "DELETE", _BUCKET, buckets.delete_bucket, "s3:DeleteBucket"),
+    Route("GetBucketLocation", "GET", _BUCKET, buckets.get_bucket_location, "s3:GetBucketLocation", ("location",)),
+    Route("GetBucketVersioning", "GET", _BUCKET, buckets.get_bucket_versioning, "s3:GetBucketVersioning", ("versioning",)),
+    Route("PutBucketTagging", "PUT", _BUCKET, tagging.put_bucket_tagging, "s3:PutBucketTagging", ("tagging",)),
+    Route("GetBucketTagging", "GET", _BUCKET, tagging.get_bucket_tagging, "s3:GetBucketTagging", ("tagging",)),
+    Route("DeleteBucketTagging", "DELETE", _BUCKET, tagging.delete_bucket_tagging, "s3:PutBucketTagging", ("tagging",)),
+    Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, "s3:ListBucketMultipartUploads",
+          ("uploads",)),
+    Route("DeleteObjects", "POST", _BUCKET, objects.delete_objects, "s3:DeleteObject", ("delete",),
+          over=Over.ANYTHING),
+    Route("ListObjectsV2", "GET", _BUCKET, listing.list_objects_v2, "s3:ListBucket", ("list-type",)),
+    Route("ListObjects", "GET", _BUCKET, listing.list_objects, "s3:ListBucket"),
+    Route("UploadPartCopy", "PUT", _OBJECT, copy.upload_part_copy, "s3:PutObject", ("uploadId", "partNumber"),
           copy.COPY_SOURCE),
-    Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, _WRITE, Over.KEY, ("uploadId", "partNumber")),
-    Route("CopyObject", "PUT", _OBJECT, copy.copy_object, _WRITE, Over.KEY, (), copy.COPY_SOURCE),
-    Route("PutObject", "PUT", _OBJECT, objects.put_object, _WRITE, Over.KEY, (), "", ("versionId",)),
-    Route("ListParts", "GET", _OBJECT, multipart.list_parts, _READ, Over.KEY, ("uploadId",)),
-    Route("GetObject", "GET", _OBJECT, objects.get_object, _READ, Over.KEY, (), "", ("versionId", "partNumber")),
-    Route("HeadObject", "HEAD", _OBJECT, objects.head_object, _READ, Over.KEY, (), "", ("versionId", "partNumber")),
-    Route("AbortMultipartUpload", "DELETE", _OBJECT, multipart.abort_multipart_upload, _WRITE, Over.KEY, ("uploadId",)),
-    Route("DeleteObject", "DELETE", _OBJECT, objects.delete_object, _WRITE, Over.KEY, (), "", ("versionId",)),
-    Route("CreateMultipartUpload", "POST", _OBJECT, multipart.create_multipart_upload, _WRITE, Over.KEY, ("uploads",)),
-    Route("CompleteMultipartUpload", "POST", _OBJECT, multipart.complete_multipart_upload, _WRITE, Over.KEY,
+    Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, "s3:PutObject", ("uploadId", "partNumber")),
+    Route("CopyObject", "PUT", _OBJECT, copy.copy_object, "s3:PutObject", (), copy.COPY_SOURCE),
+    Route("PutObject", "PUT", _OBJECT, objects.put_object, "s3:PutObject", (), "", ("versionId",)),
+    Route("ListParts", "GET", _OBJECT, multipart.list_parts, "s3:ListMultipartUploadParts", ("uploadId",)),
+    Route("GetObject", "GET", _OBJECT, objects.get_object, "s3:GetObject", (), "", ("versionId", "partNumber")),
+    Route("HeadObject", "HEAD", _OBJECT, objects.head_object, "s3:GetObject", (), "", ("versionId", "partNumber")),
+    Route("AbortMultipartUpload", "DELETE", _OBJECT, multipart.abort_multipart_upload, "s3:AbortMultipartUpload",
+          ("uploadId",)),
+    Route("DeleteObject", "DELETE", _OBJECT, objects.delete_object, "s3:DeleteObject", (), "", ("versionId",)),
+    Route("CreateMultipartUpload", "POST", _OBJECT, multipart.create_multipart_upload, "s3:PutObject", ("uploads",)),
+    Route("CompleteMultipartUpload", "POST", _OBJECT, multipart.complete_multipart_upload, "s3:PutObject",
           ("uploadId",)),
 )  # fmt: skip
 
@@ -186,7 +180,7 @@ def _refuse_unknown(row: Route, request: Request) -> None:
             raise _not_implemented(request.method, name)
         # A flag we have never heard of may be a subresource of tomorrow: reading the plain resource instead does no
         # harm, writing it would.
-        if name and not value and row.access > Access.READ and name not in row.accepts:
+        if name and not value and ACTIONS[row.action].access > Access.READ and name not in row.accepts:
             raise _not_implemented(request.method, name)
 
 

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from ingest.counters import ERROR_CLASSES, S3_OPERATIONS, Counters
 from ingest.ports import FrameHost
 from ingest.stream_types import DataPlane
-from s3api.auth import grants
+from s3api.auth.actions import OF_VERSIONS
 from s3api.auth.sigv4 import SigV4
 from s3api.auth.users import UserStore
 from s3api.call import Buckets, Call, Node, ServiceSettings
 from s3api.errors import S3Error, render, translated
 from s3api.http.message import HttpError, Request, Response
-from s3api.routes import Over, Route, Target, route, target_of
+from s3api.routes import Level, Route, Target, route, target_of
 
 _log = logging.getLogger(__name__)
 _access_log = logging.getLogger("s3api.access")
@@ -56,7 +56,7 @@ class S3Service:
             signed = await self._auth.verify(request, self._clock())
             call = Call(request, self._node, signed, target.bucket, target.key)
             user_id = request.scope["user"] = call.user.user_id
-            _authorise(call, row, target)
+            await _authorise(call, row, target)
             response = await row.run(call)
         except ConnectionResetError:
             raise
@@ -111,13 +111,9 @@ class S3Service:
             )
 
 
-def _authorise(call: Call, row: Route, target: Target) -> None:
+async def _authorise(call: Call, row: Route, target: Target) -> None:
     """Raises AccessDenied; before the bucket is even looked for, so that nobody learns of buckets of others."""
-    if row.over is Over.KEY:
-        call.authorise(row.access, target.bucket, target.key)
-    elif row.over is Over.BUCKET:
-        call.authorise(row.access, target.bucket)
-    elif row.over is Over.PREFIX:
-        call.authorise(row.access, target.bucket, (call.request.arg("prefix") or "").encode())
-    elif row.over is Over.ANYTHING and not grants.sees(call.user, target.bucket):
-        raise S3Error("AccessDenied")
+    versioned = call.request.arg("versionId") is not None
+    action = OF_VERSIONS.get(row.action, row.action) if versioned else row.action
+    listed = (call.request.arg("prefix") or "").encode() if target.level is Level.BUCKET else target.key
+    await call.authorise(action, target.bucket, listed, row.over)

@@ -14,7 +14,8 @@ from starlette.requests import HTTPConnection
 
 from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
 from ingest.records import UserRecord
-from s3api.auth.grants import Access, allows
+from s3api.auth.actions import Access
+from s3api.auth.grants import allows
 from s3api.auth.users import UserStore
 
 _ABSENT = "-"

@@ -6,19 +6,10 @@ A grant with a prefix covers keys under it and listings that ask for it or deepe
 
 from __future__ import annotations
 
-import enum
 import fnmatch
 
 from ingest.records import UserRecord
-
-
-class Access(enum.IntEnum):
-    """Levels of access; a higher one implies the lower ones."""
-
-    READ = 1
-    WRITE = 2
-    ADMIN = 3
-
+from s3api.auth.actions import ACTIONS, Access, Over
 
 _LEVELS = {access.name.lower(): int(access) for access in Access}
 
@@ -43,3 +34,15 @@ def sees(user: UserRecord, bucket: str) -> bool:
     return user.root or any(
         grant.access in _LEVELS and fnmatch.fnmatchcase(bucket, grant.bucket) for grant in user.grants
     )
+
+
+def permits(user: UserRecord, action: str, bucket: str, name: bytes, over: Over | None = None) -> bool:
+    """Do the user's grants allow ``action``? ``name``: the key, or the prefix that a listing asks for. ``over`` stands in for
+    what the actions table says a grant must cover."""
+    row = ACTIONS[action]
+    over = over or row.over
+    if over is Over.NOTHING:
+        return True
+    if over is Over.ANYTHING:
+        return any(allows(user, row.access, bucket, grant.prefix.encode()) for grant in user.grants) or user.root
+    return allows(user, row.access, bucket, b"" if over is Over.BUCKET else name)

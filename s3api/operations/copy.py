@@ -15,7 +15,6 @@ from ingest.errors import DataLost
 from ingest.records import CommitObject, CommitPart, LifetimeClass, ObjectRecord, PartRecord
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
 from s3api import checksums, times, xml
-from s3api.auth.grants import Access
 from s3api.call import Call
 from s3api.conditions import check_read, failed, write_condition
 from s3api.errors import S3Error
@@ -58,7 +57,7 @@ async def source_of(call: Call) -> Source:
     if not bucket or not key or len(key) > call.limits.key_bytes:
         raise S3Error("InvalidArgument", "Copy Source must mention the source bucket and key: sourcebucket/sourcekey")
     check_version_id(query.removeprefix("versionId=") if query else None)
-    call.authorise(Access.READ, bucket, key)
+    await call.authorise("s3:GetObject", bucket, key)
     record_of_bucket, settings = await call.node.buckets.get(bucket)
     expected = headers.get("x-amz-source-expected-bucket-owner")
     if expected and expected != record_of_bucket.owner:

@@ -17,7 +17,6 @@ from ingest.records import (
 )
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
 from s3api import checksums, xml
-from s3api.auth.grants import Access, allows
 from s3api.call import Call
 from s3api.conditions import WriteCondition, check_read, range_applies, write_condition
 from s3api.errors import S3Error, translated
@@ -275,7 +274,7 @@ async def delete_objects(call: Call) -> Response:
     requests: list[DeleteObject] = []
     for element in wanted:
         key = xml.raw_text(element, "Key")
-        refusal = _delete_refusal(call, key, xml.text(element, "VersionId", NULL_VERSION))
+        refusal = await _delete_refusal(call, key, xml.text(element, "VersionId", NULL_VERSION))
         if refusal is not None:
             failures.append((key, refusal))
             continue
@@ -295,12 +294,12 @@ async def delete_objects(call: Call) -> Response:
     return Response(200, [("content-type", "application/xml")], xml.document("DeleteResult", entries))
 
 
-def _delete_refusal(call: Call, key: str, version_id: str) -> S3Error | None:
+async def _delete_refusal(call: Call, key: str, version_id: str) -> S3Error | None:
     name = key.encode("utf-8", "surrogatepass")
     if not 0 < len(name) <= call.limits.key_bytes:
         return S3Error("KeyTooLongError") if name else S3Error("MalformedXML", "A Key is empty")
     if version_id != NULL_VERSION:
         return S3Error("NoSuchVersion")
-    if not allows(call.user, Access.WRITE, call.bucket_name, name):
+    if not await call.may("s3:DeleteObject", call.bucket_name, name):
         return S3Error("AccessDenied")
     return None
