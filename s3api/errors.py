@@ -29,6 +29,13 @@ class Code:
 
 CODES: dict[str, Code] = {
     "AccessDenied": Code(403, "Access Denied", "auth"),
+    "AccessForbidden": Code(
+        403,
+        "CORSResponse: This CORS request is not allowed. This is usually because the evalution of Origin, request method"
+        " / Access-Control-Request-Method or Access-Control-Request-Headers are not whitelisted by the resource's CORS"
+        " spec.",
+        "auth",
+    ),
     "AccessControlListNotSupported": Code(400, "The bucket does not allow ACLs; grants are set per user"),
     "AuthorizationHeaderMalformed": Code(400, "The authorization header that you provided is not valid", "auth"),
     "AuthorizationQueryParametersError": Code(400, "The authorization query parameters are not valid", "auth"),
@@ -68,6 +75,8 @@ CODES: dict[str, Code] = {
     "MissingContentLength": Code(411, "You must provide the Content-Length HTTP header"),
     "MissingSecurityHeader": Code(400, "Your request is missing a required header", "auth"),
     "NoSuchBucket": Code(404, "The specified bucket does not exist", "not_found"),
+    "NoSuchCORSConfiguration": Code(404, "The CORS configuration does not exist", "not_found"),
+    "NoSuchConfiguration": Code(404, "The specified configuration does not exist", "not_found"),
     "NoSuchKey": Code(404, "The specified key does not exist", "not_found"),
     "NoSuchTagSet": Code(404, "The TagSet does not exist", "not_found"),
     "NoSuchUpload": Code(
@@ -75,14 +84,21 @@ CODES: dict[str, Code] = {
         "The specified multipart upload does not exist; it may have been aborted or completed",
         "not_found",
     ),
+    "NoSuchWebsiteConfiguration": Code(
+        404, "The specified bucket does not have a website configuration", "not_found"
+    ),
     "NoSuchVersion": Code(404, "The specified version does not exist", "not_found"),
     "NotImplemented": Code(501, "A header or query you provided implies functionality that is not implemented"),
     "OperationAborted": Code(409, "A conflicting operation is in progress against this resource; try again"),
     "PreconditionFailed": Code(
         412, "At least one of the preconditions you specified did not hold", "precondition"
     ),
+    "ReplicationConfigurationNotFoundError": Code(404, "The replication configuration was not found", "not_found"),
     "RequestTimeTooSkewed": Code(
         403, "The difference between the request time and the server's time is too large", "auth"
+    ),
+    "ServerSideEncryptionConfigurationNotFoundError": Code(
+        404, "The server side encryption configuration was not found", "not_found"
     ),
     "ServiceUnavailable": Code(503, "The service is not available at the moment; please retry", "slow_down"),
     "SignatureDoesNotMatch": Code(

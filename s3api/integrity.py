@@ -213,6 +213,14 @@ async def read_document(
     return body
 
 
+def needs_checksum(request: Request) -> None:
+    """Raises InvalidRequest where the body of an operation that demands it has no checksum."""
+    headers = request.headers
+    if "content-md5" not in headers and not headers.get("x-amz-trailer").startswith(checksums.HEADER_PREFIX):
+        if not any(header in headers for header in checksums.BY_HEADER):
+            raise S3Error("InvalidRequest", "Missing required header for this request: Content-MD5 OR x-amz-checksum-*")
+
+
 def has_body(request: Request) -> bool:
     """Does the head announce a body that is not empty?"""
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers

@@ -16,7 +16,7 @@ from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
-from s3api.operations import buckets, copy, listing, multipart, objects, tagging
+from s3api.operations import buckets, configuration, copy, listing, multipart, objects, tagging
 
 
 class Level(enum.Enum):
@@ -62,6 +62,15 @@ ROUTES: tuple[Route, ...] = (
     Route("PutBucketTagging", "PUT", _BUCKET, tagging.put_bucket_tagging, "s3:PutBucketTagging", ("tagging",)),
     Route("GetBucketTagging", "GET", _BUCKET, tagging.get_bucket_tagging, "s3:GetBucketTagging", ("tagging",)),
     Route("DeleteBucketTagging", "DELETE", _BUCKET, tagging.delete_bucket_tagging, "s3:PutBucketTagging", ("tagging",)),
+    Route("PutBucketCors", "PUT", _BUCKET, configuration.put_bucket_cors, "s3:PutBucketCORS", ("cors",)),
+    Route("GetBucketCors", "GET", _BUCKET, configuration.get_bucket_cors, "s3:GetBucketCORS", ("cors",)),
+    Route("DeleteBucketCors", "DELETE", _BUCKET, configuration.delete_bucket_cors, "s3:PutBucketCORS", ("cors",)),
+    Route("PutBucketRequestPayment", "PUT", _BUCKET, configuration.put_bucket_request_payment,
+          "s3:PutBucketRequestPayment", ("requestPayment",)),
+    Route("GetBucketRequestPayment", "GET", _BUCKET, configuration.get_bucket_request_payment,
+          "s3:GetBucketRequestPayment", ("requestPayment",)),
+    *(Route(name, method, _BUCKET, run, action, (query,), "", ("id",))
+      for name, method, query, run, action in configuration.absent_rows()),
     Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, "s3:ListBucketMultipartUploads",
           ("uploads",)),
     Route("DeleteObjects", "POST", _BUCKET, objects.delete_objects, "s3:DeleteObject", ("delete",),

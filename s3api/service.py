@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 
 from ingest.counters import ERROR_CLASSES, S3_OPERATIONS, Counters
+from ingest.errors import IngestError, NoSuchBucket
 from ingest.ports import FrameHost
 from ingest.stream_types import DataPlane
+from s3api import cors
 from s3api.auth.actions import OF_VERSIONS
 from s3api.auth.sigv4 import SigV4
 from s3api.auth.users import UserStore
@@ -51,6 +53,8 @@ class S3Service:
         user_id = ""
         try:
             target = target_of(request, self._settings.domains, self._settings.limits.key_bytes)
+            if request.method == "OPTIONS":
+                return self._named(request, Response(200, await self._preflight(request, target)))
             row = route(request, target.level)
             request.scope["operation"] = row.name
             signed = await self._auth.verify(request, self._clock())
@@ -62,8 +66,31 @@ class S3Service:
             raise
         except Exception as error:
             response = self._refused(request, error, user_id)
+        if "origin" in request.headers and request.method != "OPTIONS":
+            response.headers += await self._cors(request)
+        return self._named(request, response)
+
+    def _named(self, request: Request, response: Response) -> Response:
         response.headers += (("x-amz-request-id", request.request_id), ("x-amz-id-2", self._settings.host_id))
         return response
+
+    async def _preflight(self, request: Request, target: Target) -> list[tuple[str, str]]:
+        """What a browser asks before a request to another origin; nobody signs it."""
+        request.scope["operation"] = "Preflight"
+        try:
+            bucket, _ = await self._node.buckets.get(target.bucket)
+        except NoSuchBucket:
+            raise S3Error("AccessForbidden", "CORSResponse: Bucket not found") from None
+        return cors.preflight(cors.RULES.of(bucket), request.headers, target.level.name)
+
+    async def _cors(self, request: Request) -> list[tuple[str, str]]:
+        """Headers of the answer to a browser's request, refusals too: else its page could not even see the error."""
+        try:
+            target = target_of(request, self._settings.domains, self._settings.limits.key_bytes)
+            bucket, _ = await self._node.buckets.get(target.bucket)
+        except (S3Error, IngestError):
+            return []
+        return cors.actual(cors.RULES.of(bucket), request.method, request.headers)
 
     def _refused(self, request: Request, error: Exception, user_id: str) -> Response:
         refusal = translated(error, user_id=user_id)

@@ -76,7 +76,7 @@ def test_unversioned(s3: Any, bucket: str) -> None:
     ("method", "path"),
     [
         ("GET", "?acl"), ("PUT", "?acl"), ("GET", "?policy"), ("PUT", "?versioning"), ("GET", "?lifecycle"),
-        ("PUT", "?cors"), ("GET", "?versions"), ("DELETE", "?policy"), ("POST", ""), ("PUT", "?whatever-comes-next"),
+        ("PUT", "?website"), ("GET", "?versions"), ("DELETE", "?policy"), ("POST", ""), ("PUT", "?whatever-comes-next"),
         ("PUT", "/k?acl"), ("GET", "/k?acl"), ("PUT", "/k?tagging"), ("GET", "/k?tagging"), ("PUT", "/k?retention"),
         ("PUT", "/k?legal-hold="), ("GET", "/k?torrent"), ("POST", "/k?restore"), ("POST", "/k?select&select-type=2"),
         ("GET", "/k?attributes"), ("PUT", "/k?uploadId=1"), ("DELETE", "/k?tagging"), ("PUT", "/k?new-thing"),
