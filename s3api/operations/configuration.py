@@ -107,12 +107,14 @@ _NO_REPORTS = "Reports and tiers are not made here; /metrics and hiss status say
 ABSENT = (
     Absent("BucketEncryption", "encryption", "EncryptionConfiguration", "ServerSideEncryptionConfigurationNotFoundError",
            refusal="Server-side encryption is not implemented; encrypt the gateway's disks and its archive instead"),
-    Absent("BucketWebsite", "website", "BucketWebsite", "NoSuchWebsiteConfiguration", refusal="Static websites are not served here"),
+    Absent("BucketWebsite", "website", "BucketWebsite", "NoSuchWebsiteConfiguration",
+           refusal="Static websites are not served here"),
     Absent("BucketReplication", "replication", "ReplicationConfiguration", "ReplicationConfigurationNotFoundError",
            refusal="Replication is not implemented; every object goes to the archive"),
     Absent("BucketLogging", "logging", "BucketLogging", root="BucketLoggingStatus", deletable=False,
            refusal="Access logs are written by the node, not into buckets"),
-    Absent("BucketAccelerateConfiguration", "accelerate", "AccelerateConfiguration", root="AccelerateConfiguration", deletable=False,
+    Absent("BucketAccelerateConfiguration", "accelerate", "AccelerateConfiguration",
+           root="AccelerateConfiguration", deletable=False,
            refusal="There are no edge locations to accelerate transfers with"),
     Absent("BucketInventoryConfiguration", "inventory", "InventoryConfiguration", "NoSuchConfiguration", refusal=_NO_REPORTS,
            listed="ListInventoryConfigurationsResult"),
@@ -120,8 +122,8 @@ ABSENT = (
            listed="ListBucketAnalyticsConfigurationResult"),
     Absent("BucketMetricsConfiguration", "metrics", "MetricsConfiguration", "NoSuchConfiguration", refusal=_NO_REPORTS,
            listed="ListMetricsConfigurationsResult"),
-    Absent("BucketIntelligentTieringConfiguration", "intelligent-tiering", "IntelligentTieringConfiguration", "NoSuchConfiguration", refusal=_NO_REPORTS,
-           listed="ListBucketIntelligentTieringConfigurationsOutput"),
+    Absent("BucketIntelligentTieringConfiguration", "intelligent-tiering", "IntelligentTieringConfiguration",
+           "NoSuchConfiguration", refusal=_NO_REPORTS, listed="ListBucketIntelligentTieringConfigurationsOutput"),
 )  # fmt: skip
 
 Operation = Callable[[Call], Awaitable[Response]]
