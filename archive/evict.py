@@ -48,7 +48,9 @@ class Evictor:
         self._said_at = -_SAY_AGAIN_S
 
     async def step(self) -> None:
-        """One look at the watermarks; evicts until enough is freed or nothing more may go."""
+        """What goes by time, then one look at the watermarks; evicts until enough is freed or nothing more may go."""
+        for record in await self._catalog.evictions_due(self._limits.evict_batch_objects):
+            await self._evict(record)
         used_bytes, capacity_bytes = self._usage()
         wanted = bytes_to_free(used_bytes, capacity_bytes, self._limits.evict_high, self._limits.evict_low)
         while wanted > 0:

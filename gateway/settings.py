@@ -157,6 +157,9 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = _setting(
         30.0, "s", "Time each stage of a shutdown has before SIGKILL.", low=0.1, high=3600
     )
+    lifecycle_day_s: int = _setting(
+        86400, "s", "Length of a day of lifecycle rules and restores; shorter ones are for tests.", low=1, high=86400
+    )
     virtual_clock: Literal["off", "on"] = _setting(
         "off", "name", "For tests of lifecycle rules and object lock: DATA/run/clock moves the node's time."
     )

@@ -52,6 +52,7 @@ from ingest.records import (
 )
 from ingest.segments import Reservation, SegmentStore
 from ingest.span_table import OwedSpan, SpanTable
+from ingest.storage_class import needs_restore
 from ingest.stream import SpanStream
 from ingest.stream_types import StreamSpec
 from ingest.writer import Writer
@@ -366,6 +367,8 @@ class Buffer:
         bucket = await self.catalog.bucket(record.bucket)
         if bucket_settings.parse(bucket.tags).recall == "never":
             raise ObjectOffline("the object is on the archive tier and its bucket does not recall on read")
+        if needs_restore(record, self.catalog.now_ns()):
+            raise ObjectOffline(f"the object's storage class is {record.attributes.storage_class}: restore it first")
         deadline = time.monotonic() + self.recall_timeout_s
         record = await self.catalog.request_recall(record.object_id)
         while record.state is not ObjectState.ARCHIVED:

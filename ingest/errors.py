@@ -59,6 +59,10 @@ class BucketNotEmpty(CatalogError):
     pass
 
 
+class RestoreInProgress(CatalogError):
+    """The version is being restored already."""
+
+
 class BadDocument(CatalogError):
     """A configuration document of a bucket that nobody knows, that is too large or cannot be read; ``str()`` says which."""
 

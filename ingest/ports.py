@@ -94,6 +94,16 @@ class Catalog(Protocol):
         (for a common prefix: the prefix itself; every key under it is then skipped)."""
         ...
 
+    async def amend_object(
+        self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
+    ) -> ObjectRecord:
+        """Change attributes of one version; None leaves as it is. Raises StaleVersion where it has gone."""
+        ...
+
+    async def restore_object(self, object_id: bytes, days: int, day_s: int = 86400) -> ObjectRecord:
+        """Recall a version and keep it in the buffer for days. Raises RestoreInProgress, StaleVersion."""
+        ...
+
     # -- multipart
     async def create_upload(self, upload: UploadRecord) -> None: ...
     async def upload(self, bucket: str, key: bytes, upload_id: str) -> UploadRecord: ...
@@ -130,6 +140,10 @@ class Catalog(Protocol):
     async def drain_failed(self, object_id: bytes, error: str, retry_after_s: float) -> None: ...
     async def evictable(self, limit: int) -> Sequence[ObjectRecord]:
         """Archived and verified versions still buffered, least recently stored first."""
+        ...
+
+    async def evictions_due(self, limit: int) -> Sequence[ObjectRecord]:
+        """Archived and verified versions whose buffered copy should have gone by now, whatever the watermarks say."""
         ...
 
     async def evicted(self, object_id: bytes) -> None:

@@ -154,6 +154,19 @@ class ArchiveCopy(msgspec.Struct, frozen=True):
     verified_ns: int
 
 
+class VersionAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What may change of a version after its commit (ingest/catalog/amend.py)."""
+
+    tags: dict[str, str] = {}
+    storage_class: str = "STANDARD"
+    restore_days: int = 0
+    """A restore that was asked for and has not come back: for so many days."""
+    restore_day_s: int = 86400
+    """Seconds of such a day: fewer in tests."""
+    restored_until_ns: int = 0
+    """Readable until then, though its class is one of the archive's; 0 where it was not restored."""
+
+
 class BucketRecord(msgspec.Struct, frozen=True):
     name: str
     owner: str
@@ -206,6 +219,7 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     """Of all kernels that saw the stream arrive, by kernel and first frame."""
     raw: RawVersion | None = None
     """What was received, if this is what a raw filter left of it."""
+    attributes: VersionAttributes = VersionAttributes()
 
 
 class UploadRecord(msgspec.Struct, frozen=True):
@@ -221,6 +235,8 @@ class UploadRecord(msgspec.Struct, frozen=True):
     checksum_algorithm: str = ""
     """Lower-case; empty when the client named none."""
     checksum_type: str = ""
+    attributes: VersionAttributes = VersionAttributes()
+    """Of what it becomes."""
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -312,6 +328,7 @@ class CommitObject(msgspec.Struct, frozen=True):
     """With ``reduces``, of a kernel that filters: its verdict of each frame, packed (kernels/rawfilter/packed.py)."""
     raw: RawVersion | None = None
     """This is what a raw filter left of that version; commits only if that is the current one."""
+    attributes: VersionAttributes = VersionAttributes()
 
 
 class CommitPart(msgspec.Struct, frozen=True):

@@ -63,7 +63,7 @@ CODES: dict[str, Code] = {
     "InvalidPartOrder": Code(400, "The list of parts was not in ascending order"),
     "InvalidRange": Code(416, "The requested range is not satisfiable"),
     "InvalidRequest": Code(400, "Invalid Request"),
-    "InvalidStorageClass": Code(400, "The storage class you specified is not valid; STANDARD is the only one"),
+    "InvalidStorageClass": Code(400, "The storage class you specified is not valid"),
     "InvalidTag": Code(400, "The tag provided was not a valid tag"),
     "InvalidToken": Code(400, "Session tokens are not used here; sign with a long-term key pair", "auth"),
     "InvalidURI": Code(400, "Couldn't parse the specified URI"),
@@ -94,6 +94,7 @@ CODES: dict[str, Code] = {
         412, "At least one of the preconditions you specified did not hold", "precondition"
     ),
     "ReplicationConfigurationNotFoundError": Code(404, "The replication configuration was not found", "not_found"),
+    "RestoreAlreadyInProgress": Code(409, "Object restore is already in progress"),
     "RequestTimeTooSkewed": Code(
         403, "The difference between the request time and the server's time is too large", "auth"
     ),
@@ -152,6 +153,7 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.NoSuchBucket: "NoSuchBucket",
     ingest.BucketExists: "BucketAlreadyExists",
     ingest.BucketNotEmpty: "BucketNotEmpty",
+    ingest.RestoreInProgress: "RestoreAlreadyInProgress",
     ingest.BadDocument: "InvalidArgument",
     ingest.NoSuchKey: "NoSuchKey",
     ingest.NoSuchUpload: "NoSuchUpload",

@@ -16,7 +16,7 @@ from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
-from s3api.operations import buckets, configuration, copy, listing, multipart, objects, tagging
+from s3api.operations import buckets, configuration, copy, listing, multipart, object_tags, objects, tagging
 
 
 class Level(enum.Enum):
@@ -82,6 +82,14 @@ ROUTES: tuple[Route, ...] = (
     Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, "s3:PutObject", ("uploadId", "partNumber")),
     Route("CopyObject", "PUT", _OBJECT, copy.copy_object, "s3:PutObject", (), copy.COPY_SOURCE),
     Route("PutObject", "PUT", _OBJECT, objects.put_object, "s3:PutObject", (), "", ("versionId",)),
+    Route("PutObjectTagging", "PUT", _OBJECT, object_tags.put_object_tagging, "s3:PutObjectTagging", ("tagging",), "",
+          ("versionId",)),
+    Route("GetObjectTagging", "GET", _OBJECT, object_tags.get_object_tagging, "s3:GetObjectTagging", ("tagging",), "",
+          ("versionId",)),
+    Route("DeleteObjectTagging", "DELETE", _OBJECT, object_tags.delete_object_tagging, "s3:DeleteObjectTagging",
+          ("tagging",), "", ("versionId",)),
+    Route("RestoreObject", "POST", _OBJECT, object_tags.restore_object, "s3:RestoreObject", ("restore",), "",
+          ("versionId",)),
     Route("ListParts", "GET", _OBJECT, multipart.list_parts, "s3:ListMultipartUploadParts", ("uploadId",)),
     Route("GetObject", "GET", _OBJECT, objects.get_object, "s3:GetObject", (), "", ("versionId", "partNumber")),
     Route("HeadObject", "HEAD", _OBJECT, objects.head_object, "s3:GetObject", (), "", ("versionId", "partNumber")),

@@ -171,6 +171,7 @@ async def _servers(
             etag=settings.etag,
             host_id=f"hiss-{boot.slot:02d}",
             limits=Limits(object_bytes=settings.max_object_bytes),
+            day_s=settings.lifecycle_day_s,
         ),
         host,
     )

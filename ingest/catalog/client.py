@@ -391,6 +391,15 @@ class CatalogClient:
         """As the port says; the records of a listing come without ``parts``."""
         return await self._scan(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
 
+    async def amend_object(
+        self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
+    ) -> ObjectRecord:
+        request = wire.AmendObject(object_id, None if tags is None else dict(tags), storage_class)
+        return await self._call(request, _record)
+
+    async def restore_object(self, object_id: bytes, days: int, day_s: int = 86400) -> ObjectRecord:
+        return await self._call(wire.RestoreObject(object_id, days, day_s), _record)
+
     # -- multipart
     async def create_upload(self, upload: UploadRecord) -> None:
         await self._call(wire.CreateUpload(upload), _nothing)
@@ -443,7 +452,10 @@ class CatalogClient:
         await self._call(wire.FailDrain(object_id, error, int(retry_after_s * 1e9)), _nothing)
 
     async def evictable(self, limit: int) -> Sequence[ObjectRecord]:
-        return await self._scan(lambda reader: reader.evictable(limit))
+        return await self._scan(lambda reader: reader.evictable(self.now_ns(), limit))
+
+    async def evictions_due(self, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.evictions_due(self.now_ns(), limit))
 
     async def evicted(self, object_id: bytes) -> None:
         await self._call(wire.MarkEvicted(object_id), _nothing)

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from ingest import bucket_documents, bucket_settings
+from ingest.catalog import amend, rows, statements, wire
 from ingest.catalog import entries as e
-from ingest.catalog import rows, statements, wire
 from ingest.catalog.reader import Reader
 from ingest.errors import (
     BucketExists,
@@ -103,6 +103,8 @@ class Decider:
             wire.TagBucket: self._tag_bucket,
             wire.ConfigureBucket: self._configure_bucket,
             wire.PutUser: self._put_user,
+            wire.AmendObject: self._amend_object,
+            wire.RestoreObject: lambda m: amend.restore(self._version(m.object_id), m, self._now_ns),
             wire.CreateUpload: self._create_upload,
             wire.PutPart: self._put_part,
             wire.Complete: self._complete,
@@ -143,7 +145,7 @@ class Decider:
                 return Deleted(existed=True, version_id="")
             case e.DrainClaimed():
                 return [self._reader.by_id(object_id) for object_id in entry.object_ids]
-            case e.Drained() | e.RecallRequested() | e.Recalled():
+            case e.Drained() | e.RecallRequested() | e.Recalled() | e.ObjectAmended():
                 return self._reader.by_id(entry.object_id)
             case _:
                 return None
@@ -235,6 +237,8 @@ class Decider:
             geometry=request.geometry,
             epochs=request.epochs,
             raw=request.raw,
+            # What a filter leaves of a version keeps what became of it since it was received.
+            attributes=self._version(request.raw.object_id).attributes if request.raw else request.attributes,
         )
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
@@ -340,6 +344,10 @@ class Decider:
         row = self._db.execute(statements.BY_SEQUENCE, {"sequence": sequence}).fetchone()
         return rows.object_record(row).object_id
 
+    def _amend_object(self, mutation: wire.AmendObject) -> e.Entry | Known:
+        record = self._version(mutation.object_id)
+        return amend.amend(record, mutation, self._now_ns) or Known(record)
+
     # -- multipart
     def _create_upload(self, mutation: wire.CreateUpload) -> e.Entry | Known:
         upload = mutation.upload
@@ -392,6 +400,7 @@ class Decider:
             checksum_type=request.checksum_type,
             headers=upload.headers,
             metadata=upload.metadata,
+            attributes=upload.attributes,
             extents=extents,
             # The version's own list is the truth about extents: a relocation changes one place only.
             parts=tuple(msgspec.structs.replace(part, extents=()) for part in parts),
@@ -498,6 +507,8 @@ class Decider:
         transition(record.state, Event.EVICT)
         if record.archive is None or not record.archive.verified_ns or not record.settled:
             raise StaleVersion("the archive copy is not verified")
+        if record.attributes.restored_until_ns > self._now_ns:
+            raise StaleVersion("the version was restored and is kept until its time is over")
         return e.Evicted(mutation.object_id)
 
     def _request_recall(self, mutation: wire.RequestRecall) -> e.Entry | Known:
@@ -511,7 +522,8 @@ class Decider:
         if record.state is ObjectState.ARCHIVED and record.extents == mutation.extents:
             return Known(record)
         transition(record.state, Event.RECALLED)
-        return e.Recalled(mutation.object_id, mutation.extents, self._now_ns)
+        attributes = amend.recalled(record, self._now_ns)
+        return e.Recalled(mutation.object_id, mutation.extents, self._now_ns, attributes)
 
     def _fail_recall(self, mutation: wire.FailRecall) -> e.Entry | Known:
         if self._version(mutation.object_id).state is not ObjectState.RECALLING:

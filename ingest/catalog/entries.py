@@ -20,6 +20,7 @@ from ingest.records import (
     RunProductOf,
     UploadRecord,
     UserRecord,
+    VersionAttributes,
 )
 
 
@@ -133,6 +134,8 @@ class Recalled(msgspec.Struct, frozen=True, array_like=True, tag="recalled"):
     object_id: bytes
     extents: tuple[Extent, ...]
     stored_ns: int
+    attributes: VersionAttributes | None = None
+    """Where it was restored: until when."""
 
 
 class RecallFailed(msgspec.Struct, frozen=True, array_like=True, tag="recall-failed"):
@@ -144,6 +147,15 @@ class Relocated(msgspec.Struct, frozen=True, array_like=True, tag="relocated"):
     object_id: bytes
     old: Extent
     new: tuple[Extent, ...]
+
+
+class ObjectAmended(msgspec.Struct, frozen=True, array_like=True, tag="object-amended"):
+    object_id: bytes
+    attributes: VersionAttributes
+    evict_ns: int | None = None
+    """When its buffered copy goes; None: when the watermarks say so."""
+    recall_ns: int = 0
+    """Its recall is asked for, then; 0: it is not."""
 
 
 class ArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="archive-deleted"):
@@ -217,6 +229,7 @@ Entry = (
     | Recalled
     | RecallFailed
     | Relocated
+    | ObjectAmended
     | ArchiveDeleted
     | ReductionFailed
     | ReductionsDeferred

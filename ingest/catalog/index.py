@@ -16,6 +16,7 @@ import msgspec
 from ingest import bucket_documents
 from ingest.catalog import entries as e
 from ingest.catalog import rows, statements
+from ingest.catalog.amend import AmendIndex
 from ingest.catalog.runs import RunIndex
 from ingest.errors import StaleVersion
 from ingest.records import Extent, ObjectRecord, ObjectState
@@ -34,6 +35,7 @@ class Index:
         self._db = database
         self._freed: list[Extent] = []
         self._runs = RunIndex(database, self._delete)
+        self._amend = AmendIndex(database)
         self._apply: dict[type, Callable[[int, Any], None]] = {
             e.BucketCreated: self._bucket_created,
             e.BucketDeleted: self._bucket_deleted,
@@ -56,6 +58,7 @@ class Index:
             e.Recalled: self._recalled,
             e.RecallFailed: self._recall_failed,
             e.Relocated: self._relocated,
+            e.ObjectAmended: self._object_amended,
             e.ArchiveDeleted: self._archive_deleted,
             e.ReductionFailed: self._reduction_failed,
             e.FilterEnded: self._filter_ended,
@@ -144,6 +147,7 @@ class Index:
             path = path if inherited is None else inherited
             self._remove(sequence, replaces)
         self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, due_ns, path))
+        self._amend.committed(record)
         slot = record.extents[0].slot if record.extents else 0
         for kernel in reductions:
             self._db.execute(
@@ -181,6 +185,7 @@ class Index:
         transition(record.state, Event.DELETE)
         of = {"object_id": record.object_id}
         self._db.execute(statements.DELETE_OBJECT, {"sequence": version})
+        self._amend.schedule(record.object_id, None)
         if self._db.execute(statements.DELETE_REDUCTIONS_OF, of).rowcount > 0:
             self._runs.debt_gone(sequence, record)
         self._runs.removed(sequence, record.object_id)
@@ -350,6 +355,7 @@ class Index:
                 "extents": rows.NO_EXTENTS,
             },
         )
+        self._amend.schedule(entry.object_id, None)
 
     def _recall_requested(self, _: int, entry: e.RecallRequested) -> None:
         sequence, state = self._version(entry.object_id)
@@ -375,6 +381,9 @@ class Index:
                 "stored_ns": entry.stored_ns,
             },
         )
+        if entry.attributes is not None:
+            record = self._record(entry.object_id)
+            self._amend.set_attributes(record, entry.attributes, entry.attributes.restored_until_ns)
 
     def _recall_failed(self, _: int, entry: e.RecallFailed) -> None:
         sequence, state = self._version(entry.object_id)
@@ -382,6 +391,17 @@ class Index:
             statements.SET_RECALL_FAILED,
             {"of": sequence, "state": transition(state, Event.RECALL_FAILED).value, "error": entry.error},
         )
+        record = self._record(entry.object_id)
+        if record.attributes.restore_days:
+            self._amend.set_attributes(record, msgspec.structs.replace(record.attributes, restore_days=0), None)
+
+    def _object_amended(self, _: int, entry: e.ObjectAmended) -> None:
+        record = self._record(entry.object_id)
+        self._amend.set_attributes(record, entry.attributes, entry.evict_ns)
+        if entry.recall_ns:
+            state = transition(record.state, Event.REQUEST_RECALL).value
+            of = {"of": record.sequence, "state": state, "recall_ns": entry.recall_ns}
+            self._db.execute(statements.SET_RECALLING, of)
 
     def _relocated(self, _: int, entry: e.Relocated) -> None:
         record = self._record(entry.object_id)

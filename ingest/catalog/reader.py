@@ -8,7 +8,6 @@ and by the catalogue process on its writing connection, where it sees the batch 
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Iterator, Sequence
 
 from ingest import bucket_settings
@@ -165,14 +164,18 @@ class Reader:
         return found[:limit], len(found) > limit
 
     # -- queues
-    def evictable(self, limit: int) -> list[ObjectRecord]:
+    def evictions_due(self, now_ns: int, limit: int) -> list[ObjectRecord]:
+        """Archived versions whose buffered copy should have gone by now, whatever the watermarks say."""
+        found = self._db.execute(statements.EVICTIONS_DUE, {"now_ns": now_ns, "limit": limit}).fetchall()
+        return rows.all_records(found)
+
+    def evictable(self, now_ns: int, limit: int) -> list[ObjectRecord]:
         """Archived versions with a buffered copy whose bucket's ``hiss.evict-after-s`` is over, oldest first."""
         patience_ns = {
             bucket.name: bucket_settings.parse(bucket.tags).evict_after_s * 1_000_000_000 for bucket in self.buckets()
         }
-        now_ns = time.time_ns()
         found: list[ObjectRecord] = []
-        cursor = self._db.execute(statements.EVICTABLE)
+        cursor = self._db.execute(statements.EVICTABLE, {"now_ns": now_ns})
         try:
             for row in cursor:
                 if len(found) >= limit:

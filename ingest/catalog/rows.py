@@ -23,6 +23,7 @@ from ingest.records import (
     RawVersion,
     UploadRecord,
     UserRecord,
+    VersionAttributes,
 )
 
 Row = tuple[Any, ...]
@@ -39,6 +40,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     geometry: FrameGeometry | None
     epochs: tuple[KernelEpoch, ...] = ()
     raw: RawVersion | None = None
+    attributes: VersionAttributes = VersionAttributes()
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -49,7 +51,7 @@ decode_part = msgspec.msgpack.Decoder(PartRecord).decode
 decode_object = msgspec.msgpack.Decoder(ObjectRecord).decode
 decode_extents = msgspec.msgpack.Decoder(tuple[Extent, ...]).decode
 decode_filters = msgspec.msgpack.Decoder(dict[str, str]).decode
-_decode_detail = msgspec.msgpack.Decoder(Detail).decode
+decode_detail = msgspec.msgpack.Decoder(Detail).decode
 _decode_ledger = msgspec.msgpack.Decoder(FrameLedger).decode
 _decode_parts = msgspec.msgpack.Decoder(tuple[PartRecord, ...]).decode
 
@@ -90,7 +92,7 @@ def object_record(row: Row) -> ObjectRecord:
         sequence, bucket, key, version_id, object_id, delete_marker, state, settled, durability, owner, codec, length,
         stored_length, etag, modified_ns, attempts, error, target, path, crc, verified_ns, detail_blob, ledger, extents,
     ) = row[:24]  # fmt: skip
-    detail = _decode_detail(detail_blob)
+    detail = decode_detail(detail_blob)
     parts = row[24] if len(row) > 24 else None
     return ObjectRecord(
         bucket=bucket,
@@ -119,15 +121,15 @@ def object_record(row: Row) -> ObjectRecord:
         geometry=detail.geometry,
         epochs=detail.epochs,
         raw=detail.raw,
+        attributes=detail.attributes,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
     )
 
 
-def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) -> Row:
-    """Parameters of ``statements.INSERT_OBJECT``, in the columns' order, for a version that was just committed."""
-    detail = Detail(
+def detail_of(record: ObjectRecord) -> Detail:
+    return Detail(
         record.crc64nvme,
         record.checksums,
         record.checksum_type,
@@ -136,7 +138,12 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
         record.geometry,
         record.epochs,
         record.raw,
+        record.attributes,
     )
+
+
+def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) -> Row:
+    """Parameters of ``statements.INSERT_OBJECT``, in the columns' order, for a version that was just committed."""
     return (
         record.sequence,
         record.bucket,
@@ -159,7 +166,7 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
         *(0, 0, 0, "", 0),  # no lease, no drain attempt, no recall
         *(None, None, None, None),  # no archive copy
         published_path,
-        encode(detail),
+        encode(detail_of(record)),
         None if record.ledger is None else encode(record.ledger),
         encode(record.extents),
         encode(record.parts) if record.parts else None,

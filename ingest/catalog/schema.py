@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0003"
+SCHEMA_HEAD = "0004"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -260,6 +260,26 @@ filter_verdicts = Table(
     Column("verdicts", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+evictions = Table(
+    "evictions",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("due_ns", BigInteger, nullable=False),
+    Index("evictions_due", "due_ns"),
+    sqlite_with_rowid=False,
+)
+"""Versions whose buffered copy goes by time, not by watermarks: of a class that is only in the archive, or restored."""
+
+notices = Table(
+    "notices",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("target", Text, nullable=False),
+    Column("event", LargeBinary, nullable=False),
+    Index("notices_target", "target", "sequence"),
+)
+"""Events of buckets that are still to be delivered, in the order of their commits."""
 
 tombstones = Table(
     "tombstones",

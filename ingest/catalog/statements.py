@@ -16,6 +16,7 @@ from sqlalchemy.dialects import sqlite
 
 from ingest.catalog.schema import (
     buckets,
+    evictions,
     extents,
     filter_verdicts,
     filters,
@@ -143,6 +144,7 @@ DELETE_OBJECT = _sql(sa.delete(objects).where(objects.c.sequence == _p("sequence
 _by_sequence = sa.update(objects).where(objects.c.sequence == _p("of"))
 SET_SETTLED = _sql(_by_sequence.values(settled=_one))
 SET_LEDGER = _sql(_by_sequence.values(ledger=_p("ledger")))
+SET_DETAIL = _sql(_by_sequence.values(detail=_p("detail")))
 SET_EXTENTS = _sql(_by_sequence.values(extents=_p("extents")))
 SET_CLAIMED = _sql(
     _by_sequence.values(
@@ -218,9 +220,28 @@ EVICTABLE_BYTES = _sql(
 )
 EVICTABLE = _sql(
     sa.select(*RECORD_COLUMNS, objects.c.stored_ns)
-    .where(text("state = 'archived' AND length > 0"))
+    .where(
+        text("state = 'archived' AND length > 0"),
+        ~sa.exists(_one)
+        .where(evictions.c.object_id == objects.c.object_id, evictions.c.due_ns > _p("now_ns"))
+        .correlate(objects),
+    )
     .order_by(objects.c.stored_ns)
 )
+EVICTIONS_DUE = _sql(
+    sa.select(*RECORD_COLUMNS)
+    .select_from(evictions.join(objects, objects.c.object_id == evictions.c.object_id))
+    .where(evictions.c.due_ns <= _p("now_ns"), text("+state = 'archived' AND settled = 1 AND length > 0"))
+    .order_by(evictions.c.due_ns)
+    .limit(_limit)
+    .offset(_none)
+)
+PUT_EVICTION = _sql(
+    sqlite.insert(evictions)
+    .values(object_id=_p("object_id"), due_ns=_p("due_ns"))
+    .on_conflict_do_update(index_elements=["object_id"], set_={"due_ns": _p("due_ns")})
+)
+DELETE_EVICTION = _sql(sa.delete(evictions).where(evictions.c.object_id == _p("of")))
 UNSETTLED = _sql(sa.select(*_whole).where(text("settled = 0")).order_by(objects.c.sequence).limit(_limit).offset(_none))
 RECALLS = _sql(
     sa.select(*_whole).where(text("state = 'recalling'")).order_by(objects.c.recall_ns).limit(_limit).offset(_none)

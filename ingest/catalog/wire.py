@@ -72,6 +72,20 @@ class PutUser(msgspec.Struct, frozen=True, array_like=True, tag="put-user"):
     user: UserRecord
 
 
+class AmendObject(msgspec.Struct, frozen=True, array_like=True, tag="amend-object"):
+    """None leaves as it is."""
+
+    object_id: bytes
+    tags: dict[str, str] | None = None
+    storage_class: str | None = None
+
+
+class RestoreObject(msgspec.Struct, frozen=True, array_like=True, tag="restore-object"):
+    object_id: bytes
+    days: int
+    day_s: int
+
+
 class CreateUpload(msgspec.Struct, frozen=True, array_like=True, tag="create-upload"):
     upload: UploadRecord
 
@@ -210,6 +224,8 @@ Mutation = (
     | TagBucket
     | ConfigureBucket
     | PutUser
+    | AmendObject
+    | RestoreObject
     | CreateUpload
     | PutPart
     | Complete

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import AsyncIterator
 from urllib.parse import unquote_to_bytes
 
+import msgspec
+
 from ingest.bucket_settings import BucketSettings
 from ingest.errors import DataLost
 from ingest.records import CommitObject, CommitPart, LifetimeClass, ObjectRecord, PartRecord
@@ -23,6 +25,7 @@ from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import stored_headers, user_metadata
 from s3api.operations.multipart import part_number, upload_of
+from s3api.operations.object_tags import attributes_of, replaces_tags
 from s3api.operations.objects import wants_md5
 from s3api.operations.reading import check_version_id, current, open_version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, stored
@@ -76,10 +79,15 @@ async def copy_object(call: Call) -> Response:
     replace = _directive(headers.get("x-amz-metadata-directive"))
     algorithm = _algorithm(headers.get("x-amz-checksum-algorithm"))
     condition = write_condition(headers)
+    attributes = attributes_of(headers)
     replaced_metadata = user_metadata(headers, call.limits) if replace else {}
     source = await source_of(call)
     record = source.record
-    if (record.bucket, record.key) == (call.bucket_name, call.key) and not replace:
+    if not replaces_tags(headers):
+        attributes = msgspec.structs.replace(attributes, tags=record.attributes.tags)
+    if (record.bucket, record.key) == (call.bucket_name, call.key) and not (
+        replace or "x-amz-storage-class" in headers
+    ):
         raise S3Error(
             "InvalidRequest",
             "This copy request is illegal because it is trying to copy an object to itself without changing the"
@@ -119,6 +127,7 @@ async def copy_object(call: Call) -> Response:
             checksums=_checksum(chosen, digest),
             headers=dict(kept_headers),
             metadata=dict(metadata),
+            attributes=attributes,
             if_none_match=condition.if_none_match,
             if_match=condition.if_match,
         )

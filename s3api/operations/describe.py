@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ingest.bucket_settings import BucketSettings
 from ingest.records import ObjectRecord, ObjectState
+from ingest.storage_class import STANDARD, needs_restore, restored, restoring
 from s3api import checksums, times
 from s3api.call import Call, Limits
 from s3api.errors import S3Error
@@ -52,9 +53,34 @@ def user_metadata(headers: Headers, limits: Limits) -> dict[str, str]:
     return metadata
 
 
-def is_cold(record: ObjectRecord, settings: BucketSettings) -> bool:
-    """Only on the archive tier, and the bucket does not recall on reading: S3 calls that GLACIER."""
+def is_cold(record: ObjectRecord, settings: BucketSettings, now_ns: int) -> bool:
+    """Must be restored before it can be read: by its storage class, or because it is only on the archive tier and the bucket
+    does not recall on reading."""
+    if needs_restore(record, now_ns):
+        return True
     return settings.recall == "never" and record.state in (ObjectState.EVICTED, ObjectState.RECALLING)
+
+
+def storage_class(record: ObjectRecord, settings: BucketSettings, now_ns: int) -> str:
+    """The class an answer names: what the bucket keeps on the archive tier only, S3 calls GLACIER."""
+    if record.attributes.storage_class == STANDARD and is_cold(record, settings, now_ns):
+        return "GLACIER"
+    return record.attributes.storage_class
+
+
+def _lifecycle_headers(call: Call, record: ObjectRecord, settings: BucketSettings) -> list[tuple[str, str]]:
+    """Class, tags and restore, where there is something to say: each is absent by default."""
+    headers, now_ns = [], call.catalog.now_ns()
+    if (name := storage_class(record, settings, now_ns)) != STANDARD:
+        headers.append(("x-amz-storage-class", name))
+    if record.attributes.tags:
+        headers.append(("x-amz-tagging-count", str(len(record.attributes.tags))))
+    if restoring(record):
+        headers.append(("x-amz-restore", 'ongoing-request="true"'))
+    elif restored(record, now_ns):
+        until = times.http_date(record.attributes.restored_until_ns)
+        headers.append(("x-amz-restore", f'ongoing-request="false", expiry-date="{until}"'))
+    return headers
 
 
 def describe(call: Call, record: ObjectRecord, settings: BucketSettings) -> list[tuple[str, str]]:
@@ -74,8 +100,7 @@ def describe(call: Call, record: ObjectRecord, settings: BucketSettings) -> list
         headers.append(("content-type", DEFAULT_CONTENT_TYPE))
     headers.extend(fields.items())
     headers.extend([(META_PREFIX + name, _field_value(value)) for name, value in record.metadata.items()])
-    if is_cold(record, settings):
-        headers.append(("x-amz-storage-class", "GLACIER"))
+    headers.extend(_lifecycle_headers(call, record, settings))
     return headers
 
 

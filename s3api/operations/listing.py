@@ -17,7 +17,7 @@ from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import is_cold
+from s3api.operations.describe import storage_class
 
 _TOKEN_VERSION = b"1"
 
@@ -77,6 +77,7 @@ class _Page:
         self.rows: Sequence[ListedObject] = ()
         self.truncated = False
         self._settings = settings
+        self._now_ns = call.catalog.now_ns()
         self._with_owner = with_owner
 
     def entries(self) -> list[tuple[str, xml.Value]]:
@@ -101,7 +102,7 @@ class _Page:
             entry.append(("ChecksumType", record.checksum_type))
         if self._with_owner:
             entry.append(("Owner", [("ID", record.owner), ("DisplayName", record.owner)]))
-        entry.append(("StorageClass", "GLACIER" if is_cold(record, self._settings) else "STANDARD"))
+        entry.append(("StorageClass", storage_class(record, self._settings, self._now_ns)))
         return entry
 
 

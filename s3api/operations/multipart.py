@@ -32,6 +32,7 @@ from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import checksum_headers, stored_headers, user_metadata
 from s3api.operations.listing import namer
+from s3api.operations.object_tags import attributes_of
 from s3api.operations.objects import wants_md5
 from s3api.operations.reading import current
 from s3api.operations.received import etag_of, lost_race, received
@@ -55,6 +56,7 @@ async def create_multipart_upload(call: Call) -> Response:
         started_ns=call.catalog.now_ns(),
         headers=stored_headers(headers),
         metadata=metadata,
+        attributes=attributes_of(headers),
         checksum_algorithm=algorithm,
         checksum_type=kind,
     )
@@ -337,7 +339,7 @@ async def list_parts(call: Call) -> Response:
         ("UploadId", upload.upload_id),
         ("Initiator", owner),
         ("Owner", owner),
-        ("StorageClass", "STANDARD"),
+        ("StorageClass", upload.attributes.storage_class),
         ("PartNumberMarker", marker),
         ("NextPartNumberMarker", parts[-1].number if parts else 0),
         ("MaxParts", limit),
@@ -379,7 +381,7 @@ async def list_multipart_uploads(call: Call) -> Response:
             ("UploadId", upload.upload_id),
             ("Initiator", owner),
             ("Owner", owner),
-            ("StorageClass", "STANDARD"),
+            ("StorageClass", upload.attributes.storage_class),
             ("Initiated", times.iso(upload.started_ns)),
             ("ChecksumAlgorithm", upload.checksum_algorithm.upper() or None),
             ("ChecksumType", upload.checksum_type or None),

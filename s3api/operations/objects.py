@@ -29,6 +29,7 @@ from s3api.operations.describe import (
     stored_headers,
     user_metadata,
 )
+from s3api.operations.object_tags import attributes_of
 from s3api.operations.reading import current, open_version, version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
 from s3api.operations.refusals import refuse_unsupported
@@ -42,6 +43,7 @@ async def put_object(call: Call) -> Response:
     refuse_unsupported(headers)
     if call.request.arg("versionId") is not None:
         raise S3Error("InvalidArgument", "This operation does not accept a version-id")
+    attributes_of(headers)
     name = kernels.kernel_name(call.key)
     metadata = user_metadata(headers, call.limits)
     condition = write_condition(headers)
@@ -114,6 +116,7 @@ def commit_of(
         checksums=verified,
         headers=stored_headers(call.request.headers),
         metadata=dict(spec.metadata),
+        attributes=attributes_of(call.request.headers),
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
     )

@@ -6,9 +6,10 @@ from ingest.bucket_settings import BucketSettings
 from ingest.errors import NoSuchKey, ObjectOffline, StaleVersion
 from ingest.ports import ObjectReader
 from ingest.records import NULL_VERSION, ObjectRecord
+from ingest.storage_class import STANDARD
 from s3api.call import Call
 from s3api.errors import S3Error
-from s3api.operations.describe import is_cold
+from s3api.operations.describe import is_cold, storage_class
 
 
 async def current(call: Call) -> ObjectRecord | None:
@@ -40,8 +41,12 @@ async def open_version(
     Raises InvalidObjectState where the bucket does not recall, ObjectOffline where the recall takes too long,
     StaleVersion when the version went away meanwhile, DataLost.
     """
-    offline = S3Error("InvalidObjectState", fields=[("StorageClass", "GLACIER")])
-    if is_cold(record, settings):
+    now_ns = call.catalog.now_ns()
+    offline = S3Error(
+        "InvalidObjectState",
+        fields=[("StorageClass", storage_class(record, settings, now_ns).replace(STANDARD, "GLACIER"))],
+    )
+    if is_cold(record, settings, now_ns):
         raise offline
     try:
         return await call.node.data.open_reader(record, start, stop)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ingest.storage_class import CLASSES
 from s3api.errors import S3Error
 from s3api.http.message import Headers
 
 _SSE = "Server-side encryption is not implemented; encrypt the gateway's disks and its archive instead"
 _NOT_IMPLEMENTED = {
-    "x-amz-tagging": "Object tags are not implemented",
     "x-amz-website-redirect-location": "Website redirects are not implemented",
     "x-amz-object-lock-mode": "Object lock is not implemented",
     "x-amz-object-lock-retain-until-date": "Object lock is not implemented",
@@ -17,7 +17,6 @@ _NOT_IMPLEMENTED = {
 }  # fmt: skip
 # What clients send by habit and what is the case here anyway.
 _ACLS = frozenset({"private", "bucket-owner-full-control"})
-_STORAGE_CLASSES = frozenset({"STANDARD"})
 
 
 def refuse_unsupported(headers: Headers) -> None:
@@ -31,5 +30,5 @@ def refuse_unsupported(headers: Headers) -> None:
             raise S3Error("NotImplemented", _NOT_IMPLEMENTED[name], fields=[("Header", name)])
         if name.startswith("x-amz-grant-") or (name == "x-amz-acl" and value not in _ACLS):
             raise S3Error("AccessControlListNotSupported")
-        if name == "x-amz-storage-class" and value not in _STORAGE_CLASSES:
+        if name == "x-amz-storage-class" and value not in CLASSES:
             raise S3Error("InvalidStorageClass")

@@ -158,10 +158,11 @@ def test_metadata_limit(s3: Any, bucket: str) -> None:
     [
         ("x-amz-server-side-encryption", "AES256", 501, "NotImplemented"),
         ("x-amz-server-side-encryption-customer-algorithm", "AES256", 501, "NotImplemented"),
-        ("x-amz-tagging", "a=b", 501, "NotImplemented"),
+        ("x-amz-tagging", "a=b&a=c", 400, "InvalidArgument"),
+        ("x-amz-tagging", "a=%3C", 400, "InvalidTag"),
         ("x-amz-object-lock-mode", "GOVERNANCE", 501, "NotImplemented"),
         ("x-amz-acl", "public-read", 400, "AccessControlListNotSupported"),
-        ("x-amz-storage-class", "GLACIER", 400, "InvalidStorageClass"),
+        ("x-amz-storage-class", "COLDER", 400, "InvalidStorageClass"),
     ],
 )
 def test_what_is_not_there_is_refused(
