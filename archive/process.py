@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 
 from archive.copier import Copier, OpenReader
@@ -47,14 +47,17 @@ async def serve(
     counters: Counters,
     limits: DrainLimits,
     stop: asyncio.Event,
+    also: Sequence[Callable[[asyncio.Event], Coroutine[None, None, None]]] = (),
 ) -> None:
-    """``usage`` gives (used, capacity) bytes of the buffer. Opens and closes ``target``."""
+    """``usage`` gives (used, capacity) bytes of the buffer. ``also``: more to run until ``stop``; it ends its own troubles. Opens and closes ``target``."""
     gauges = _Gauges(catalog, counters)
     evictor = Evictor(catalog, usage, counters, limits)
     async with asyncio.TaskGroup() as always:
         # These need no archive: the operator sees a queue that grows, the buffer is kept in its bounds.
         always.create_task(_repeat("reading the drain queue", gauges.step, _GAUGES_EVERY_S, stop))
         always.create_task(_repeat("evicting", evictor.step, _EVICT_EVERY_S, stop))
+        for run in also:
+            always.create_task(run(stop))
         if await _opened(target, stop):
             try:
                 await _with_target(catalog, target, open_reader, landing, snapshots_dir, counters, limits, stop)

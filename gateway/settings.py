@@ -160,6 +160,13 @@ class Settings(BaseSettings):
     lifecycle_day_s: int = _setting(
         86400, "s", "Length of a day of lifecycle rules and restores; shorter ones are for tests.", low=1, high=86400
     )
+    lifecycle_scan_s: float = _setting(
+        3600.0,
+        "s",
+        "Pause between two passes of lifecycle rules over the buckets that have some.",
+        low=0.05,
+        high=86400,
+    )
     virtual_clock: Literal["off", "on"] = _setting(
         "off", "name", "For tests of lifecycle rules and object lock: DATA/run/clock moves the node's time."
     )

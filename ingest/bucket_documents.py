@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ingest.errors import BadDocument
 from ingest.records import BucketRecord
@@ -58,7 +58,7 @@ class Form(Generic[T]):
             raise BadDocument(f"{self.name}: {error}") from None
 
 
-FORMS: dict[str, Form[object]] = {}
+FORMS: dict[str, Form[Any]] = {}
 """What the catalogue itself reads of a document before it takes it, by name; other documents only have a limit."""
 
 

@@ -127,6 +127,12 @@ METRICS: tuple[Metric, ...] = (
            merge="max"),
     Metric("hiss_recall_objects_total", "counter", "Versions recalled from the archive."),
     Metric("hiss_recall_failures_total", "counter", "Recalls that failed."),
+    Metric("hiss_lifecycle_actions_total", "counter", "What lifecycle rules did: versions expired or moved, uploads aborted.",
+           (("action", ("expire", "move", "abort")),)),
+    Metric("hiss_lifecycle_scanned_versions_total", "counter", "Versions that lifecycle rules were asked about."),
+    Metric("hiss_lifecycle_failures_total", "counter", "Versions that a rule would have changed and that stay (locked, "
+           "replaced meanwhile), and buckets whose rules cannot be read."),
+    Metric("hiss_lifecycle_passes_total", "counter", "Passes of the lifecycle scanner over all buckets with rules."),
     Metric("hiss_reconciler_repairs_total", "counter", "Published names put right after the fact."),
     Metric("hiss_process_restarts_total", "counter", "Processes the supervisor restarted.", (("role", ROLES),)),
     Metric("hiss_lost_objects", "gauge", "Acknowledged memory-durable versions lost with the host, by name in the log.",

@@ -44,6 +44,11 @@ class NodePaths:
         return self.root / "snapshots"
 
     @property
+    def lifecycle(self) -> Path:
+        """Where the pass of lifecycle rules is."""
+        return self.root / "lifecycle"
+
+    @property
     def segments(self) -> Path:
         return self.root / "segments"
 

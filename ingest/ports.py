@@ -94,6 +94,10 @@ class Catalog(Protocol):
         (for a common prefix: the prefix itself; every key under it is then skipped)."""
         ...
 
+    async def scan_versions(self, bucket: str, key: bytes, sequence: int, limit: int) -> Sequence[ObjectRecord]:
+        """All versions, delete markers too, behind the one named: by key, and newest first within a key. Without ``parts``."""
+        ...
+
     async def amend_object(
         self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
     ) -> ObjectRecord:

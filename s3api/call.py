@@ -45,6 +45,8 @@ class Limits:
     document_bytes: int = 8 * MIB
     """A Complete or Delete document: 10,000 parts with checksums, or 1,000 keys of 1,024 escaped bytes."""
     configuration_bytes: int = 64 * KIB
+    lifecycle_bytes: int = MIB
+    """A lifecycle configuration: 1,000 rules."""
     tags_per_bucket: int = 50
     copy_chunk_bytes: int = 4 * MIB
 

@@ -78,6 +78,7 @@ CODES: dict[str, Code] = {
     "NoSuchCORSConfiguration": Code(404, "The CORS configuration does not exist", "not_found"),
     "NoSuchConfiguration": Code(404, "The specified configuration does not exist", "not_found"),
     "NoSuchKey": Code(404, "The specified key does not exist", "not_found"),
+    "NoSuchLifecycleConfiguration": Code(404, "The lifecycle configuration does not exist", "not_found"),
     "NoSuchTagSet": Code(404, "The TagSet does not exist", "not_found"),
     "NoSuchUpload": Code(
         404,

@@ -16,7 +16,7 @@ from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
-from s3api.operations import buckets, configuration, copy, listing, multipart, object_tags, objects, tagging
+from s3api.operations import buckets, configuration, copy, lifecycle, listing, multipart, object_tags, objects, tagging
 
 
 class Level(enum.Enum):
@@ -65,6 +65,12 @@ ROUTES: tuple[Route, ...] = (
     Route("PutBucketCors", "PUT", _BUCKET, configuration.put_bucket_cors, "s3:PutBucketCORS", ("cors",)),
     Route("GetBucketCors", "GET", _BUCKET, configuration.get_bucket_cors, "s3:GetBucketCORS", ("cors",)),
     Route("DeleteBucketCors", "DELETE", _BUCKET, configuration.delete_bucket_cors, "s3:PutBucketCORS", ("cors",)),
+    Route("PutBucketLifecycleConfiguration", "PUT", _BUCKET, lifecycle.put_bucket_lifecycle,
+          "s3:PutLifecycleConfiguration", ("lifecycle",)),
+    Route("GetBucketLifecycleConfiguration", "GET", _BUCKET, lifecycle.get_bucket_lifecycle,
+          "s3:GetLifecycleConfiguration", ("lifecycle",)),
+    Route("DeleteBucketLifecycle", "DELETE", _BUCKET, lifecycle.delete_bucket_lifecycle,
+          "s3:PutLifecycleConfiguration", ("lifecycle",)),
     Route("PutBucketRequestPayment", "PUT", _BUCKET, configuration.put_bucket_request_payment,
           "s3:PutBucketRequestPayment", ("requestPayment",)),
     Route("GetBucketRequestPayment", "GET", _BUCKET, configuration.get_bucket_request_payment,

@@ -14,6 +14,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 from archive import process
+from archive.lifecycle import LifecycleScanner
 from archive.pace import DrainLimits
 from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
@@ -73,6 +74,13 @@ async def _serve(boot: Boot) -> None:
                 settings.buffer_bytes,
                 shortages=functools.partial(shortages, counters),
             )
+            lifecycle = LifecycleScanner(
+                catalog,
+                counters,
+                boot.paths.lifecycle,
+                day_s=settings.lifecycle_day_s,
+                every_s=settings.lifecycle_scan_s,
+            )
             watching = asyncio.create_task(_watch(usage))
             boot.ready()
             try:
@@ -86,6 +94,7 @@ async def _serve(boot: Boot) -> None:
                     counters=counters,
                     limits=limits(settings),
                     stop=stop,
+                    also=(lifecycle.run,),
                 )
             finally:
                 watching.cancel()

@@ -32,7 +32,9 @@ def amend(record: ObjectRecord, mutation: wire.AmendObject, now_ns: int) -> e.Ob
         attributes = msgspec.structs.replace(attributes, storage_class=mutation.storage_class)
     if attributes == record.attributes:
         return None
-    return e.ObjectAmended(record.object_id, attributes, _evict_ns(attributes, record, now_ns))
+    moved = attributes.storage_class != record.attributes.storage_class and attributes.storage_class in ARCHIVE_ONLY
+    drain_ns = now_ns if moved and record.state is ObjectState.BUFFERED else 0
+    return e.ObjectAmended(record.object_id, attributes, _evict_ns(attributes, record, now_ns), drain_ns=drain_ns)
 
 
 def restore(record: ObjectRecord, mutation: wire.RestoreObject, now_ns: int) -> e.ObjectAmended:
@@ -80,6 +82,9 @@ class AmendIndex:
         self._db.execute(statements.SET_DETAIL, {"of": record.sequence, "detail": detail})
         self.schedule(record.object_id, evict_ns)
 
+    def drain_by(self, record: ObjectRecord, time_ns: int) -> None:
+        self._db.execute(statements.DRAIN_NOW, {"of": record.sequence, "now_ns": time_ns})
+
     def schedule(self, object_id: bytes, evict_ns: int | None) -> None:
         """When the buffered copy goes; None: when the watermarks say so."""
         if evict_ns is None:
@@ -90,3 +95,4 @@ class AmendIndex:
     def committed(self, record: ObjectRecord) -> None:
         if record.attributes.storage_class in ARCHIVE_ONLY:
             self.schedule(record.object_id, GONE)
+            self.drain_by(record, record.modified_ns)

@@ -391,6 +391,9 @@ class CatalogClient:
         """As the port says; the records of a listing come without ``parts``."""
         return await self._scan(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
 
+    async def scan_versions(self, bucket: str, key: bytes, sequence: int, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.scan_versions(bucket, key, sequence, limit))
+
     async def amend_object(
         self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
     ) -> ObjectRecord:

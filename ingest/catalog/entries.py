@@ -156,6 +156,8 @@ class ObjectAmended(msgspec.Struct, frozen=True, array_like=True, tag="object-am
     """When its buffered copy goes; None: when the watermarks say so."""
     recall_ns: int = 0
     """Its recall is asked for, then; 0: it is not."""
+    drain_ns: int = 0
+    """It is due in the archive by then; 0: when it was."""
 
 
 class ArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="archive-deleted"):

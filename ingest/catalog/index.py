@@ -147,7 +147,6 @@ class Index:
             path = path if inherited is None else inherited
             self._remove(sequence, replaces)
         self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, due_ns, path))
-        self._amend.committed(record)
         slot = record.extents[0].slot if record.extents else 0
         for kernel in reductions:
             self._db.execute(
@@ -176,6 +175,7 @@ class Index:
                     "filters": rows.encode(filters),
                 },
             )
+        self._amend.committed(record)
         if record.raw is None:
             self._runs.committed(sequence, record, reductions)
 
@@ -398,6 +398,8 @@ class Index:
     def _object_amended(self, _: int, entry: e.ObjectAmended) -> None:
         record = self._record(entry.object_id)
         self._amend.set_attributes(record, entry.attributes, entry.evict_ns)
+        if entry.drain_ns:
+            self._amend.drain_by(record, entry.drain_ns)
         if entry.recall_ns:
             state = transition(record.state, Event.REQUEST_RECALL).value
             of = {"of": record.sequence, "state": state, "recall_ns": entry.recall_ns}

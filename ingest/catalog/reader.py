@@ -163,6 +163,14 @@ class Reader:
         found = [rows.decode_part(row[0]) for row in self._db.execute(statements.PARTS, of).fetchall()]
         return found[:limit], len(found) > limit
 
+    def scan_versions(self, bucket: str, key: bytes, sequence: int, limit: int) -> list[ObjectRecord]:
+        """Versions behind one, by key and newest first: what is left of its key (not where ``sequence`` is 0), then others."""
+        of: dict[str, object] = {"bucket": bucket, "key": key, "sequence": sequence, "limit": limit}
+        found = self._db.execute(statements.SCAN_KEY, of).fetchall() if sequence else []
+        if len(found) < limit:
+            found += self._db.execute(statements.SCAN_KEYS, of | {"limit": limit - len(found)}).fetchall()
+        return rows.all_records(found)
+
     # -- queues
     def evictions_due(self, now_ns: int, limit: int) -> list[ObjectRecord]:
         """Archived versions whose buffered copy should have gone by now, whatever the watermarks say."""

@@ -137,6 +137,17 @@ LIST_FROM_OPEN = _sql(
     .offset(_none)
 )
 
+_newest_first = (objects.c.key, objects.c.sequence.desc())
+SCAN_KEY = _sql(
+    _rows.where(_of_key, objects.c.sequence < _p("sequence")).order_by(*_newest_first).limit(_limit).offset(_none)
+)
+SCAN_KEYS = _sql(
+    _rows.where(objects.c.bucket == _p("bucket"), objects.c.key > _p("key"))
+    .order_by(*_newest_first)
+    .limit(_limit)
+    .offset(_none)
+)
+
 # -- objects: writes
 INSERT_OBJECT = str(sa.insert(objects).compile(dialect=sqlite.dialect(paramstyle="qmark")))
 """Its 32 parameters go by position: sqlite3 looks up each name again at every execute."""
@@ -236,6 +247,18 @@ EVICTIONS_DUE = _sql(
     .limit(_limit)
     .offset(_none)
 )
+DRAIN_NOW = _sql(
+    sa.update(objects)
+    .where(
+        objects.c.sequence == _p("of"),
+        objects.c.state == literal_column("'buffered'"),
+        objects.c.due_ns > _p("now_ns"),
+        objects.c.drain_attempts == literal_column("0"),
+        objects.c.object_id.not_in(sa.select(filters.c.object_id).where(filters.c.given_up == literal_column("0"))),
+    )
+    .values(due_ns=_p("now_ns"))
+)
+"""Not what waits for a filter: the drain is told when that has ended; nor what failed and waits for its next attempt."""
 PUT_EVICTION = _sql(
     sqlite.insert(evictions)
     .values(object_id=_p("object_id"), due_ns=_p("due_ns"))

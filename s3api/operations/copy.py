@@ -24,6 +24,7 @@ from s3api.http.message import Response
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import stored_headers, user_metadata
+from s3api.operations.lifecycle import expiration_header
 from s3api.operations.multipart import part_number, upload_of
 from s3api.operations.object_tags import attributes_of, replaces_tags
 from s3api.operations.objects import wants_md5
@@ -139,7 +140,9 @@ async def copy_object(call: Call) -> Response:
         copied = await stored(call, spec, once(text), commit)
     else:
         copied = await stored(call, spec, _bytes_of(call, source, 0, record.length), commit)
-    return _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type)
+    answer = _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type)
+    answer.headers += expiration_header(call, bucket, copied)
+    return answer
 
 
 async def upload_part_copy(call: Call) -> Response:

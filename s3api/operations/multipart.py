@@ -12,6 +12,7 @@ from xml.etree.ElementTree import Element
 
 from ingest.errors import NoSuchKey, NoSuchUpload, PreconditionFailed
 from ingest.records import (
+    BucketRecord,
     CommitPart,
     CompletedPart,
     CompleteUpload,
@@ -31,6 +32,7 @@ from s3api.integrity import bad_checksum, plan, read_document
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import checksum_headers, stored_headers, user_metadata
+from s3api.operations.lifecycle import abort_headers, expiration_header
 from s3api.operations.listing import namer
 from s3api.operations.object_tags import attributes_of
 from s3api.operations.objects import wants_md5
@@ -47,7 +49,7 @@ async def create_multipart_upload(call: Call) -> Response:
     kernels.refuse_reserved(call.key)
     metadata = user_metadata(headers, call.limits)
     algorithm, kind = _chosen_checksum(headers)
-    await call.bucket()
+    bucket, _ = await call.bucket()
     upload = UploadRecord(
         bucket=call.bucket_name,
         key=call.key,
@@ -61,7 +63,7 @@ async def create_multipart_upload(call: Call) -> Response:
         checksum_type=kind,
     )
     await call.catalog.create_upload(upload)
-    answer = [XML_TYPE]
+    answer = [XML_TYPE, *abort_headers(call, bucket, upload)]
     if algorithm:
         answer += [("x-amz-checksum-algorithm", algorithm.upper()), ("x-amz-checksum-type", kind)]
     document: list[tuple[str, xml.Value]] = [
@@ -160,11 +162,11 @@ async def complete_multipart_upload(call: Call) -> Response:
     condition = write_condition(headers)
     body = await read_document(call.request, call.signed, call.limits.document_bytes, headers_describe_body=False)
     wanted = _wanted_parts(xml.parse(body, "CompleteMultipartUpload"), call.limits.parts)
-    _, settings = await call.bucket()
+    bucket, settings = await call.bucket()
     try:
         upload = await upload_of(call)
     except NoSuchUpload:
-        return _completed(call, await _completed_before(call))
+        return _completed(call, bucket, await _completed_before(call))
     parts = _matched(wanted, await _all_parts(call))
     values, kind = _object_checksum(upload, parts)
     length = sum(part.length for part in parts)
@@ -202,7 +204,7 @@ async def complete_multipart_upload(call: Call) -> Response:
         raise lost_race(condition, error) from None
     if host is not None and reductions:
         host.catch_up(record, reductions)
-    return _completed(call, record)
+    return _completed(call, bucket, record)
 
 
 async def _completed_before(call: Call) -> ObjectRecord:
@@ -220,7 +222,7 @@ async def _completed_before(call: Call) -> ObjectRecord:
     return record
 
 
-def _completed(call: Call, record: ObjectRecord) -> Response:
+def _completed(call: Call, bucket: BucketRecord, record: ObjectRecord) -> Response:
     scheme = "https" if call.request.secure else "http"
     document: list[tuple[str, xml.Value]] = [
         ("Location", f"{scheme}://{call.request.headers.get('host')}{call.request.path}"),
@@ -230,7 +232,8 @@ def _completed(call: Call, record: ObjectRecord) -> Response:
         *((f"Checksum{name.upper()}", value) for name, value in record.checksums.items()),
         ("ChecksumType", record.checksum_type if record.checksums else None),
     ]
-    return Response(200, [XML_TYPE, *checksum_headers(record)], xml.document("CompleteMultipartUploadResult", document))
+    headers = [XML_TYPE, *checksum_headers(record), *expiration_header(call, bucket, record)]
+    return Response(200, headers, xml.document("CompleteMultipartUploadResult", document))
 
 
 def _wanted_parts(tree: Element, parts_max: int) -> tuple[CompletedPart, ...]:
@@ -321,7 +324,7 @@ async def abort_multipart_upload(call: Call) -> Response:
 
 
 async def list_parts(call: Call) -> Response:
-    await call.bucket()
+    bucket, _ = await call.bucket()
     upload = await upload_of(call)
     marker = call.number("part-number-marker", 0, call.limits.parts, 0)
     limit = call.number("max-parts", 0, call.limits.keys_per_page, call.limits.keys_per_page)
@@ -348,7 +351,7 @@ async def list_parts(call: Call) -> Response:
         ("ChecksumType", upload.checksum_type or None),
         *rows,
     ]
-    return Response(200, [XML_TYPE], xml.document("ListPartsResult", document))
+    return Response(200, [XML_TYPE, *abort_headers(call, bucket, upload)], xml.document("ListPartsResult", document))
 
 
 def _part_row(part: PartRecord) -> list[tuple[str, xml.Value]]:

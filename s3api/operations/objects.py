@@ -29,6 +29,7 @@ from s3api.operations.describe import (
     stored_headers,
     user_metadata,
 )
+from s3api.operations.lifecycle import expiration_header
 from s3api.operations.object_tags import attributes_of
 from s3api.operations.reading import current, open_version, version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
@@ -62,7 +63,7 @@ async def put_object(call: Call) -> Response:
             return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
 
         record = await received(call, spec, expected, commit)
-    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record)]
+    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), *expiration_header(call, bucket, record)]
     if record.ledger is not None and record.ledger.truncated:
         answer.append(truncated(record, settings))
     return Response(200, answer)
@@ -185,9 +186,11 @@ async def head_object(call: Call) -> Response:
 
 async def _read(call: Call, *, body: bool) -> Response:
     headers = call.request.headers
-    _, settings = await call.bucket()
+    bucket, settings = await call.bucket()
     record = await version(call)
     answer = describe(call, record, settings)
+    if call.request.arg("versionId") is None:
+        answer += expiration_header(call, bucket, record)
     if check_read(headers, record) is not None:
         return Response(304, [(name, value) for name, value in answer if name in _KEPT_BY_304])
     extent = _wanted(call, record)

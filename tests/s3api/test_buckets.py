@@ -75,7 +75,7 @@ def test_unversioned(s3: Any, bucket: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "?acl"), ("PUT", "?acl"), ("GET", "?policy"), ("PUT", "?versioning"), ("GET", "?lifecycle"),
+        ("GET", "?acl"), ("PUT", "?acl"), ("GET", "?policy"), ("PUT", "?versioning"),
         ("PUT", "?website"), ("GET", "?versions"), ("DELETE", "?policy"), ("POST", ""), ("PUT", "?whatever-comes-next"),
         ("PUT", "/k?acl"), ("GET", "/k?acl"), ("PUT", "/k?retention"),
         ("PUT", "/k?legal-hold="), ("GET", "/k?torrent"), ("POST", "/k?select&select-type=2"),
