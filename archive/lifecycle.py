@@ -1,6 +1,6 @@
 """Carries lifecycle rules out: walks through the versions and uploads of buckets that have rules, a slice at a time.
 
-In: buckets with a document ``lifecycle``. Out: deletes, moves to another storage class (which the drain and the evictor follow) and
+In: buckets with a document ``lifecycle``. Out: deletes, moves to another storage class (which drain and evictor follow) and
 aborted uploads, each decided again by the catalogue: locked versions stay, and so does what was replaced since it was looked
 at. Where a pass is, lies in a file, so that a process that is started again goes on there.
 Always true: a slice looks at a bounded number of versions; trouble with one version or bucket is counted and logged and stops

@@ -49,7 +49,9 @@ async def serve(
     stop: asyncio.Event,
     also: Sequence[Callable[[asyncio.Event], Coroutine[None, None, None]]] = (),
 ) -> None:
-    """``usage`` gives (used, capacity) bytes of the buffer. ``also``: more to run until ``stop``; it ends its own troubles. Opens and closes ``target``."""
+    """``usage`` gives (used, capacity) bytes of the buffer. ``also``: more to run until ``stop``.
+
+    Opens and closes ``target``."""
     gauges = _Gauges(catalog, counters)
     evictor = Evictor(catalog, usage, counters, limits)
     async with asyncio.TaskGroup() as always:
