@@ -21,6 +21,7 @@ from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import CatalogError, CatalogUnavailable, NoSuchBucket, NoSuchUpload
 from ingest.lifecycle import LIFECYCLE, Expire, Lifecycle, Move, Place, abortion, due
+from ingest.origin import ORIGIN, Origin
 from ingest.ports import Catalog
 from ingest.records import BucketRecord, Deleted, DeleteObject, ObjectRecord
 
@@ -70,6 +71,7 @@ class LifecycleScanner:
         self._passes = counters.cell("hiss_lifecycle_passes_total")
 
     async def run(self, stop: asyncio.Event) -> None:
+        ORIGIN.set(Origin("s3.amazonaws.com", lifecycle=True))
         while not stop.is_set():
             try:
                 more = await self.step()

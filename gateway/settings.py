@@ -157,6 +157,9 @@ class Settings(BaseSettings):
     shutdown_grace_s: float = _setting(
         30.0, "s", "Time each stage of a shutdown has before SIGKILL.", low=0.1, high=3600
     )
+    notification_endpoints: Words = _setting(
+        "", "endpoints", "Webhooks that buckets may report to, as NAME=URL: arn:hiss:sqs:::NAME; empty: none.",
+    )  # fmt: skip
     lifecycle_day_s: int = _setting(
         86400, "s", "Length of a day of lifecycle rules and restores; shorter ones are for tests.", low=1, high=86400
     )
@@ -207,6 +210,11 @@ class Settings(BaseSettings):
         """Protocols that some target may have: each has a process of its own."""
         globs = self.feedback_target_globs
         return tuple(scheme for scheme in TARGET_SCHEMES if any(glob.startswith(f"{scheme}:") for glob in globs))
+
+    @property
+    def notification_urls(self) -> dict[str, str]:
+        """Endpoint -> URL."""
+        return dict(word.split("=", 1) for word in self.notification_endpoints.split())
 
     @property
     def tls(self) -> bool:
@@ -356,7 +364,7 @@ def _computed(values: Mapping[str, Any], host: machine.Machine) -> dict[str, Any
 
 def _check_relations(settings: Settings) -> None:
     """Limits that concern two settings at once."""
-    wrong = [*_wrong_files(settings), *_wrong_sizes(settings), *_wrong_feedback(settings)]
+    wrong = [*_wrong_files(settings), *_wrong_sizes(settings), *_wrong_feedback(settings), *_wrong_endpoints(settings)]
     ports = [port for port in (settings.s3_port, settings.control_port, settings.dav_port) if port]
     if len(set(ports)) != len(ports):
         wrong.append(f"s3_port, control_port, dav_port = {ports}: allowed are three different ports")
@@ -398,6 +406,12 @@ def _wrong_feedback(settings: Settings) -> Iterator[str]:
             yield f"feedback_targets = {glob!r}: allowed are globs that begin with epics: or tango:"
 
 
+def _wrong_endpoints(settings: Settings) -> Iterator[str]:
+    for word in settings.notification_endpoints.split():
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}=https?://[^/@\s]+(/\S*)?", word):
+            yield f"notification_endpoints = {word!r}: allowed is NAME=http://… or NAME=https://…, without a user in the URL"
+
+
 def _wrong_sizes(settings: Settings) -> Iterator[str]:
     workers, region_bytes, segment_bytes = settings.workers, settings.arena_region_bytes, settings.segment_bytes
     if region_bytes & (region_bytes - 1):
@@ -424,6 +438,7 @@ _ALLOWED = {
     "path": "a path",
     "address": "an IP address or host name",
     "endpoint": "tcp://ADDRESS:PORT or ipc://PATH",
+    "endpoints": "NAME=URL, several with spaces between",
     "globs": "globs that begin with epics: or tango:",
 }
 

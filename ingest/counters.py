@@ -133,6 +133,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_lifecycle_failures_total", "counter", "Versions that a rule would have changed and that stay (locked, "
            "replaced meanwhile), and buckets whose rules cannot be read."),
     Metric("hiss_lifecycle_passes_total", "counter", "Passes of the lifecycle scanner over all buckets with rules."),
+    Metric("hiss_notifications_delivered_total", "counter", "Events that an endpoint took."),
+    Metric("hiss_notifications_failures_total", "counter", "Attempts to deliver an event that failed."),
+    Metric("hiss_notifications_dropped_total", "counter", "Events given up: too many waited, too old, or refused for good."),
+    Metric("hiss_notifications_waiting", "gauge", "Events that wait for their endpoint.", merge="max"),
+    Metric("hiss_notifications_failing_endpoints", "gauge", "Endpoints whose last attempt failed.", merge="max"),
     Metric("hiss_reconciler_repairs_total", "counter", "Published names put right after the fact."),
     Metric("hiss_process_restarts_total", "counter", "Processes the supervisor restarted.", (("role", ROLES),)),
     Metric("hiss_lost_objects", "gauge", "Acknowledged memory-durable versions lost with the host, by name in the log.",

@@ -94,6 +94,18 @@ class Catalog(Protocol):
         (for a common prefix: the prefix itself; every key under it is then skipped)."""
         ...
 
+    async def notices(self, target: str, limit: int) -> Sequence[tuple[int, bytes]]:
+        """(number, JSON document) of the oldest events that wait for an endpoint."""
+        ...
+
+    async def notice_counts(self) -> Mapping[str, int]:
+        """How many events wait, for each endpoint that some wait for."""
+        ...
+
+    async def noticed(self, sequences: Sequence[int]) -> None:
+        """These events were delivered, or given up."""
+        ...
+
     async def scan_versions(self, bucket: str, key: bytes, sequence: int, limit: int) -> Sequence[ObjectRecord]:
         """All versions, delete markers too, behind the one named: by key, and newest first within a key. Without ``parts``."""
         ...

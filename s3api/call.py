@@ -67,6 +67,8 @@ class ServiceSettings:
     host_id: str = ""
     """``x-amz-id-2``: names this node in a support conversation, says nothing else."""
     limits: Limits = Limits()
+    notification_endpoints: frozenset[str] = frozenset()
+    """Names that the ARNs of bucket notifications may end in."""
     day_s: int = 86400
     """Seconds of a day of lifecycle rules and restores; shorter ones are for tests."""
 

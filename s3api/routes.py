@@ -16,7 +16,18 @@ from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
-from s3api.operations import buckets, configuration, copy, lifecycle, listing, multipart, object_tags, objects, tagging
+from s3api.operations import (
+    buckets,
+    configuration,
+    copy,
+    lifecycle,
+    listing,
+    multipart,
+    notification,
+    object_tags,
+    objects,
+    tagging,
+)
 
 
 class Level(enum.Enum):
@@ -71,6 +82,10 @@ ROUTES: tuple[Route, ...] = (
           "s3:GetLifecycleConfiguration", ("lifecycle",)),
     Route("DeleteBucketLifecycle", "DELETE", _BUCKET, lifecycle.delete_bucket_lifecycle,
           "s3:PutLifecycleConfiguration", ("lifecycle",)),
+    Route("PutBucketNotificationConfiguration", "PUT", _BUCKET, notification.put_bucket_notification,
+          "s3:PutBucketNotification", ("notification",)),
+    Route("GetBucketNotificationConfiguration", "GET", _BUCKET, notification.get_bucket_notification,
+          "s3:GetBucketNotification", ("notification",)),
     Route("PutBucketRequestPayment", "PUT", _BUCKET, configuration.put_bucket_request_payment,
           "s3:PutBucketRequestPayment", ("requestPayment",)),
     Route("GetBucketRequestPayment", "GET", _BUCKET, configuration.get_bucket_request_payment,

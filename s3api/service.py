@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from ingest.counters import ERROR_CLASSES, S3_OPERATIONS, Counters
 from ingest.errors import IngestError, NoSuchBucket
+from ingest.origin import ORIGIN, Origin
 from ingest.ports import FrameHost
 from ingest.stream_types import DataPlane
 from s3api import cors
@@ -61,6 +62,7 @@ class S3Service:
             call = Call(request, self._node, signed, target.bucket, target.key)
             user_id = request.scope["user"] = call.user.user_id
             await _authorise(call, row, target)
+            await self._tell_origin(call, row)
             response = await row.run(call)
         except ConnectionResetError:
             raise
@@ -91,6 +93,19 @@ class S3Service:
         except (S3Error, IngestError):
             return []
         return cors.actual(cors.RULES.of(bucket), request.method, request.headers)
+
+    async def _tell_origin(self, call: Call, row: Route) -> None:
+        """Where the bucket reports events: whose request this is."""
+        try:
+            bucket, _ = await self._node.buckets.get(call.bucket_name)
+        except IngestError:
+            return  # the operation will say so
+        if "notification" in bucket.documents or row.name.endswith("NotificationConfiguration"):
+            method = {"CopyObject": "Copy", "PostObject": "Post"}.get(row.name, "Put")
+            origin = Origin(
+                call.user.user_id, call.request.peer, call.request.request_id, self._settings.host_id, method
+            )
+            ORIGIN.set(origin)
 
     def _refused(self, request: Request, error: Exception, user_id: str) -> Response:
         refusal = translated(error, user_id=user_id)

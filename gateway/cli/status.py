@@ -11,7 +11,7 @@ from gateway.cli import node, options
 from gateway.cli.output import CliError, ExitCode, human_age, human_rate, human_size, print_json, print_table
 from gateway.cli.run import parse_place
 
-_SECTIONS = ("sandbox", "rates", "ingest", "buffer", "arena", "kernels", "drain", "errors")
+_SECTIONS = ("sandbox", "rates", "ingest", "buffer", "arena", "kernels", "drain", "notifications", "errors")
 
 
 def status(

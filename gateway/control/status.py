@@ -185,6 +185,13 @@ class StatusSource:
                 "actions": numbers("hiss_feedback_actions_total"),
                 **self._outlets(),
             },
+            "notifications": {
+                "waiting": number("hiss_notifications_waiting"),
+                "delivered": number("hiss_notifications_delivered_total"),
+                "failed_attempts": number("hiss_notifications_failures_total"),
+                "dropped": number("hiss_notifications_dropped_total"),
+                "failing_endpoints": number("hiss_notifications_failing_endpoints"),
+            },
             "errors": {
                 "http": numbers("hiss_http_errors_total"),
                 "storage": numbers("hiss_storage_errors_total"),

@@ -20,6 +20,7 @@ from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from gateway.boot import Boot
 from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, shortages
+from gateway.notify import Deliverer
 from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
 from gateway.supervisor.table import DRAIN_SLOT
@@ -81,6 +82,7 @@ async def _serve(boot: Boot) -> None:
                 day_s=settings.lifecycle_day_s,
                 every_s=settings.lifecycle_scan_s,
             )
+            deliverer = Deliverer(catalog, counters, settings.notification_urls)
             watching = asyncio.create_task(_watch(usage))
             boot.ready()
             try:
@@ -94,7 +96,7 @@ async def _serve(boot: Boot) -> None:
                     counters=counters,
                     limits=limits(settings),
                     stop=stop,
-                    also=(lifecycle.run,),
+                    also=(lifecycle.run, deliverer.run),
                 )
             finally:
                 watching.cancel()

@@ -172,6 +172,7 @@ async def _servers(
             host_id=f"hiss-{boot.slot:02d}",
             limits=Limits(object_bytes=settings.max_object_bytes),
             day_s=settings.lifecycle_day_s,
+            notification_endpoints=frozenset(settings.notification_urls),
         ),
         host,
     )

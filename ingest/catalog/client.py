@@ -28,6 +28,7 @@ from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
 from ingest.errors import CatalogUnavailable, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
+from ingest.origin import ORIGIN
 from ingest.paths import NodePaths, socket_address
 from ingest.records import (
     ArchiveCopy,
@@ -316,7 +317,7 @@ class CatalogClient:
         self._last_id += 1
         call = self._last_id
         loop = asyncio.get_running_loop()
-        pending = _Pending(wire.frame(wire.Call(call, request)), loop.create_future())
+        pending = _Pending(wire.frame(wire.Call(call, request, ORIGIN.get())), loop.create_future())
         self._pending[call] = pending
         if self._wire is not None:
             self._wire.send(pending.frame)
@@ -390,6 +391,15 @@ class CatalogClient:
     ) -> tuple[Sequence[ListedObject], bool]:
         """As the port says; the records of a listing come without ``parts``."""
         return await self._scan(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
+
+    async def notices(self, target: str, limit: int) -> Sequence[tuple[int, bytes]]:
+        return await self._scan(lambda reader: reader.notices(target, limit))
+
+    async def notice_counts(self) -> Mapping[str, int]:
+        return await self._scan(Reader.notice_counts)
+
+    async def noticed(self, sequences: Sequence[int]) -> None:
+        await self._call(wire.MarkNoticed(tuple(sequences)), _nothing)
 
     async def scan_versions(self, bucket: str, key: bytes, sequence: int, limit: int) -> Sequence[ObjectRecord]:
         return await self._scan(lambda reader: reader.scan_versions(bucket, key, sequence, limit))

@@ -27,10 +27,13 @@ from ingest.catalog import entries as e
 from ingest.catalog import rows, snapshot, wire
 from ingest.catalog.decide import PART_BYTES_MIN, Decider, Known
 from ingest.catalog.index import Index, distinct
+from ingest.catalog.notices import NoticeMaker
+from ingest.catalog.reader import Reader
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import CatalogError, IngestError, StaleEpoch, StorageFailed
 from ingest.journal import SIZE_BYTES, FileOps, Journal
+from ingest.origin import Origin
 from ingest.paths import NodePaths
 from ingest.records import Durability, Extent
 
@@ -60,6 +63,7 @@ class Ticket(Protocol):
     """One mutation and the way back to whoever asked."""
 
     mutation: wire.Mutation
+    origin: Origin | None
 
     @property
     def fenced(self) -> bool:
@@ -84,6 +88,11 @@ class Batch:
     encoded_bytes: int = 0
     freed: list[Extent] = dataclasses.field(default_factory=list)
 
+    def add(self, entry: e.Entry, encoded: bytes) -> None:
+        self.entries.append(entry)
+        self.encoded.append(encoded)
+        self.encoded_bytes += len(encoded)
+
     @property
     def must_flush(self) -> bool:
         return not all(map(_survives_in_memory, self.entries))
@@ -95,6 +104,8 @@ class Batch:
 
 def _survives_in_memory(entry: e.Entry) -> bool:
     """``memory`` promises to survive processes, not the host: the page cache is enough."""
+    if isinstance(entry, e.Noticed):
+        return True  # as its cause: an event must not outlive it, and need not
     return isinstance(entry, e.ObjectCommitted) and entry.record.durability is Durability.MEMORY
 
 
@@ -143,6 +154,7 @@ class Committer:
         database.execute("PRAGMA wal_autocheckpoint=0")
         self._decider = Decider(database, part_bytes_min=limits.part_bytes_min)
         self._index = Index(database)
+        self._notices = NoticeMaker(database, Reader(database), counters)
         self._waiting: deque[Ticket] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
@@ -226,6 +238,7 @@ class Committer:
                 await self._write_journal(batch)
         except OSError as error:
             self._db.execute("ROLLBACK")
+            self._notices.forget()
             self._errors.add()
             logger.error("the journal failed, this batch is refused: %s", error)
             # Only when the next file says that this batch never happened may anybody be told so.
@@ -288,10 +301,11 @@ class Committer:
             logger.exception("an entry could not be applied to the index")
             self._take_back(batch)
             raise StorageFailed(f"index: {error}") from error
-        batch.entries.append(decision)
-        batch.encoded.append(encoded)
-        batch.encoded_bytes += len(encoded)
+        batch.add(decision, encoded)
         batch.freed += freed
+        for notice in self._notices.of(ticket.mutation, decision, ticket.origin, sequence, now_ns):
+            self._index.apply(batch.first_sequence + len(batch.entries), notice)
+            batch.add(notice, e.encode(notice))
         return answer
 
     def _take_back(self, batch: Batch) -> None:
@@ -301,6 +315,7 @@ class Committer:
         """
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+        self._notices.forget()
         self._db.execute("BEGIN IMMEDIATE")
         for sequence, entry in enumerate(batch.entries, batch.first_sequence):
             try:

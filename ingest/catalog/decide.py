@@ -105,6 +105,7 @@ class Decider:
             wire.PutUser: self._put_user,
             wire.AmendObject: self._amend_object,
             wire.RestoreObject: lambda m: amend.restore(self._version(m.object_id), m, self._now_ns),
+            wire.MarkNoticed: lambda m: e.NoticesDone(m.sequences) if m.sequences else Known(),
             wire.CreateUpload: self._create_upload,
             wire.PutPart: self._put_part,
             wire.Complete: self._complete,

@@ -160,6 +160,19 @@ class ObjectAmended(msgspec.Struct, frozen=True, array_like=True, tag="object-am
     """It is due in the archive by then; 0: when it was."""
 
 
+class Noticed(msgspec.Struct, frozen=True, array_like=True, tag="noticed"):
+    """An event of a bucket that is to be delivered: JSON, as the endpoint gets it."""
+
+    target: str
+    event: bytes
+
+
+class NoticesDone(msgspec.Struct, frozen=True, array_like=True, tag="notices-done"):
+    """Delivered, or given up."""
+
+    sequences: tuple[int, ...]
+
+
 class ArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="archive-deleted"):
     tombstone: int
 
@@ -232,6 +245,8 @@ Entry = (
     | RecallFailed
     | Relocated
     | ObjectAmended
+    | Noticed
+    | NoticesDone
     | ArchiveDeleted
     | ReductionFailed
     | ReductionsDeferred

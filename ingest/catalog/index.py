@@ -59,6 +59,8 @@ class Index:
             e.RecallFailed: self._recall_failed,
             e.Relocated: self._relocated,
             e.ObjectAmended: self._object_amended,
+            e.Noticed: self._noticed,
+            e.NoticesDone: self._notices_done,
             e.ArchiveDeleted: self._archive_deleted,
             e.ReductionFailed: self._reduction_failed,
             e.FilterEnded: self._filter_ended,
@@ -404,6 +406,14 @@ class Index:
             state = transition(record.state, Event.REQUEST_RECALL).value
             of = {"of": record.sequence, "state": state, "recall_ns": entry.recall_ns}
             self._db.execute(statements.SET_RECALLING, of)
+
+    def _noticed(self, sequence: int, entry: e.Noticed) -> None:
+        row = {"sequence": sequence, "target": entry.target, "event": entry.event}
+        self._db.execute(statements.INSERT_NOTICE, row)
+
+    def _notices_done(self, _: int, entry: e.NoticesDone) -> None:
+        for sequence in entry.sequences:
+            self._db.execute(statements.DELETE_NOTICE, {"sequence": sequence})
 
     def _relocated(self, _: int, entry: e.Relocated) -> None:
         record = self._record(entry.object_id)

@@ -171,6 +171,14 @@ class Reader:
             found += self._db.execute(statements.SCAN_KEYS, of | {"limit": limit - len(found)}).fetchall()
         return rows.all_records(found)
 
+    # -- notifications
+    def notices(self, target: str, limit: int) -> list[tuple[int, bytes]]:
+        found = self._db.execute(statements.NOTICES, {"target": target, "limit": limit}).fetchall()
+        return [(sequence, event) for sequence, event in found]
+
+    def notice_counts(self) -> dict[str, int]:
+        return dict(self._db.execute(statements.NOTICE_COUNTS).fetchall())
+
     # -- queues
     def evictions_due(self, now_ns: int, limit: int) -> list[ObjectRecord]:
         """Archived versions whose buffered copy should have gone by now, whatever the watermarks say."""

@@ -28,6 +28,7 @@ from ingest.catalog.reader import Reader
 from ingest.counters import Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion
 from ingest.journal import FileOps
+from ingest.origin import Origin
 from ingest.paths import NodePaths, socket_address
 from ingest.records import Extent, FreedExtents, ObjectRecord, SettleRequest
 
@@ -51,12 +52,13 @@ class _Waiter:
 
 
 class _Ticket:
-    __slots__ = ("_call", "_connection", "mutation")
+    __slots__ = ("_call", "_connection", "mutation", "origin")
 
-    def __init__(self, connection: _Connection, call: int, mutation: wire.Mutation) -> None:
+    def __init__(self, connection: _Connection, call: int, mutation: wire.Mutation, origin: Origin | None) -> None:
         self._connection = connection
         self._call = call
         self.mutation = mutation
+        self.origin = origin
 
     @property
     def fenced(self) -> bool:
@@ -109,8 +111,8 @@ class _Connection(asyncio.Protocol):
         if self._unanswered > UNANSWERED_MAX and self._transport is not None:
             self._transport.pause_reading()
 
-    def ticket(self, call: int, mutation: wire.Mutation) -> _Ticket:
-        return _Ticket(self, call, mutation)
+    def ticket(self, call: int, mutation: wire.Mutation, origin: Origin | None) -> _Ticket:
+        return _Ticket(self, call, mutation, origin)
 
     def refuse(self, call: int, error: IngestError) -> None:
         self.send_answer(wire.Answer(call, _NOTHING, wire.error_fields(error)))
@@ -255,7 +257,7 @@ class CatalogueServer:
         elif isinstance(request, wire.Barrier):
             self._work(connection, call.id, self._committer.barrier())
         else:
-            self._committer.submit(connection.ticket(call.id, request))
+            self._committer.submit(connection.ticket(call.id, request, call.origin))
 
     def _work(self, connection: _Connection, call: int, work: Coroutine[None, None, object]) -> None:
         async def answer() -> None:

@@ -22,6 +22,7 @@ from ingest.catalog.schema import (
     filters,
     members,
     meta,
+    notices,
     objects,
     outcomes,
     partials,
@@ -518,6 +519,17 @@ FILTERS_FAILED = _sql(
 )
 SET_DUE = _sql(sa.update(objects).where(objects.c.object_id == _p("of")).values(due_ns=_p("due_ns")))
 MOVE_MEMBERSHIP = _sql(sa.update(members).where(members.c.object_id == _p("of")).values(object_id=_p("to")))
+INSERT_NOTICE = _sql(sa.insert(notices))
+DELETE_NOTICE = _sql(sa.delete(notices).where(notices.c.sequence == _p("sequence")))
+COUNT_NOTICES = _sql(sa.select(sa.func.count()).select_from(notices))
+NOTICE_COUNTS = _sql(sa.select(notices.c.target, sa.func.count()).group_by(notices.c.target))
+NOTICES = _sql(
+    sa.select(notices.c.sequence, notices.c.event)
+    .where(notices.c.target == _p("target"))
+    .order_by(notices.c.sequence)
+    .limit(_limit)
+    .offset(_none)
+)
 INSERT_TOMBSTONE = _sql(sa.insert(tombstones))
 TOMBSTONES = _sql(
     sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key)

@@ -12,6 +12,7 @@ import struct
 import msgspec
 
 from ingest import errors
+from ingest.origin import Origin
 from ingest.records import (
     ArchiveCopy,
     BucketRecord,
@@ -84,6 +85,10 @@ class RestoreObject(msgspec.Struct, frozen=True, array_like=True, tag="restore-o
     object_id: bytes
     days: int
     day_s: int
+
+
+class MarkNoticed(msgspec.Struct, frozen=True, array_like=True, tag="mark-noticed"):
+    sequences: tuple[int, ...]
 
 
 class CreateUpload(msgspec.Struct, frozen=True, array_like=True, tag="create-upload"):
@@ -226,6 +231,7 @@ Mutation = (
     | PutUser
     | AmendObject
     | RestoreObject
+    | MarkNoticed
     | CreateUpload
     | PutPart
     | Complete
@@ -252,6 +258,7 @@ Mutation = (
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     id: int
     request: Mutation | Settle | Snapshot | Barrier
+    origin: Origin | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
