@@ -138,7 +138,8 @@ class Drain:
             return
         bucket = await self._catalog.bucket(record.bucket)
         rights = FileRights.of(bucket_settings.parse(bucket.tags))
-        copy = await self._copier.copy(record, rights)
+        only_at = await self._reconciler.place_of(record)
+        copy = await self._copier.copy(record, rights, only_at=only_at)
         await self._record(record, copy)
         crashpoint("drain-recorded")
         self._objects.add()

@@ -23,8 +23,10 @@ Names are kept byte for byte, so they differ in case and in Unicode normalisatio
 folds case or normalises (``portable=True``; targets find out for themselves) only lower-case ASCII stays plain and
 everything else is escaped bytewise, so two keys still never meet at one name.
 
-Reserved for the archive itself, and therefore escaped in keys: RESERVED. ``.versions`` is where versions other than the
-current one belong.
+Reserved for the archive itself, and therefore escaped in keys: RESERVED. Below a bucket's ``.versions`` lie versions other
+than the current one: the folders of the key, then its name as an escaped leaf, which is a folder here, and in it a file for
+each version, by its object id: ``mx/.versions/scan/%f-0001.npy/<32 hex digits>``. No plain or escaped folder is called like
+an escaped leaf, so versions of ``a`` never meet those of ``a/b``.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from collections.abc import Iterable, Iterator, Sequence
 NAME_BYTES_MAX = 255
 PATH_BYTES_MAX = 3072
 """Leaves 1 KiB of PATH_MAX (4096) to the root folder, so ordinary tools can open every archived file by its path."""
-RESERVED = frozenset({".hiss", ".hiss-tmp", ".versions"})
+VERSIONS = ".versions"
+RESERVED = frozenset({".hiss", ".hiss-tmp", VERSIONS})
 
 _FOLDER, _LEAF, _CONTINUED, _WHOLE = "%d-", "%f-", "%c-", "%k-"
 _ROOM_BYTES = NAME_BYTES_MAX - 3
@@ -46,6 +49,7 @@ _PLAIN_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 # str.isprintable(), because the mapping must not change with the interpreter's Unicode tables.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff%]")
 _NOT_PORTABLE = re.compile("[^\x20-\x7e]|[%A-Z]")
+_OBJECT_ID = re.compile(r"[0-9a-f]{32}")
 _ESCAPE = re.compile(r"%([0-9A-F]{2})")
 
 
@@ -65,6 +69,34 @@ def detached(bucket: str, key: bytes, *, portable: bool = False) -> str:
     parts = _text(key).split("/")
     names = [name for part in parts[:-1] for name in _escaped(part, _FOLDER, portable=portable)]
     return _fitting(bucket, key, [*names, *_escaped(parts[-1], _LEAF, portable=portable)])
+
+
+def version_path(bucket: str, key: bytes, object_id: bytes, *, portable: bool = False) -> str:
+    """The path of a version that is not current. Nothing else is ever in its way."""
+    parts = _text(key).split("/")
+    names = [name for part in parts[:-1] for name in _component(part, _FOLDER, portable=portable)]
+    above, *below = _fitting(bucket, key, [*names, *_escaped(parts[-1], _LEAF, portable=portable)]).split("/")
+    if not _is_plain_bucket(bucket):
+        count = len(list(_escaped(bucket, _FOLDER, portable=True)))
+        above, below = "/".join((above, *below[: count - 1])), below[count - 1 :]
+    return "/".join((above, VERSIONS, *below, object_id.hex()))
+
+
+def version_of(path: str) -> tuple[str, bytes, bytes]:
+    """The bucket, key and object id of a path of ``version_path``; NotAKeyPath for anything else."""
+    groups = list(_groups(path))
+    if len(groups) < 4 or groups[1] != [VERSIONS] or len(groups[-1]) != 1 or not _OBJECT_ID.fullmatch(groups[-1][0]):
+        raise NotAKeyPath(f"{path!r} is not the path of a version")
+    bucket = _bytes(groups[0], path).decode("utf-8", "surrogateescape")
+    middle = groups[2:-1]
+    if middle[-1][-1].startswith(_WHOLE):
+        key = _unbase32("".join(name[3:] for name in middle[0]), path)
+    else:
+        key = b"/".join(_bytes(group, path) for group in middle)
+    object_id = bytes.fromhex(groups[-1][0])
+    if not any(path == version_path(bucket, key, object_id, portable=portable) for portable in (False, True)):
+        raise NotAKeyPath(f"{path!r} is not how any version is spelt")
+    return bucket, key, object_id
 
 
 def paths(bucket: str, key: bytes, *, portable: bool = False) -> tuple[str, ...]:

@@ -136,7 +136,14 @@ class Recaller:
         if copy is None or copy.target != self._target.name:
             where = "nowhere" if copy is None else f"at {copy.target}"
             raise RecallMismatch(f"the catalogue knows an archive copy {where}, not at {self._target.name}")
-        extents = await self._land(record, copy)
+        try:
+            extents = await self._land(record, copy)
+        except TargetError:
+            # A newer version of the key may just have got the name this copy had.
+            moved = (await self._catalog.by_id(record.object_id)).archive
+            if moved is None or moved.path == copy.path:
+                raise
+            extents = await self._land(record, moved)
         crashpoint("recall-written")
         try:
             await self._record(record, extents)

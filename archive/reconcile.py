@@ -13,12 +13,13 @@ import logging
 from archive.copier import Copier
 from archive.keylocks import KeyLocks
 from archive.pace import DrainLimits
-from archive.targets.base import FileRights, Target, TargetError, TargetLost
-from ingest import bucket_settings
+from archive.targets.base import CopyMissing, FileRights, Target, TargetError, TargetLost
+from ingest import bucket_settings, versioning
 from ingest.counters import Counters
+from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.ports import Catalog
-from ingest.records import ObjectRecord, ObjectState
+from ingest.records import ObjectRecord, ObjectState, Versioning
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,24 @@ class Reconciler:
     async def carry_out_deletes(self) -> None:
         """Remove the archive copies of deleted versions and confirm it to the catalogue."""
         batch = self._limits.tombstone_batch_objects
-        for tombstone, path, bucket, key in await self._catalog.pending_archive_deletes(batch):
+        for tombstone, path, bucket, key, object_id in await self._catalog.pending_archive_deletes(batch):
             async with self._keys.hold(bucket, key):
-                # A new version of the key took the tombstone over: its own publication replaces the file.
-                if await self._current(bucket, key) is None:
-                    # A delete during a drain does not know the path, so every path the key may have is looked at.
-                    for name in {path, *self._target.paths(bucket, key)} - {""}:
-                        await self._target.remove(name, None)
+                await self._remove_copies(bucket, key, path, object_id)
                 await self._catalog.archive_deleted(tombstone)
+
+    async def _remove_copies(self, bucket: str, key: bytes, path: str, object_id: bytes | None) -> None:
+        """Remove every name the copy may have that no version of the key claims."""
+        # A delete during a drain does not know the path, so every path the copy may have is looked at.
+        names = {path, *self._target.paths(bucket, key)} - {""}
+        if object_id is not None:
+            names.add(self._target.version_path(bucket, key, object_id))
+        if await self._current(bucket, key) is None:
+            await self.clear_names(bucket, key, b"")
+        for version in await self._catalog.archived_versions(bucket, key):
+            if version.archive is not None and version.archive.target == self._target.name:
+                names.discard(version.archive.path)
+        for name in names:
+            await self._target.remove(name, None)
 
     async def _current(self, bucket: str, key: bytes) -> ObjectRecord | None:
         try:
@@ -72,17 +83,49 @@ class Reconciler:
         except (NoSuchKey, NoSuchBucket):
             return None
 
+    async def clear_names(self, bucket: str, key: bytes, object_id: bytes) -> None:
+        """Before version ``object_id`` is published: copies of versions that are not current go to where those belong. The
+        caller holds the key."""
+        names = self._target.paths(bucket, key)
+        for version in await self._catalog.archived_versions(bucket, key):
+            copy = version.archive
+            if copy is None or copy.path not in names or version.object_id == object_id:
+                continue
+            new = self._target.version_path(bucket, key, version.object_id)
+            settings = bucket_settings.parse((await self._catalog.bucket(bucket)).tags)
+            try:
+                await self._target.move_aside(copy.path, new, version.object_id, FileRights.of(settings))
+            except CopyMissing as error:
+                # Nothing to move: the sweep publishes it anew from the buffer, or says that it is lost.
+                log.error("the archive copy of version %s of %s: %s", version.version_id, key_text(version), error)
+            crashpoint("aside-named")
+            await self._catalog.archive_moved(version.object_id, copy.path, new)
+
+    async def place_of(self, record: ObjectRecord) -> str | None:
+        """Where a version is to be published that shares its key with others, its current place cleared; None: where its
+        key belongs. The caller holds the key."""
+        bucket = await self._catalog.bucket(record.bucket)
+        if versioning.versioning_of_key(bucket, record.key) is Versioning.OFF:
+            return None
+        newest = await self._catalog.newest(record.bucket, record.key)
+        if newest is None or newest.object_id != record.object_id:
+            return self._target.version_path(record.bucket, record.key, record.object_id)
+        await self.clear_names(record.bucket, record.key, record.object_id)
+        return None
+
     async def sweep(self, stop: asyncio.Event) -> None:
         """Compare every archived version with what its path shows; repair what differs."""
         for bucket in await self._catalog.buckets():
-            after, more = b"", True
+            after, version, more = b"", "", True
             while more and not stop.is_set():
                 try:
-                    rows, more = await self._catalog.list_objects(bucket.name, after=after, limit=_PAGE_OBJECTS)
+                    rows, more = await self._catalog.list_versions(
+                        bucket.name, after=after, after_version=version, limit=_PAGE_OBJECTS
+                    )
                 except NoSuchBucket:
                     break
                 for row in rows:
-                    after = row.key
+                    after, version = row.key, "" if row.record is None else row.record.version_id
                     if row.record is not None and row.record.archive is not None:
                         await self._look_at(row.record)
                 # A sweep of millions of names must not be what the archive's metadata server is busy with.

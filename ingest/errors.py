@@ -71,6 +71,38 @@ class NoSuchKey(CatalogError):
     pass
 
 
+class NoSuchVersion(CatalogError):
+    """The key has no version with this id."""
+
+
+class DeleteMarker(CatalogError):
+    """The named version is a delete marker, which has nothing to read or to change."""
+
+
+class VersionLocked(CatalogError):
+    """The version is under retention or legal hold, or the change would weaken its lock. ``str()`` says which."""
+
+
+class InvalidLock(CatalogError):
+    """Locks need a bucket with object lock; ``str()`` says what is missing."""
+
+
+class WrongOffset(CatalogError):
+    """An append does not begin where the object ends. ``str()`` is the object's length."""
+
+
+class CannotAppend(CatalogError):
+    """``str()`` says why nothing can be appended to this object."""
+
+
+class TooManyAppends(CatalogError):
+    """The object has as many pieces as it may have."""
+
+
+class BucketState(CatalogError):
+    """The change does not fit the bucket's versioning or object lock; ``str()`` says why."""
+
+
 class NoSuchUpload(CatalogError):
     pass
 

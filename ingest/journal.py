@@ -28,7 +28,8 @@ from pathlib import Path
 
 from ingest.errors import IngestError
 
-FORMAT = 1
+FORMAT = 2
+"""1: without versions of a key."""
 SIZE_BYTES = 16 * 1024 * 1024
 HEADER_BYTES = 4096
 FRAME_BYTES_MAX = 1 << 30
@@ -98,8 +99,8 @@ def files(folder: Path) -> list[JournalFile]:
         magic, version, first_sequence, checksum = _header.unpack(head)
         if magic != _MAGIC or checksum != zlib.crc32(head[:-4]):
             raise JournalDamaged(f"{path.name} has a damaged header")
-        if version != FORMAT:
-            raise JournalDamaged(f"{path.name} has format {version}; this program reads format {FORMAT}")
+        if not 1 <= version <= FORMAT:
+            raise JournalDamaged(f"{path.name} has format {version}; this program reads formats up to {FORMAT}")
         found.append(JournalFile(path, int(path.stem), first_sequence))
     return found
 

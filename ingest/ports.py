@@ -36,6 +36,7 @@ from ingest.records import (
     PartRecord,
     ReductionCount,
     ReductionJob,
+    Retention,
     RunProductRecord,
     RunRecord,
     SegmentUse,
@@ -80,7 +81,12 @@ class Catalog(Protocol):
     async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]: ...
 
     async def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
-        """Current (or named) version; raises NoSuchKey, NoSuchBucket. A current delete marker is NoSuchKey."""
+        """The current version; raises NoSuchKey, NoSuchBucket. A delete marker is NoSuchKey. Or the version that
+        ``version_id`` names, which may be a delete marker; raises NoSuchVersion, NoSuchBucket."""
+        ...
+
+    async def newest(self, bucket: str, key: bytes) -> ObjectRecord | None:
+        """The current version of a key, or the delete marker in its place."""
         ...
 
     async def by_id(self, object_id: bytes) -> ObjectRecord:
@@ -119,6 +125,26 @@ class Catalog(Protocol):
     async def restore_object(self, object_id: bytes, days: int, day_s: int = 86400) -> ObjectRecord:
         """Recall a version and keep it in the buffer for days. Raises RestoreInProgress, StaleVersion."""
         ...
+
+    async def list_versions(
+        self,
+        bucket: str,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        after_version: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> tuple[Sequence[ListedObject], bool]:
+        """The same over all versions and delete markers, newest first within a key. Resume with the last row's key and
+        version id; with the key alone, every version of it is skipped."""
+        ...
+
+    # -- object lock (ingest/versioning.py; VersionLocked, InvalidLock, NoSuchKey, NoSuchVersion)
+    async def set_retention(
+        self, bucket: str, key: bytes, version_id: str | None, retention: Retention | None, *, bypass: bool = False
+    ) -> None: ...
+    async def set_legal_hold(self, bucket: str, key: bytes, version_id: str | None, hold: bool) -> None: ...
 
     # -- multipart
     async def create_upload(self, upload: UploadRecord) -> None: ...
@@ -174,8 +200,17 @@ class Catalog(Protocol):
         """Compaction moved one extent; StaleVersion if the version no longer has it."""
         ...
 
-    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes]]:
-        """Published copies whose version was deleted or replaced: (tombstone id, path, bucket, key)."""
+    async def archived_versions(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
+        """Versions of a key with a copy in the archive."""
+        ...
+
+    async def archive_moved(self, object_id: bytes, old: str, new: str) -> None:
+        """A version's copy lies at another path; StaleVersion if it was not at ``old``."""
+        ...
+
+    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes, bytes | None]]:
+        """Copies whose version was deleted, replaced or hidden by a delete marker: (tombstone id, path, bucket, key,
+        object id)."""
         ...
 
     async def archive_deleted(self, tombstone: int) -> None: ...

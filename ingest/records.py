@@ -12,6 +12,7 @@ import enum
 import msgspec
 
 NULL_VERSION = "null"
+PRODUCTS_PREFIX = b"_products/"
 LABEL_BYTES = 4096
 """Every extent starts with a label of this size; its payload follows at ``offset + LABEL_BYTES``."""
 BLOCK_BYTES = 4096
@@ -27,6 +28,8 @@ class ObjectState(enum.StrEnum):
     ARCHIVED = "archived"
     EVICTED = "evicted"
     RECALLING = "recalling"
+    MARKER = "marker"
+    """A delete marker: a version without bytes, which never moves."""
     DELETED = "deleted"
 
 
@@ -35,6 +38,25 @@ class Durability(enum.StrEnum):
 
     MEMORY = "memory"
     DISK = "disk"
+
+
+class Versioning(enum.StrEnum):
+    """What a write to a key does to the version that was current
+    (https://docs.aws.amazon.com/AmazonS3/latest/userguide/Versioning.html)."""
+
+    OFF = ""
+    """It is replaced: every key has the one version ``null``."""
+    ENABLED = "Enabled"
+    """It stays, as a noncurrent version."""
+    SUSPENDED = "Suspended"
+    """It stays, unless it is the version ``null``, which is replaced."""
+
+
+class LockMode(enum.StrEnum):
+    """Who may shorten a retention period: with the permission to bypass it, or nobody at all."""
+
+    GOVERNANCE = "GOVERNANCE"
+    COMPLIANCE = "COMPLIANCE"
 
 
 class LifetimeClass(enum.StrEnum):
@@ -167,6 +189,13 @@ class VersionAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     """Readable until then, though its class is one of the archive's; 0 where it was not restored."""
 
 
+class Retention(msgspec.Struct, frozen=True, array_like=True):
+    """A version must not be deleted before ``until_ns``."""
+
+    mode: LockMode
+    until_ns: int
+
+
 class BucketRecord(msgspec.Struct, frozen=True):
     name: str
     owner: str
@@ -220,6 +249,8 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     raw: RawVersion | None = None
     """What was received, if this is what a raw filter left of it."""
     attributes: VersionAttributes = VersionAttributes()
+    retention: Retention | None = None
+    legal_hold: bool = False
 
 
 class UploadRecord(msgspec.Struct, frozen=True):
@@ -237,6 +268,9 @@ class UploadRecord(msgspec.Struct, frozen=True):
     checksum_type: str = ""
     attributes: VersionAttributes = VersionAttributes()
     """Of what it becomes."""
+    retention: Retention | None = None
+    """Of what it becomes; the bucket's default counts from Complete."""
+    legal_hold: bool = False
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -329,6 +363,12 @@ class CommitObject(msgspec.Struct, frozen=True):
     raw: RawVersion | None = None
     """This is what a raw filter left of that version; commits only if that is the current one."""
     attributes: VersionAttributes = VersionAttributes()
+    append_at: int | None = None
+    """The body is the end of an object: it goes behind the current version's bytes, which are so many. Of a key that is not
+    there, 0 makes it. ``source`` names that version, ``length`` and digests are of the whole, ``extents`` of the new bytes."""
+    retention: Retention | None = None
+    """None: the bucket's default."""
+    legal_hold: bool = False
 
 
 class CommitPart(msgspec.Struct, frozen=True):
@@ -373,9 +413,16 @@ class DeleteObject(msgspec.Struct, frozen=True):
     bucket: str
     key: bytes
     version_id: str | None = None
+    """None: the key. Where the bucket keeps versions, that leaves a delete marker."""
     if_match: str = ""
     object_id: bytes = b""
     """Delete this version only: one that replaced it meanwhile stays, even with the same bytes."""
+    marker_id: bytes = b""
+    """Of the delete marker, if there is to be one; made by the catalogue's client, so that a delete can be sent again."""
+    bypass_governance: bool = False
+    """The asker may end a retention in GOVERNANCE mode."""
+    lost: bool = False
+    """The version's bytes are gone already: no lock can bring them back."""
 
 
 class Deleted(msgspec.Struct, frozen=True):
@@ -383,7 +430,9 @@ class Deleted(msgspec.Struct, frozen=True):
 
     existed: bool
     version_id: str = ""
+    """Of the version that was deleted by its id, or of the delete marker that was made. Empty in buckets without versions."""
     delete_marker: bool = False
+    """A marker was made, or (delete by id) taken away."""
 
 
 class ReductionJob(msgspec.Struct, frozen=True):
@@ -470,6 +519,8 @@ class ListedObject(msgspec.Struct, frozen=True):
 
     key: bytes
     record: ObjectRecord | None
+    latest: bool = True
+    """In a listing of versions: the newest one of its key, delete markers included."""
 
 
 class SegmentUse(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ class Event(enum.StrEnum):
     RECALLED = "recalled"
     RECALL_FAILED = "recall-failed"
     DELETE = "delete"
+    MARK = "mark"
 
 
 _S = ObjectState
@@ -44,9 +45,10 @@ TRANSITIONS: dict[tuple[ObjectState, Event], ObjectState] = {
     (_S.EVICTED, Event.REQUEST_RECALL): _S.RECALLING,
     (_S.RECALLING, Event.RECALLED): _S.ARCHIVED,
     (_S.RECALLING, Event.RECALL_FAILED): _S.EVICTED,
+    (_S.RECEIVING, Event.MARK): _S.MARKER,
 } | {
     (state, Event.DELETE): _S.DELETED
-    for state in (_S.BUFFERED, _S.DRAINING, _S.ARCHIVED, _S.EVICTED, _S.RECALLING)
+    for state in (_S.BUFFERED, _S.DRAINING, _S.ARCHIVED, _S.EVICTED, _S.RECALLING, _S.MARKER)
 }  # fmt: skip
 
 

@@ -53,6 +53,10 @@ CODES: dict[str, Code] = {
     "InternalError": Code(500, "We encountered an internal error. Please try again.", "server"),
     "InvalidAccessKeyId": Code(403, "The access key id you provided does not exist in our records", "auth"),
     "InvalidArgument": Code(400, "Invalid Argument"),
+    "IllegalVersioningConfigurationException": Code(
+        400, "The versioning configuration specified in the request is invalid"
+    ),
+    "InvalidBucketState": Code(409, "The request is not valid with the current state of the bucket"),
     "InvalidBucketName": Code(400, "The specified bucket is not valid"),
     "InvalidDigest": Code(400, "The Content-MD5 you specified is not valid"),
     "InvalidKernel": Code(400, "The kernel was refused"),
@@ -61,6 +65,11 @@ CODES: dict[str, Code] = {
         400, "One or more of the specified parts could not be found, or its entity tag or checksum does not match"
     ),
     "InvalidPartOrder": Code(400, "The list of parts was not in ascending order"),
+    "InvalidPartNumber": Code(416, "The requested part number is not satisfiable"),
+    "InvalidRetentionPeriod": Code(400, "The retention period specified is not valid"),
+    "InvalidWriteOffset": Code(
+        400, "The write offset value that you specified does not match the current object size"
+    ),
     "InvalidRange": Code(416, "The requested range is not satisfiable"),
     "InvalidRequest": Code(400, "Invalid Request"),
     "InvalidStorageClass": Code(400, "The storage class you specified is not valid"),
@@ -80,6 +89,13 @@ CODES: dict[str, Code] = {
     "NoSuchKey": Code(404, "The specified key does not exist", "not_found"),
     "NoSuchLifecycleConfiguration": Code(404, "The lifecycle configuration does not exist", "not_found"),
     "NoSuchTagSet": Code(404, "The TagSet does not exist", "not_found"),
+    "NoSuchObjectLockConfiguration": Code(
+        404, "The specified object does not have a ObjectLock configuration", "not_found"
+    ),
+    "ObjectLockConfigurationNotFoundError": Code(
+        404, "Object Lock configuration does not exist for this bucket", "not_found"
+    ),
+    "TooManyParts": Code(400, "The object has as many pieces as it may have; copy it to make it one again"),
     "NoSuchUpload": Code(
         404,
         "The specified multipart upload does not exist; it may have been aborted or completed",
@@ -157,6 +173,14 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.RestoreInProgress: "RestoreAlreadyInProgress",
     ingest.BadDocument: "InvalidArgument",
     ingest.NoSuchKey: "NoSuchKey",
+    ingest.NoSuchVersion: "NoSuchVersion",
+    ingest.DeleteMarker: "MethodNotAllowed",
+    ingest.VersionLocked: "AccessDenied",
+    ingest.InvalidLock: "InvalidRequest",
+    ingest.WrongOffset: "InvalidWriteOffset",
+    ingest.CannotAppend: "InvalidRequest",
+    ingest.TooManyAppends: "TooManyParts",
+    ingest.BucketState: "InvalidBucketState",
     ingest.NoSuchUpload: "NoSuchUpload",
     ingest.InvalidPart: "InvalidPart",
     ingest.InvalidPartOrder: "InvalidPartOrder",
@@ -171,6 +195,7 @@ _MESSAGES: dict[type[ingest.IngestError], str] = {
     ingest.BufferFull: "The buffer is full until the archive has caught up; please retry",
     ingest.StorageFailed: "The bytes could not be stored durably; nothing was kept. Please try again.",
     ingest.DataLost: "Stored bytes of this object cannot be read back; the operator has been told",
+    ingest.VersionLocked: "Access Denied because object protected by object lock.",
     ingest.ObjectOffline: "The object is being recalled from the archive; please retry",
 }
 
@@ -199,6 +224,10 @@ def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
         return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
     if isinstance(error, ingest.PreconditionFailed):
         return S3Error("PreconditionFailed", fields=[("Condition", error.condition)])
+    if isinstance(error, ingest.InvalidLock | ingest.BucketState | ingest.CannotAppend):
+        return S3Error(INGEST_CODES[type(error)], str(error))
+    if isinstance(error, ingest.WrongOffset):
+        return S3Error("InvalidWriteOffset", fields=[("ObjectSize", str(error))])
     for kind in type(error).__mro__:
         if kind in INGEST_CODES:
             return S3Error(INGEST_CODES[kind], _MESSAGES.get(kind, ""))

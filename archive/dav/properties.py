@@ -33,6 +33,7 @@ _LOCALITY = {
     ObjectState.ARCHIVED: "ONLINE_AND_NEARLINE",
     ObjectState.EVICTED: "NEARLINE",
     ObjectState.RECALLING: "NEARLINE",
+    ObjectState.MARKER: "LOST",
     ObjectState.DELETED: "LOST",
 }
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -138,7 +138,16 @@ class Target(Protocol):
         ...
 
     def paths(self, bucket: str, key: bytes) -> Sequence[str]:
-        """Every path a version of this key may be published at."""
+        """Every path the current version of this key may be published at."""
+        ...
+
+    def version_path(self, bucket: str, key: bytes, object_id: bytes) -> str:
+        """The path of a version that is not current."""
+        ...
+
+    async def move_aside(self, old: str, new: str, object_id: bytes, rights: FileRights) -> None:
+        """Give the published copy of a version the name ``new``; durable on return. ``old`` may show it still, until
+        another version is published there. Doing it again changes nothing. CopyMissing when ``old`` does not show it."""
         ...
 
     async def find(self, path: str) -> Published | None:

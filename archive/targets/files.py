@@ -57,6 +57,20 @@ def open_folder(parent: int, name: str) -> int:
         raise
 
 
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+def second_name(source: int, old: str, folder: int, new: str) -> None:
+    """Give a file another name. Where the file system has no hard links, the old one is then gone."""
+    try:
+        os.link(old, new, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.rename(old, new, src_dir_fd=source, dst_dir_fd=folder)
+        os.fsync(source)
+
+
 def make_folder(parent: int, name: str, rights: FileRights) -> int:
     """A new folder with its rights, durable in its parent; or the one somebody made meanwhile."""
     # Closed to others until it has its rights: a folder found at 0700 is one whose maker died before it was done.

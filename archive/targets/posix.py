@@ -167,6 +167,9 @@ class PosixTarget:
     def paths(self, bucket: str, key: bytes) -> Sequence[str]:
         return keymap.paths(bucket, key, portable=self.abilities.folds_names)
 
+    def version_path(self, bucket: str, key: bytes, object_id: bytes) -> str:
+        return keymap.version_path(bucket, key, object_id, portable=self.abilities.folds_names)
+
     async def publish(self, staged: Staged, *, only_at: str | None = None) -> str:
         return await self._call(f"publishing {_display(staged.record)}", self._publish, staged, only_at)
 
@@ -179,7 +182,7 @@ class PosixTarget:
                 self._publish_at(path, staged)
             except files.Blocked:
                 continue
-            for other in every:
+            for other in every if path in every else ():
                 if other != path:
                     self._remove(other, None)
             return path
@@ -213,6 +216,34 @@ class PosixTarget:
             return
         if not stat.S_ISREG(there.st_mode) or (self.abilities.marks and files.mark_of(folder, leaf) is None):
             raise files.Blocked(errno.EEXIST, "not a file of the gateway", leaf)
+
+    async def move_aside(self, old: str, new: str, object_id: bytes, rights: FileRights) -> None:
+        await self._call(f"moving {old} to {new}", self._move_aside, old, new, object_id, rights)
+
+    def _move_aside(self, old: str, new: str, object_id: bytes, rights: FileRights) -> None:
+        *above, leaf = keymap.components(new)
+        with files.closing(self._walk(above, rights)) as folder:
+            if self._is_copy(folder, leaf, object_id):
+                return
+            try:
+                *above_old, leaf_old = keymap.components(old)
+                with files.closing(self._walk(above_old)) as source:
+                    if not self._is_copy(source, leaf_old, object_id):
+                        raise CopyMissing(f"{old} does not show that version")
+                    files.second_name(source, leaf_old, folder, leaf)
+            except (keymap.NotAKeyPath, files.Blocked, FileNotFoundError):
+                raise CopyMissing(f"the archive has no file {old}") from None
+            os.fsync(folder)
+
+    def _is_copy(self, folder: int, leaf: str, object_id: bytes) -> bool:
+        """Whether the name shows that version, as far as the file system can tell versions apart."""
+        try:
+            there = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(there.st_mode):
+            return False
+        return not self.abilities.marks or files.mark_of(folder, leaf) == object_id
 
     # -- published files
     async def find(self, path: str) -> Published | None:

@@ -50,6 +50,7 @@ from ingest.records import (
     PartRecord,
     ReductionCount,
     ReductionJob,
+    Retention,
     RunProductRecord,
     RunRecord,
     SegmentUse,
@@ -376,7 +377,7 @@ class CatalogClient:
         return await self._call(wire.Commit(request, only_if_known), _record)
 
     async def delete(self, requests: Sequence[DeleteObject]) -> Sequence[Deleted | Exception]:
-        calls = (self._call(wire.Delete(request), _deleted) for request in requests)
+        calls = (self._call(wire.Delete(_with_marker(request)), _deleted) for request in requests)
         results = await asyncio.gather(*calls, return_exceptions=True)
         return [_deleted_or_error(result) for result in results]
 
@@ -412,6 +413,31 @@ class CatalogClient:
 
     async def restore_object(self, object_id: bytes, days: int, day_s: int = 86400) -> ObjectRecord:
         return await self._call(wire.RestoreObject(object_id, days, day_s), _record)
+
+    async def newest(self, bucket: str, key: bytes) -> ObjectRecord | None:
+        return self._readers.read(lambda reader: reader.newest(bucket, key))
+
+    async def list_versions(
+        self,
+        bucket: str,
+        *,
+        prefix: bytes = b"",
+        after: bytes = b"",
+        after_version: str = "",
+        delimiter: bytes = b"",
+        limit: int = 1000,
+    ) -> tuple[Sequence[ListedObject], bool]:
+        return await self._scan(
+            lambda reader: reader.list_versions(bucket, prefix, after, after_version, delimiter, limit)
+        )
+
+    async def set_retention(
+        self, bucket: str, key: bytes, version_id: str | None, retention: Retention | None, *, bypass: bool = False
+    ) -> None:
+        await self._call(wire.SetLock(bucket, key, version_id, (retention,), bypass_governance=bypass), _nothing)
+
+    async def set_legal_hold(self, bucket: str, key: bytes, version_id: str | None, hold: bool) -> None:
+        await self._call(wire.SetLock(bucket, key, version_id, legal_hold=hold), _nothing)
 
     # -- multipart
     async def create_upload(self, upload: UploadRecord) -> None:
@@ -489,7 +515,13 @@ class CatalogClient:
         await self._call(wire.Relocate(object_id, old, tuple(new)), _nothing)
 
     # -- archive, kernels, segments
-    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes]]:
+    async def archived_versions(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
+        return self._readers.read(lambda reader: reader.archived_versions(bucket, key))
+
+    async def archive_moved(self, object_id: bytes, old: str, new: str) -> None:
+        await self._call(wire.MarkArchiveMoved(object_id, old, new), _nothing)
+
+    async def pending_archive_deletes(self, limit: int) -> Sequence[tuple[int, str, str, bytes, bytes | None]]:
         return await self._scan(lambda reader: reader.pending_archive_deletes(limit))
 
     async def archive_deleted(self, tombstone: int) -> None:
@@ -568,6 +600,12 @@ class CatalogClient:
 
     async def snapshot(self) -> str:
         return await self._call(wire.Snapshot(), _text, timeout_s=600.0)
+
+
+def _with_marker(request: DeleteObject) -> DeleteObject:
+    if request.marker_id or request.version_id is not None:
+        return request
+    return msgspec.structs.replace(request, marker_id=secrets.token_bytes(16))
 
 
 def _deleted_or_error(result: Deleted | BaseException) -> Deleted | Exception:

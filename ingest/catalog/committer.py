@@ -113,7 +113,7 @@ def _changes_generation(entry: e.Entry) -> bool:
     match entry:
         case e.BucketCreated() | e.BucketDeleted() | e.BucketTagged() | e.BucketConfigured() | e.UserPut():
             return True
-        case e.ObjectCommitted() | e.UploadCompleted():
+        case e.ObjectCommitted() | e.ObjectAppended() | e.MarkerCommitted() | e.UploadCompleted():
             return entry.record.key.startswith(KERNEL_PREFIX)
         case e.ObjectDeleted():
             return entry.key.startswith(KERNEL_PREFIX)
@@ -239,6 +239,7 @@ class Committer:
         except OSError as error:
             self._db.execute("ROLLBACK")
             self._notices.forget()
+            self._decider.forget()
             self._errors.add()
             logger.error("the journal failed, this batch is refused: %s", error)
             # Only when the next file says that this batch never happened may anybody be told so.
@@ -316,6 +317,7 @@ class Committer:
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
         self._notices.forget()
+        self._decider.forget()
         self._db.execute("BEGIN IMMEDIATE")
         for sequence, entry in enumerate(batch.entries, batch.first_sequence):
             try:

@@ -16,13 +16,15 @@ from typing import Any
 
 import msgspec
 
-from ingest import bucket_documents, bucket_settings
+from ingest import bucket_documents, bucket_settings, versioning
 from ingest.catalog import amend, rows, statements, wire
 from ingest.catalog import entries as e
 from ingest.catalog.reader import Reader
+from ingest.catalog.versions import Facts, Versions
 from ingest.errors import (
     BucketExists,
     BucketNotEmpty,
+    CannotAppend,
     CatalogError,
     EntityTooSmall,
     InvalidPart,
@@ -33,10 +35,12 @@ from ingest.errors import (
     NoSuchUpload,
     PreconditionFailed,
     StaleVersion,
+    TooManyAppends,
+    WrongOffset,
 )
 from ingest.records import (
-    NULL_VERSION,
     BucketRecord,
+    CommitObject,
     CompleteUpload,
     Deleted,
     Extent,
@@ -44,12 +48,15 @@ from ingest.records import (
     ObjectState,
     PartialOf,
     PartRecord,
+    Versioning,
 )
 from ingest.states import Event, transition
 
 PART_BYTES_MIN = 5 * 1024 * 1024
 """Parts of a completed upload except the last: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 CLAIM_MAX = 1024
+PIECES_MAX = 10_000
+"""Extents of an object that is appended to; AWS allows as many parts."""
 _SECOND_NS = 1_000_000_000
 BATCH_DRAIN_NS = 600 * _SECOND_NS
 """How much later than other objects a partial of many one-frame objects is due in the archive."""
@@ -92,6 +99,8 @@ class Decider:
     def __init__(self, database: sqlite3.Connection, *, part_bytes_min: int = PART_BYTES_MIN) -> None:
         self._db = database
         self._reader = Reader(database)
+        self._versions = Versions(database)
+        self._buckets: dict[str, BucketRecord] = {}
         self._part_bytes_min = part_bytes_min
         self._now_ns = 0
         self._sequence = 0
@@ -106,6 +115,7 @@ class Decider:
             wire.AmendObject: self._amend_object,
             wire.RestoreObject: lambda m: amend.restore(self._version(m.object_id), m, self._now_ns),
             wire.MarkNoticed: lambda m: e.NoticesDone(m.sequences) if m.sequences else Known(),
+            wire.SetLock: self._set_lock,
             wire.CreateUpload: self._create_upload,
             wire.PutPart: self._put_part,
             wire.Complete: self._complete,
@@ -120,6 +130,7 @@ class Decider:
             wire.MarkRecalled: self._mark_recalled,
             wire.FailRecall: self._fail_recall,
             wire.Relocate: self._relocate,
+            wire.MarkArchiveMoved: self._mark_archive_moved,
             wire.MarkArchiveDeleted: self._mark_archive_deleted,
             wire.FailReduction: self._fail_reduction,
             wire.EndFilter: self._end_filter,
@@ -133,17 +144,32 @@ class Decider:
         self._sequence, self._now_ns = sequence, now_ns
         return self._decide[type(mutation)](mutation)
 
+    def forget(self) -> None:
+        """What was decided before may not have happened: read everything anew."""
+        self._buckets.clear()
+
+    def _bucket(self, name: str) -> BucketRecord:
+        """Kept from mutation to mutation: a bucket's documents may be long. Raises NoSuchBucket."""
+        found = self._buckets.get(name)
+        if found is None:
+            found = self._buckets[name] = self._reader.bucket(name)
+        return found
+
     def answer(self, entry: e.Entry) -> object:
         """What the asker gets for an entry that was applied."""
         match entry:
             case e.ObjectCommitted() | e.UploadCompleted() | e.BucketCreated():
                 return entry.record
+            case e.ObjectAppended():
+                return self._reader.by_id(entry.record.object_id)
+            case e.MarkerCommitted():
+                return Deleted(existed=True, version_id=entry.record.version_id, delete_marker=True)
             case e.PartCommitted():
                 return entry.part
             case e.BucketTagged() | e.BucketConfigured():
                 return self._reader.bucket(entry.name)
             case e.ObjectDeleted():
-                return Deleted(existed=True, version_id="")
+                return entry.answer
             case e.DrainClaimed():
                 return [self._reader.by_id(object_id) for object_id in entry.object_ids]
             case e.Drained() | e.RecallRequested() | e.Recalled() | e.ObjectAmended():
@@ -156,6 +182,8 @@ class Decider:
         record = mutation.record
         drain_after_ns(record)
         bucket_documents.check(record.documents)
+        versioning.check({}, record.documents)
+        self._buckets.pop(record.name, None)
         try:
             existing = self._reader.bucket(record.name)
         except NoSuchBucket:
@@ -166,6 +194,7 @@ class Decider:
 
     def _delete_bucket(self, mutation: wire.DeleteBucket) -> e.Entry:
         self._reader.bucket(mutation.name)
+        self._buckets.pop(mutation.name, None)
         of = {"name": mutation.name}
         for statement in (statements.BUCKET_HAS_OBJECT, statements.BUCKET_HAS_UPLOAD):
             if self._db.execute(statement, of).fetchone() is not None:
@@ -176,6 +205,7 @@ class Decider:
         bucket = self._reader.bucket(mutation.name)
         if bucket.tags == mutation.tags:
             return Known(bucket)
+        self._buckets.pop(mutation.name, None)
         delay_ns = _drain_after_ns(mutation.tags)
         return e.BucketTagged(mutation.name, mutation.tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
 
@@ -184,6 +214,8 @@ class Decider:
         bucket_documents.check(mutation.documents)
         if bucket_documents.changed(bucket.documents, mutation.documents) == bucket.documents:
             return Known(bucket)
+        versioning.check(bucket.documents, mutation.documents)
+        self._buckets.pop(mutation.name, None)
         return e.BucketConfigured(mutation.name, mutation.documents)
 
     def _put_user(self, mutation: wire.PutUser) -> e.Entry:
@@ -201,9 +233,13 @@ class Decider:
             return Known(known)
         if mutation.only_if_known:
             raise StaleVersion("this commit never happened")
-        bucket = self._reader.bucket(request.bucket)
-        replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
-        if request.reduces is not None and self._state(request.reduces[0]) is None:
+        bucket = self._bucket(request.bucket)
+        newest = self._versions.newest(request.bucket, request.key)
+        _check_conditions(request.key, newest, request.if_none_match, request.if_match)
+        if request.append_at is not None and not (newest is None and request.append_at == 0):
+            return self._append(request, bucket, newest)
+        place = self._versions.place(bucket, request.key, request.object_id, newest)
+        if request.reduces is not None and not self._is_current(request.reduces[0]):
             raise StaleVersion("the version this product reduces has gone")
         if request.partial is not None:
             self._check_partial(request.bucket, request.partial)
@@ -214,10 +250,12 @@ class Decider:
             raise StaleVersion("the version that was to be filtered has gone")
         if request.source:
             self._check_source(request.source, request.extents)
+        if request.raw is not None:
+            request = self._as_received(request, request.raw.object_id)
         record = ObjectRecord(
             bucket=request.bucket,
             key=request.key,
-            version_id=NULL_VERSION,
+            version_id=place.version_id,
             object_id=request.object_id,
             sequence=self._sequence,
             state=transition(ObjectState.RECEIVING, Event.COMMIT),
@@ -238,8 +276,9 @@ class Decider:
             geometry=request.geometry,
             epochs=request.epochs,
             raw=request.raw,
-            # What a filter leaves of a version keeps what became of it since it was received.
-            attributes=self._version(request.raw.object_id).attributes if request.raw else request.attributes,
+            attributes=request.attributes,
+            retention=self._versions.lock(bucket, request.key, request.retention, request.legal_hold, self._now_ns),
+            legal_hold=request.legal_hold,
         )
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
@@ -249,14 +288,73 @@ class Decider:
         return e.ObjectCommitted(
             record,
             due_ns,
-            replaces,
+            place.replaces,
             request.reductions,
             request.reduces,
             request.partial,
             request.run_product,
             filters,
             request.verdicts,
+            place.supersedes,
         )
+
+    def _as_received(self, request: CommitObject, object_id: bytes) -> CommitObject:
+        """What a filter leaves of a version keeps what became of it since it was received."""
+        received = self._version(object_id)
+        holds = received.retention is not None and received.retention.until_ns > self._now_ns
+        return msgspec.structs.replace(
+            request,
+            attributes=received.attributes,
+            retention=received.retention if holds else None,
+            legal_hold=received.legal_hold,
+        )
+
+    def _append(self, request: CommitObject, bucket: BucketRecord, newest: Facts | None) -> e.Entry:
+        """The new version has all bytes; digests of the whole were combined by the caller, from the version it names."""
+        if versioning.versioning_of_key(bucket, request.key) is not Versioning.OFF:
+            raise CannotAppend(
+                "the bucket keeps versions of its objects; what is appended to would be a new one each time"
+            )
+        if newest is None:
+            raise WrongOffset("0")
+        old = self._version(newest.object_id)
+        if old.length != request.append_at:
+            raise WrongOffset(str(old.length))
+        if old.object_id != request.source or not old.settled or (old.length and not old.extents):
+            raise StaleVersion("the object was replaced, or its bytes are not all on disk here")
+        if len(old.extents) + len(request.extents) > PIECES_MAX:
+            raise TooManyAppends(f"an object has at most {PIECES_MAX} pieces; copy it to make it one again")
+        record = msgspec.structs.replace(
+            old,
+            object_id=request.object_id,
+            sequence=self._sequence,
+            state=transition(ObjectState.RECEIVING, Event.COMMIT),
+            length=request.length,
+            stored_length=old.stored_length + sum(extent.length for extent in request.extents),
+            etag=request.etag,
+            crc64nvme=request.crc64nvme,
+            modified_ns=self._now_ns,
+            durability=request.durability,
+            settled=True,
+            checksums=request.checksums,
+            checksum_type=request.checksum_type,
+            extents=request.extents,
+            parts=(),
+            ledger=None,
+            geometry=None,
+            archive=None,
+            drain_attempts=0,
+            drain_error="",
+            epochs=(),
+            raw=None,
+        )
+        filters = request.filters if may_filter(bucket) else {}
+        due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
+        return e.ObjectAppended(record, due_ns, newest.sequence, request.reductions, filters)
+
+    def _is_current(self, object_id: bytes) -> bool:
+        row = self._db.execute(statements.VISIBLE_BY_ID, {"object_id": object_id}).fetchone()
+        return row is not None and row[0] == 1
 
     def _known(self, object_id: bytes) -> ObjectRecord | None:
         """The record of a commit that was done before, though its version may have gone since."""
@@ -267,20 +365,6 @@ class Decider:
             return rows.object_record(row)
         row = self._db.execute(statements.OUTCOME, {"object_id": object_id, "kind": "object"}).fetchone()
         return None if row is None else rows.decode_object(row[0])
-
-    def _replaced(self, bucket: str, key: bytes, if_none_match: str, if_match: str) -> int | None:
-        row = self._db.execute(
-            statements.CURRENT, {"bucket": bucket, "key": key, "version_id": NULL_VERSION}
-        ).fetchone()
-        etag = None if row is None or row[2] else row[1]
-        if if_none_match and etag is not None and if_none_match in ("*", etag):
-            raise PreconditionFailed("If-None-Match")
-        if if_match:
-            if etag is None:
-                raise NoSuchKey(key.decode("utf-8", "replace"))
-            if if_match not in ("*", etag):
-                raise PreconditionFailed("If-Match")
-        return None if row is None else int(row[0])
 
     def _check_source(self, source: bytes, shared: tuple[Extent, ...]) -> None:
         # An extent that lost its last reference may be overwritten at any moment: only a live holder can share it.
@@ -326,24 +410,12 @@ class Decider:
 
     def _delete(self, mutation: wire.Delete) -> e.Entry | Known:
         request = mutation.request
-        row = self._db.execute(
-            statements.CURRENT,
-            {"bucket": request.bucket, "key": request.key, "version_id": request.version_id or NULL_VERSION},
-        ).fetchone()
-        if row is None:
-            self._reader.bucket(request.bucket)
-            if request.if_match:
-                raise PreconditionFailed("If-Match")
-            return Known(Deleted(existed=False))
-        if request.object_id and self._current_id(row[0]) != request.object_id:
-            return Known(Deleted(existed=False))
-        if request.if_match and request.if_match not in ("*", row[1]):
-            raise PreconditionFailed("If-Match")
-        return e.ObjectDeleted(row[0], request.key)
+        decided = self._versions.delete(self._bucket(request.bucket), request, self._sequence, self._now_ns)
+        return Known(decided) if isinstance(decided, Deleted) else decided
 
-    def _current_id(self, sequence: int) -> bytes:
-        row = self._db.execute(statements.BY_SEQUENCE, {"sequence": sequence}).fetchone()
-        return rows.object_record(row).object_id
+    def _set_lock(self, mutation: wire.SetLock) -> e.Entry | Known:
+        entry = self._versions.set_lock(self._bucket(mutation.bucket), mutation, self._now_ns)
+        return Known() if entry is None else entry
 
     def _amend_object(self, mutation: wire.AmendObject) -> e.Entry | Known:
         record = self._version(mutation.object_id)
@@ -378,14 +450,16 @@ class Decider:
         if known is not None:
             return Known(known)
         upload = self._reader.upload(request.bucket, request.key, request.upload_id)
-        bucket = self._reader.bucket(request.bucket)
+        bucket = self._bucket(request.bucket)
         parts, settled = self._linked(request)
-        replaces = self._replaced(request.bucket, request.key, request.if_none_match, request.if_match)
+        newest = self._versions.newest(request.bucket, request.key)
+        _check_conditions(request.key, newest, request.if_none_match, request.if_match)
+        place = self._versions.place(bucket, request.key, request.object_id, newest)
         extents = tuple(extent for part in parts for extent in part.extents)
         record = ObjectRecord(
             bucket=request.bucket,
             key=request.key,
-            version_id=NULL_VERSION,
+            version_id=place.version_id,
             object_id=request.object_id,
             sequence=self._sequence,
             state=transition(ObjectState.RECEIVING, Event.COMMIT),
@@ -405,10 +479,14 @@ class Decider:
             extents=extents,
             # The version's own list is the truth about extents: a relocation changes one place only.
             parts=tuple(msgspec.structs.replace(part, extents=()) for part in parts),
+            retention=self._versions.lock(bucket, request.key, upload.retention, upload.legal_hold, self._now_ns),
+            legal_hold=upload.legal_hold,
         )
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
-        return e.UploadCompleted(record, due_ns, request.upload_id, replaces, request.reductions, filters)
+        return e.UploadCompleted(
+            record, due_ns, request.upload_id, place.replaces, request.reductions, filters, place.supersedes
+        )
 
     def _linked(self, request: CompleteUpload) -> tuple[list[PartRecord], bool]:
         """The parts a Complete names, checked, and whether all their bytes are on disk."""
@@ -540,6 +618,14 @@ class Decider:
         raise StaleVersion("the version no longer has this extent")
 
     # -- archive and kernels
+    def _mark_archive_moved(self, mutation: wire.MarkArchiveMoved) -> e.Entry | Known:
+        copy = self._version(mutation.object_id).archive
+        if copy is not None and copy.path == mutation.new:
+            return Known()
+        if copy is None or copy.path != mutation.old:
+            raise StaleVersion("the version's copy lies elsewhere")
+        return e.ArchiveMoved(mutation.object_id, mutation.new)
+
     def _mark_archive_deleted(self, mutation: wire.MarkArchiveDeleted) -> e.Entry:
         return e.ArchiveDeleted(mutation.tombstone)
 
@@ -558,3 +644,15 @@ class Decider:
         return e.ReductionFailed(
             mutation.object_id, mutation.kernel, mutation.error, mutation.give_up, mutation.counted
         )
+
+
+def _check_conditions(key: bytes, newest: Facts | None, if_none_match: str, if_match: str) -> None:
+    """Raises PreconditionFailed, or NoSuchKey for If-Match on a key that is not there."""
+    etag = None if newest is None or newest.delete_marker else newest.etag
+    if if_none_match and etag is not None and if_none_match in ("*", etag):
+        raise PreconditionFailed("If-None-Match")
+    if if_match:
+        if etag is None:
+            raise NoSuchKey(key.decode("utf-8", "replace"))
+        if if_match not in ("*", etag):
+            raise PreconditionFailed("If-Match")

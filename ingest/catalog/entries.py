@@ -12,11 +12,13 @@ import msgspec
 from ingest.records import (
     ArchiveCopy,
     BucketRecord,
+    Deleted,
     Extent,
     FrameLedger,
     ObjectRecord,
     PartialOf,
     PartRecord,
+    Retention,
     RunProductOf,
     UploadRecord,
     UserRecord,
@@ -60,6 +62,36 @@ class ObjectCommitted(msgspec.Struct, frozen=True, array_like=True, tag="object-
     run_product: RunProductOf | None = None
     filters: dict[str, str] = {}
     verdicts: bytes = b""
+    supersedes: int | None = None
+    """Sequence of the version that stays and is no longer current."""
+
+
+class ObjectAppended(msgspec.Struct, frozen=True, array_like=True, tag="object-appended"):
+    """Bytes behind an object's: a new version with the old one's extents and those of ``record``, which takes its place."""
+
+    record: ObjectRecord
+    """``extents`` are of the new bytes only."""
+    due_ns: int
+    extends: int
+    """Sequence of the version that goes."""
+    reductions: tuple[str, ...] = ()
+    filters: dict[str, str] = {}
+
+
+class MarkerCommitted(msgspec.Struct, frozen=True, array_like=True, tag="marker-committed"):
+    """A key was deleted in a bucket that keeps versions."""
+
+    record: ObjectRecord
+    replaces: int | None = None
+    """Sequence of the null version (or marker) it takes the place of."""
+    supersedes: int | None = None
+
+
+class VersionLockSet(msgspec.Struct, frozen=True, array_like=True, tag="version-lock-set"):
+    version: int
+    """Sequence of the version."""
+    retention: Retention | None
+    legal_hold: bool
 
 
 class UploadCreated(msgspec.Struct, frozen=True, array_like=True, tag="upload-created"):
@@ -81,6 +113,7 @@ class UploadCompleted(msgspec.Struct, frozen=True, array_like=True, tag="upload-
     replaces: int | None = None
     reductions: tuple[str, ...] = ()
     filters: dict[str, str] = {}
+    supersedes: int | None = None
 
 
 class UploadAborted(msgspec.Struct, frozen=True, array_like=True, tag="upload-aborted"):
@@ -93,6 +126,9 @@ class ObjectDeleted(msgspec.Struct, frozen=True, array_like=True, tag="object-de
     version: int
     """Sequence of the deleted version."""
     key: bytes
+    answer: Deleted = Deleted(existed=True)
+    uncovers: int | None = None
+    """Sequence of the version that is current from now on."""
 
 
 class Settled(msgspec.Struct, frozen=True, array_like=True, tag="settled"):
@@ -173,6 +209,13 @@ class NoticesDone(msgspec.Struct, frozen=True, array_like=True, tag="notices-don
     sequences: tuple[int, ...]
 
 
+class ArchiveMoved(msgspec.Struct, frozen=True, array_like=True, tag="archive-moved"):
+    """A version's copy has another name in the archive: a newer version gets its own."""
+
+    object_id: bytes
+    path: str
+
+
 class ArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="archive-deleted"):
     tombstone: int
 
@@ -229,6 +272,9 @@ Entry = (
     | BucketConfigured
     | UserPut
     | ObjectCommitted
+    | ObjectAppended
+    | MarkerCommitted
+    | VersionLockSet
     | UploadCreated
     | PartCommitted
     | UploadCompleted
@@ -247,6 +293,7 @@ Entry = (
     | ObjectAmended
     | Noticed
     | NoticesDone
+    | ArchiveMoved
     | ArchiveDeleted
     | ReductionFailed
     | ReductionsDeferred

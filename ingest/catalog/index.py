@@ -18,6 +18,7 @@ from ingest.catalog import entries as e
 from ingest.catalog import rows, statements
 from ingest.catalog.amend import AmendIndex
 from ingest.catalog.runs import RunIndex
+from ingest.catalog.versions import locked_detail
 from ingest.errors import StaleVersion
 from ingest.records import Extent, ObjectRecord, ObjectState
 from ingest.runs import run_of
@@ -43,6 +44,9 @@ class Index:
             e.BucketConfigured: self._bucket_configured,
             e.UserPut: self._user_put,
             e.ObjectCommitted: self._object_committed,
+            e.ObjectAppended: self._object_appended,
+            e.MarkerCommitted: self._marker_committed,
+            e.VersionLockSet: self._version_lock_set,
             e.UploadCreated: self._upload_created,
             e.PartCommitted: self._part_committed,
             e.UploadCompleted: self._upload_completed,
@@ -62,6 +66,7 @@ class Index:
             e.Noticed: self._noticed,
             e.NoticesDone: self._notices_done,
             e.ArchiveDeleted: self._archive_deleted,
+            e.ArchiveMoved: self._archive_moved,
             e.ReductionFailed: self._reduction_failed,
             e.FilterEnded: self._filter_ended,
             e.RunClosed: self._runs.closed,
@@ -115,7 +120,9 @@ class Index:
         # Before the replaced version lets go: a copy onto itself shares that version's extents.
         for extent in record.extents:
             self._hold(extent, record.object_id)
-        if record.raw is not None:
+        if entry.supersedes is not None:
+            self._supersede(sequence, entry.supersedes, raw_of=record)
+        elif record.raw is not None:
             # What is left of a member is the member: its run stays as it is.
             self._db.execute(statements.MOVE_MEMBERSHIP, {"of": record.raw.object_id, "to": record.object_id})
         self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions, filters=entry.filters)
@@ -140,13 +147,11 @@ class Index:
         *,
         filters: dict[str, str],
     ) -> None:
-        # A copy that an earlier version of this key left in the archive lies where this version's copy will be
-        # published, so it is no tombstone's business any more; but a later delete must know of it.
-        published = self._db.execute(statements.TAKE_TOMBSTONE, {"bucket": record.bucket, "key": record.key}).fetchone()
-        path: str | None = None if published is None else published[0]
+        path: str | None = None
         if replaces is not None:
-            (inherited,) = self._one(statements.PUBLISHED, sequence=replaces)
-            path = path if inherited is None else inherited
+            # A copy that the replaced version left in the archive lies where this version's will be published; a later
+            # delete must know of it.
+            (path,) = self._one(statements.PUBLISHED, sequence=replaces)
             self._remove(sequence, replaces)
         self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, due_ns, path))
         slot = record.extents[0].slot if record.extents else 0
@@ -181,6 +186,62 @@ class Index:
         if record.raw is None:
             self._runs.committed(sequence, record, reductions)
 
+    def _object_appended(self, sequence: int, entry: e.ObjectAppended) -> None:
+        old = rows.object_record(self._one(statements.BY_SEQUENCE, sequence=entry.extends))
+        new = entry.record
+        self._db.executemany(
+            statements.PASS_EXTENT,
+            [_extent_key(extent) | {"of": old.object_id, "holder": new.object_id} for extent in old.extents],
+        )
+        for extent in new.extents:
+            self._hold(extent, new.object_id)
+        # The old version goes without what it was made of.
+        self._db.execute(statements.SET_EXTENTS, {"of": entry.extends, "extents": rows.NO_EXTENTS})
+        record = msgspec.structs.replace(new, extents=old.extents + new.extents)
+        self._insert(sequence, record, entry.due_ns, entry.extends, entry.reductions, filters=entry.filters)
+
+    # -- versions
+    def _marker_committed(self, sequence: int, entry: e.MarkerCommitted) -> None:
+        record = entry.record
+        hidden = None
+        if entry.supersedes is not None:
+            (hidden,) = self._one(statements.PUBLISHED, sequence=entry.supersedes)
+            self._supersede(sequence, entry.supersedes)
+        if entry.replaces is not None:
+            self._delete(sequence, entry.replaces)
+        self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, 0, None))
+        if hidden is not None:
+            # The archive shows a key that is deleted: the copy goes to where noncurrent ones are.
+            self._tombstone(sequence, record, hidden)
+
+    def _supersede(self, sequence: int, version: int, raw_of: ObjectRecord | None = None) -> None:
+        """A version stays and is no longer current. To kernels that is as if it had gone: its frames leave the run, what is
+        owed for it is owed no more. ``raw_of``: a raw filter's remains of it, which take its place in the run."""
+        record = rows.object_record(self._one(statements.BY_SEQUENCE, sequence=version))
+        of = {"of": record.object_id}
+        self._db.execute(statements.SET_VISIBLE, {"of": version, "to": 0})
+        self._db.execute(statements.NOTE_KERNELS, of)
+        if raw_of is not None and raw_of.raw is not None and raw_of.raw.object_id == record.object_id:
+            self._db.execute(statements.MOVE_MEMBERSHIP, of | {"to": raw_of.object_id})
+        if self._db.execute(statements.DELETE_REDUCTIONS_OF, {"object_id": record.object_id}).rowcount > 0:
+            self._runs.debt_gone(sequence, record)
+        self._runs.removed(sequence, record.object_id)
+        self._forget_filter(record.object_id)
+
+    def _uncover(self, sequence: int, version: int) -> None:
+        """A version is current again: its kernels owe what they owed, or had paid, when it ceased to be."""
+        record = rows.object_record(self._one(statements.BY_SEQUENCE, sequence=version))
+        of = {"of": record.object_id}
+        self._db.execute(statements.SET_VISIBLE, {"of": version, "to": 1})
+        kernels = [kernel for (kernel,) in self._db.execute(statements.NOTED_KERNELS, of).fetchall()]
+        self._db.execute(statements.FORGET_KERNELS, of)
+        self._runs.returned(sequence, record, kernels)
+
+    def _version_lock_set(self, _: int, entry: e.VersionLockSet) -> None:
+        (blob,) = self._one(statements.DETAIL, sequence=entry.version)
+        detail = locked_detail(blob, entry.retention, entry.legal_hold)
+        self._db.execute(statements.SET_DETAIL, {"of": entry.version, "detail": detail})
+
     def _remove(self, sequence: int, version: int) -> ObjectRecord:
         """Take a version out of every table; its outcome stays, so that its commit sent again is recognised."""
         record = rows.object_record(self._one(statements.BY_SEQUENCE, sequence=version))
@@ -192,6 +253,7 @@ class Index:
             self._runs.debt_gone(sequence, record)
         self._runs.removed(sequence, record.object_id)
         self._forget_filter(record.object_id)
+        self._db.execute(statements.FORGET_KERNELS, {"of": record.object_id})
         if not record.settled:
             self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)
         for extent in record.extents:
@@ -201,17 +263,20 @@ class Index:
 
     def _object_deleted(self, sequence: int, entry: e.ObjectDeleted) -> None:
         self._delete(sequence, entry.version)
+        if entry.uncovers is not None:
+            self._uncover(sequence, entry.uncovers)
 
     def _delete(self, sequence: int, version: int) -> None:
         """Remove a version that nothing takes the place of; what it left in the archive becomes a tombstone."""
         (path,) = self._one(statements.PUBLISHED, sequence=version)
         record = self._remove(sequence, version)
         if path is not None:
-            self._db.execute(
-                statements.INSERT_TOMBSTONE,
-                # By the version's own sequence: one entry may delete several versions.
-                {"sequence": version, "bucket": record.bucket, "key": record.key, "path": path},
-            )
+            # By the version's own sequence: one entry may delete several versions.
+            self._tombstone(version, record, path)
+
+    def _tombstone(self, sequence: int, record: ObjectRecord, path: str) -> None:
+        of = {"bucket": record.bucket, "key": record.key, "object_id": record.object_id}
+        self._db.execute(statements.INSERT_TOMBSTONE, of | {"sequence": sequence, "path": path})
 
     def _outcome(self, sequence: int, object_id: bytes, kind: str, record: msgspec.Struct) -> None:
         self._db.execute(
@@ -251,6 +316,8 @@ class Index:
     def _upload_completed(self, sequence: int, entry: e.UploadCompleted) -> None:
         record = entry.record
         used = {part.number for part in record.parts}
+        if entry.supersedes is not None:
+            self._supersede(sequence, entry.supersedes)
         self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions, filters=entry.filters)
         found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
         for blob, part_id, settled in found:
@@ -430,6 +497,10 @@ class Index:
         self._db.execute(statements.SET_EXTENTS, {"of": record.sequence, "extents": rows.encode(moved)})
 
     # -- archive and kernels
+    def _archive_moved(self, _: int, entry: e.ArchiveMoved) -> None:
+        sequence, _state = self._version(entry.object_id)
+        self._db.execute(statements.SET_ARCHIVE_PATH, {"of": sequence, "path": entry.path})
+
     def _archive_deleted(self, _: int, entry: e.ArchiveDeleted) -> None:
         self._db.execute(statements.DELETE_TOMBSTONE, {"sequence": entry.tombstone})
 

@@ -83,6 +83,11 @@ class NoticeMaker:
                 return [Happened(f"ObjectCreated:{method}", record.key, record.version_id, record)]
             case e.UploadCompleted(record=record):
                 return [Happened("ObjectCreated:CompleteMultipartUpload", record.key, record.version_id, record)]
+            case e.ObjectAppended(record=record):
+                whole = self._reader.by_id(record.object_id)
+                return [Happened("ObjectCreated:Put", record.key, record.version_id, whole)]
+            case e.MarkerCommitted(record=record):
+                return [Happened(f"{_gone(origin)}:DeleteMarkerCreated", record.key, record.version_id)]
             case e.ObjectDeleted() if isinstance(mutation, wire.Delete):
                 return [Happened(f"{_gone(origin)}:Delete", entry.key, mutation.request.version_id or "")]
             case e.ObjectAmended() if isinstance(mutation, wire.AmendObject):

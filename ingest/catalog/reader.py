@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 
 from ingest import bucket_settings
 from ingest.catalog import rows, statements
-from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload
+from ingest.catalog.versions import named_object
+from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload, NoSuchVersion
 from ingest.records import (
+    NULL_VERSION,
     BucketRecord,
     DrainCounts,
     Extent,
@@ -35,6 +37,7 @@ from ingest.records import (
 LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
 FAILURES_NAMED_MAX = 20
+_ANY_SEQUENCE = 2**63 - 1
 
 
 def key_after(prefix: bytes) -> bytes | None:
@@ -66,15 +69,39 @@ class Reader:
 
     # -- objects
     def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
-        of: dict[str, object] = {"bucket": bucket, "key": key}
-        if version_id is None:
-            row = self._db.execute(statements.HEAD, of).fetchone()
-        else:
-            row = self._db.execute(statements.VERSION, of | {"version_id": version_id}).fetchone()
+        if version_id is not None:
+            return self._named(bucket, key, version_id)
+        row = self._db.execute(statements.HEAD, {"bucket": bucket, "key": key}).fetchone()
         if row is None:
             self.bucket(bucket)
             raise NoSuchKey(key.decode("utf-8", "replace"))
         return rows.object_record(row)
+
+    def _named(self, bucket: str, key: bytes, version_id: str) -> ObjectRecord:
+        if version_id == NULL_VERSION:
+            of = {"bucket": bucket, "key": key}
+            row = (
+                self._db.execute(statements.HIDDEN_NULL_RECORD, of).fetchone()
+                or self._db.execute(statements.HEAD, of).fetchone()
+            )
+        else:
+            object_id = named_object(version_id)
+            row = object_id and self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
+        record = rows.object_record(row) if row else None
+        if record is None or (record.bucket, record.key, record.version_id) != (bucket, key, version_id):
+            self.bucket(bucket)
+            raise NoSuchVersion(version_id)
+        return record
+
+    def newest(self, bucket: str, key: bytes) -> ObjectRecord | None:
+        """The current version of a key, or the delete marker in its place."""
+        row = self._db.execute(statements.NEWEST_RECORD, {"bucket": bucket, "key": key}).fetchone()
+        return None if row is None else rows.object_record(row)
+
+    def archived_versions(self, bucket: str, key: bytes) -> list[ObjectRecord]:
+        """Versions of a key with a copy in the archive, newest first; without ``parts``."""
+        found = self._db.execute(statements.ARCHIVED_VERSIONS, {"bucket": bucket, "key": key}).fetchall()
+        return rows.all_records(found)
 
     def by_id(self, object_id: bytes) -> ObjectRecord:
         row = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
@@ -121,6 +148,81 @@ class Reader:
                     found.append(ListedObject(row[2], rows.object_record(row)))
                 else:
                     found.append(ListedObject(common, None))
+                if len(found) >= limit:
+                    return None
+                if common is not None:
+                    return key_after(common)
+        finally:
+            cursor.close()
+        return None
+
+    def list_versions(
+        self, bucket: str, prefix: bytes, after: bytes, after_version: str, delimiter: bytes, limit: int
+    ) -> tuple[list[ListedObject], bool]:
+        """Every version of every key, newest first within a key: a keyset scan like ``list_objects``. After version
+        ``after_version`` of the key ``after``; one that has gone meanwhile is looked up among the outcomes, so that who
+        deletes what it lists misses nothing."""
+        self.bucket(bucket)
+        limit = max(0, min(limit, LIMIT_MAX))
+        end = key_after(prefix)
+        found: list[ListedObject] = []
+        start: bytes | None = max(prefix, after + b"\x00" if after else b"")
+        if delimiter and after and _common_prefix(after, prefix, delimiter) is not None:
+            # The page before ended in this common prefix, or below it.
+            start = key_after(_common_prefix(after, prefix, delimiter) or b"")
+            after_version = ""
+        self._db.execute("BEGIN")
+        try:
+            if after_version and after.startswith(prefix):
+                self._rest_of_key(bucket, after, after_version, limit + 1, found)
+            while start is not None and len(found) <= limit:
+                start = self._scan_versions(bucket, start, end, prefix, delimiter, limit + 1, found)
+        finally:
+            self._db.execute("COMMIT")
+        return found[:limit], len(found) > limit
+
+    def _rest_of_key(self, bucket: str, key: bytes, version_id: str, limit: int, found: list[ListedObject]) -> None:
+        below = self._sequence_of(bucket, key, version_id)
+        newest = self._db.execute(statements.NEWEST, {"bucket": bucket, "key": key, "limit": 1}).fetchone()
+        of = {"bucket": bucket, "key": key, "below": _ANY_SEQUENCE if below is None else below, "limit": limit}
+        for row in self._db.execute(statements.VERSIONS_BELOW, of).fetchall():
+            record = rows.object_record(row)
+            found.append(ListedObject(key, record, record.sequence == newest[0]))
+
+    def _sequence_of(self, bucket: str, key: bytes, version_id: str) -> int | None:
+        """When a version was committed, also of one that has gone lately."""
+        try:
+            return self._named(bucket, key, version_id).sequence
+        except NoSuchVersion:
+            pass
+        object_id = named_object(version_id)
+        if object_id is None:
+            return None
+        row = self._db.execute(statements.OUTCOME, {"object_id": object_id, "kind": "object"}).fetchone()
+        return None if row is None else rows.decode_object(row[0]).sequence
+
+    def _scan_versions(
+        self,
+        bucket: str,
+        start: bytes,
+        end: bytes | None,
+        prefix: bytes,
+        delimiter: bytes,
+        limit: int,
+        found: list[ListedObject],
+    ) -> bytes | None:
+        of = {"bucket": bucket, "start": start, "end": end, "limit": limit - len(found)}
+        cursor = self._db.execute(statements.VERSIONS_FROM if end is not None else statements.VERSIONS_FROM_OPEN, of)
+        before: bytes | None = None
+        try:
+            for row in cursor:
+                key = row[2]
+                common = _common_prefix(key, prefix, delimiter) if delimiter else None
+                if common is None:
+                    found.append(ListedObject(key, rows.object_record(row), key != before))
+                else:
+                    found.append(ListedObject(common, None))
+                before = key
                 if len(found) >= limit:
                     return None
                 if common is not None:
@@ -209,7 +311,7 @@ class Reader:
         found = rows.all_records(self._db.execute(statements.UNSETTLED, {"limit": -1}).fetchall())
         return [record for record in found if any(extent.slot == slot for extent in record.extents)][:limit]
 
-    def pending_archive_deletes(self, limit: int) -> list[tuple[int, str, str, bytes]]:
+    def pending_archive_deletes(self, limit: int) -> list[tuple[int, str, str, bytes, bytes | None]]:
         return self._db.execute(statements.TOMBSTONES, {"limit": limit}).fetchall()
 
     def pending_reductions(self, slot: int | None, limit: int) -> list[ReductionJob]:

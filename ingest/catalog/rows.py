@@ -21,6 +21,7 @@ from ingest.records import (
     ObjectState,
     PartRecord,
     RawVersion,
+    Retention,
     UploadRecord,
     UserRecord,
     VersionAttributes,
@@ -41,6 +42,8 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     epochs: tuple[KernelEpoch, ...] = ()
     raw: RawVersion | None = None
     attributes: VersionAttributes = VersionAttributes()
+    retention: Retention | None = None
+    legal_hold: bool = False
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -122,6 +125,8 @@ def object_record(row: Row) -> ObjectRecord:
         epochs=detail.epochs,
         raw=detail.raw,
         attributes=detail.attributes,
+        retention=detail.retention,
+        legal_hold=detail.legal_hold,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
@@ -139,6 +144,8 @@ def detail_of(record: ObjectRecord) -> Detail:
         record.epochs,
         record.raw,
         record.attributes,
+        record.retention,
+        record.legal_hold,
     )
 
 

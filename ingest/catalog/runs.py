@@ -43,6 +43,13 @@ class RunIndex:
             self._lost_member(sequence, partial, object_id)
         self._forget(sequence, object_id)
 
+    def returned(self, sequence: int, record: ObjectRecord, kernels: list[str]) -> None:
+        """A version is current again that was not: what these kernels did of it is owed again."""
+        for kernel in kernels:
+            self._owe_again(sequence, record.object_id, kernel)
+        if kernels:
+            self._grew(sequence, record.bucket, run_of(record.key), record.modified_ns)
+
     def debt_gone(self, sequence: int, record: ObjectRecord) -> None:
         """A member went that was still owed: its run may be complete now."""
         of = {"of_bucket": record.bucket, "of_run": run_of(record.key), "changed": sequence}

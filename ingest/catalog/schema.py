@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0004"
+SCHEMA_HEAD = "0005"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -89,7 +89,10 @@ objects = Table(
     Column("ledger", LargeBinary),
     Column("extents", LargeBinary, nullable=False),
     Column("parts", LargeBinary),
-    Index("objects_version", "bucket", "key", "version_id", unique=True),
+    # Newest first: the order of a listing of versions. A version id other than ``null`` is the object id, in hex.
+    Index("objects_order", "bucket", "key", text("sequence DESC")),
+    # Where the null version is a noncurrent one or a delete marker; else ``objects_visible`` finds it.
+    Index("objects_null", "bucket", "key", unique=True, sqlite_where=text("version_id = 'null' AND visible = 0")),
     Index("objects_visible", "bucket", "key", unique=True, sqlite_where=text("visible = 1")),
     Index("objects_id", "object_id", unique=True),
     Index("objects_leased", "lease_until_ns", sqlite_where=text("state = 'draining'")),
@@ -226,6 +229,15 @@ partials = Table(
 )
 """Stored objects whose state is a part of a run's."""
 
+noncurrent_kernels = Table(
+    "noncurrent_kernels",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),
+    Column("kernel", Text, primary_key=True),
+    sqlite_with_rowid=False,
+)
+"""Kernels that a version had when it ceased to be current: owed again when it is current again."""
+
 members = Table(
     "members",
     metadata,
@@ -288,9 +300,10 @@ tombstones = Table(
     Column("bucket", Text, nullable=False),
     Column("key", LargeBinary, nullable=False),
     Column("path", Text, nullable=False),
+    Column("object_id", LargeBinary),  # NULL: of before there were versions
     Index("tombstones_key", "bucket", "key"),
 )
-"""Archive copies whose version was deleted, until the archive says they are gone; at most one a key."""
+"""Archive copies whose version was deleted or hidden by a delete marker, until the archive says that they are gone."""
 
 outcomes = Table(
     "outcomes",

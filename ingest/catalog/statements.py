@@ -22,6 +22,7 @@ from ingest.catalog.schema import (
     filters,
     members,
     meta,
+    noncurrent_kernels,
     notices,
     objects,
     outcomes,
@@ -110,19 +111,22 @@ _visible = objects.c.visible == _one
 _of_key = sa.and_(objects.c.bucket == _p("bucket"), objects.c.key == _p("key"))
 
 HEAD = _sql(sa.select(*_whole).where(_of_key, _visible))
-VERSION = _sql(sa.select(*_whole).where(_of_key, objects.c.version_id == _p("version_id")))
 BY_ID = _sql(sa.select(*_whole).where(objects.c.object_id == _p("object_id")))
 BY_SEQUENCE = _sql(sa.select(*_whole).where(objects.c.sequence == _p("sequence")))
-CURRENT = _sql(
-    sa.select(objects.c.sequence, objects.c.etag, objects.c.delete_marker).where(
-        _of_key, objects.c.version_id == _p("version_id")
-    )
-)
+_facts = (objects.c.sequence, objects.c.version_id, objects.c.etag, objects.c.delete_marker, objects.c.object_id)
+NEWEST = _sql(sa.select(*_facts).where(_of_key).order_by(objects.c.sequence.desc()).limit(_limit).offset(_none))
+"""Of a key; the first is the current version, unless it is a delete marker."""
+_hidden_null = text("version_id = 'null' AND visible = 0")  # word for word the index's condition
+NULL_HIDDEN = _sql(sa.select(*_facts).where(_of_key, _hidden_null))
+HIDDEN_NULL_RECORD = _sql(sa.select(*_whole).where(_of_key, _hidden_null))
+NEWEST_RECORD = _sql(sa.select(*_whole).where(_of_key).order_by(objects.c.sequence.desc()).limit(_one).offset(_none))
 STATE_BY_ID = _sql(
     sa.select(objects.c.sequence, objects.c.state, objects.c.settled, objects.c.archive_path, objects.c.extents).where(
         objects.c.object_id == _p("object_id")
     )
 )
+DETAIL = _sql(sa.select(objects.c.detail).where(objects.c.sequence == _p("sequence")))
+VISIBLE_BY_ID = _sql(sa.select(objects.c.visible).where(objects.c.object_id == _p("object_id")))
 PUBLISHED = _sql(sa.select(objects.c.published_path).where(objects.c.sequence == _p("sequence")))
 _rows = sa.select(*RECORD_COLUMNS)
 LIST_FROM = _sql(
@@ -148,6 +152,25 @@ SCAN_KEYS = _sql(
     .limit(_limit)
     .offset(_none)
 )
+VERSIONS_FROM = _sql(
+    _rows.where(objects.c.bucket == _p("bucket"), objects.c.key >= _p("start"), objects.c.key < _p("end"))
+    .order_by(objects.c.key, objects.c.sequence.desc())
+    .limit(_limit)
+    .offset(_none)
+)
+VERSIONS_FROM_OPEN = _sql(
+    _rows.where(objects.c.bucket == _p("bucket"), objects.c.key >= _p("start"))
+    .order_by(objects.c.key, objects.c.sequence.desc())
+    .limit(_limit)
+    .offset(_none)
+)
+VERSIONS_BELOW = _sql(
+    _rows.where(_of_key, objects.c.sequence < _p("below"))
+    .order_by(objects.c.sequence.desc())
+    .limit(_limit)
+    .offset(_none)
+)
+ARCHIVED_VERSIONS = _sql(_rows.where(_of_key, objects.c.archive_path.is_not(None)).order_by(objects.c.sequence.desc()))
 
 # -- objects: writes
 INSERT_OBJECT = str(sa.insert(objects).compile(dialect=sqlite.dialect(paramstyle="qmark")))
@@ -155,8 +178,10 @@ INSERT_OBJECT = str(sa.insert(objects).compile(dialect=sqlite.dialect(paramstyle
 DELETE_OBJECT = _sql(sa.delete(objects).where(objects.c.sequence == _p("sequence")))
 _by_sequence = sa.update(objects).where(objects.c.sequence == _p("of"))
 SET_SETTLED = _sql(_by_sequence.values(settled=_one))
-SET_LEDGER = _sql(_by_sequence.values(ledger=_p("ledger")))
+SET_VISIBLE = _sql(_by_sequence.values(visible=bindparam("to", type_=sa.Integer)))
 SET_DETAIL = _sql(_by_sequence.values(detail=_p("detail")))
+SET_ARCHIVE_PATH = _sql(_by_sequence.values(archive_path=_p("path"), published_path=_p("path")))
+SET_LEDGER = _sql(_by_sequence.values(ledger=_p("ledger")))
 SET_EXTENTS = _sql(_by_sequence.values(extents=_p("extents")))
 SET_CLAIMED = _sql(
     _by_sequence.values(
@@ -530,19 +555,14 @@ NOTICES = _sql(
     .limit(_limit)
     .offset(_none)
 )
-INSERT_TOMBSTONE = _sql(sa.insert(tombstones))
+INSERT_TOMBSTONE = _sql(sqlite.insert(tombstones).on_conflict_do_nothing())
 TOMBSTONES = _sql(
-    sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key)
+    sa.select(tombstones.c.sequence, tombstones.c.path, tombstones.c.bucket, tombstones.c.key, tombstones.c.object_id)
     .order_by(tombstones.c.sequence)
     .limit(_limit)
     .offset(_none)
 )
 DELETE_TOMBSTONE = _sql(sa.delete(tombstones).where(tombstones.c.sequence == _p("sequence")))
-TAKE_TOMBSTONE = _sql(
-    sa.delete(tombstones)
-    .where(tombstones.c.bucket == _p("bucket"), tombstones.c.key == _p("key"))
-    .returning(tombstones.c.path)
-)
 
 # -- runs
 _run_key = sa.and_(runs.c.bucket == _p("of_bucket"), runs.c.run == _p("of_run"))
@@ -629,6 +649,23 @@ PUT_MEMBER = _sql(
     .values(object_id=_p("object_id"), kernel=_p("kernel"), partial=_p("partial"))
     .on_conflict_do_update(index_elements=["object_id", "kernel"], set_={"partial": _p("partial")})
 )
+NOTE_KERNELS = _sql(
+    sqlite.insert(noncurrent_kernels)
+    .from_select(
+        ["object_id", "kernel"],
+        sa.union_all(
+            sa.select(members.c.object_id, members.c.kernel).where(members.c.object_id == _p("of")),
+            sa.select(reductions.c.object_id, reductions.c.kernel).where(reductions.c.object_id == _p("of")),
+        ),
+    )
+    .on_conflict_do_nothing()
+)
+NOTED_KERNELS = _sql(
+    sa.select(noncurrent_kernels.c.kernel)
+    .where(noncurrent_kernels.c.object_id == _p("of"))
+    .order_by(noncurrent_kernels.c.kernel)
+)
+FORGET_KERNELS = _sql(sa.delete(noncurrent_kernels).where(noncurrent_kernels.c.object_id == _p("of")))
 PARTIALS_OF_MEMBER = _sql(sa.select(members.c.partial).where(members.c.object_id == _p("object_id")))
 MEMBERS_OF_PARTIAL = _sql(sa.select(members.c.object_id).where(members.c.partial == _p("of")))
 COUNT_MEMBERS = _sql(sa.select(sa.func.count()).select_from(members).where(members.c.partial == _p("of")))

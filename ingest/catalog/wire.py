@@ -23,6 +23,7 @@ from ingest.records import (
     Extent,
     FrameLedger,
     FreedExtents,
+    Retention,
     SettleRequest,
     UploadRecord,
     UserRecord,
@@ -89,6 +90,18 @@ class RestoreObject(msgspec.Struct, frozen=True, array_like=True, tag="restore-o
 
 class MarkNoticed(msgspec.Struct, frozen=True, array_like=True, tag="mark-noticed"):
     sequences: tuple[int, ...]
+
+
+class SetLock(msgspec.Struct, frozen=True, array_like=True, tag="set-lock"):
+    """Change one part of a version's lock. ``version_id`` None: the current version."""
+
+    bucket: str
+    key: bytes
+    version_id: str | None
+    retention: tuple[Retention | None] | None = None
+    """The new retention, or none; None: as it is."""
+    legal_hold: bool | None = None
+    bypass_governance: bool = False
 
 
 class CreateUpload(msgspec.Struct, frozen=True, array_like=True, tag="create-upload"):
@@ -159,6 +172,12 @@ class Relocate(msgspec.Struct, frozen=True, array_like=True, tag="relocate"):
     object_id: bytes
     old: Extent
     new: tuple[Extent, ...]
+
+
+class MarkArchiveMoved(msgspec.Struct, frozen=True, array_like=True, tag="mark-archive-moved"):
+    object_id: bytes
+    old: str
+    new: str
 
 
 class MarkArchiveDeleted(msgspec.Struct, frozen=True, array_like=True, tag="mark-archive-deleted"):
@@ -232,6 +251,7 @@ Mutation = (
     | AmendObject
     | RestoreObject
     | MarkNoticed
+    | SetLock
     | CreateUpload
     | PutPart
     | Complete
@@ -246,6 +266,7 @@ Mutation = (
     | MarkRecalled
     | FailRecall
     | Relocate
+    | MarkArchiveMoved
     | MarkArchiveDeleted
     | FailReduction
     | EndFilter

@@ -1,4 +1,4 @@
-"""CreateBucket, HeadBucket, DeleteBucket, ListBuckets, GetBucketLocation, GetBucketVersioning.
+"""CreateBucket, HeadBucket, DeleteBucket, ListBuckets, GetBucketLocation.
 
 Naming rules: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html
 """
@@ -9,6 +9,7 @@ import base64
 import binascii
 import re
 
+from ingest import versioning
 from s3api import times, xml
 from s3api.auth import grants
 from s3api.call import Call
@@ -38,8 +39,8 @@ async def create_bucket(call: Call) -> Response:
     headers = call.request.headers
     if not valid_name(call.bucket_name):
         raise S3Error("InvalidBucketName", fields=[("BucketName", call.bucket_name)])
-    if headers.get("x-amz-bucket-object-lock-enabled").lower() == "true":
-        raise S3Error("NotImplemented", "Object lock is not implemented")
+    lock = headers.get("x-amz-bucket-object-lock-enabled").lower() == "true"
+    documents = versioning.with_lock() if lock else {}
     region = call.node.settings.region
     if has_body(call.request):
         body = await read_document(call.request, call.signed, call.limits.configuration_bytes)
@@ -48,7 +49,7 @@ async def create_bucket(call: Call) -> Response:
             if tree.find("Tags") is not None:
                 raise S3Error("NotImplemented", "Tag the bucket with PutBucketTagging once it exists")
             region = xml.text(tree, "LocationConstraint", "") or region
-    await call.catalog.create_bucket(call.bucket_name, call.user.user_id, region)
+    await call.catalog.create_bucket(call.bucket_name, call.user.user_id, region, documents)
     return Response(200, [("location", f"/{call.bucket_name}")])
 
 
@@ -111,9 +112,3 @@ async def get_bucket_location(call: Call) -> Response:
         f'<LocationConstraint xmlns="{xml.NAMESPACE}">{text}</LocationConstraint>'
     )
     return Response(200, [XML_TYPE], body.encode())
-
-
-async def get_bucket_versioning(call: Call) -> Response:
-    """Every bucket is unversioned, which S3 says with an empty document."""
-    await call.bucket()
-    return Response(200, [XML_TYPE], xml.document("VersioningConfiguration", []))

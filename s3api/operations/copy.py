@@ -12,9 +12,10 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from ingest import versioning
 from ingest.bucket_settings import BucketSettings
 from ingest.errors import DataLost
-from ingest.records import CommitObject, CommitPart, LifetimeClass, ObjectRecord, PartRecord
+from ingest.records import BucketRecord, CommitObject, CommitPart, LifetimeClass, ObjectRecord, PartRecord, Versioning
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
 from s3api import checksums, times, xml
 from s3api.call import Call
@@ -23,8 +24,9 @@ from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import stored_headers, user_metadata
+from s3api.operations.describe import stored_headers, user_metadata, version_headers
 from s3api.operations.lifecycle import expiration_header
+from s3api.operations.locks import lock_of_write
 from s3api.operations.multipart import part_number, upload_of
 from s3api.operations.object_tags import attributes_of, replaces_tags
 from s3api.operations.objects import wants_md5
@@ -40,6 +42,16 @@ COPY_SOURCE = "x-amz-copy-source"
 class Source:
     record: ObjectRecord
     settings: BucketSettings
+    bucket: BucketRecord
+    named: bool
+    """The request names the version."""
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """What the answer says of the source."""
+        if versioning.versioning_of(self.bucket) is Versioning.OFF:
+            return []
+        return [(COPY_SOURCE + "-version-id", self.record.version_id)]
 
     @property
     def algorithm(self) -> str:
@@ -50,27 +62,40 @@ class Source:
 async def source_of(call: Call) -> Source:
     """The version ``x-amz-copy-source`` names, if the user may read it and the copy conditions hold."""
     headers = call.request.headers
-    path, _, query = headers.get(COPY_SOURCE).partition("?")
-    bucket_text, _, key_text = path.removeprefix("/").partition("/")
-    try:
-        bucket = unquote_to_bytes(bucket_text).decode("ascii")
-        key = unquote_to_bytes(key_text.encode("latin-1"))
-        key.decode("utf-8")
-    except UnicodeError:
-        bucket, key = "", b""
+    bucket, key, version_id = _parsed(headers.get(COPY_SOURCE))
     if not bucket or not key or len(key) > call.limits.key_bytes:
         raise S3Error("InvalidArgument", "Copy Source must mention the source bucket and key: sourcebucket/sourcekey")
-    check_version_id(query.removeprefix("versionId=") if query else None)
-    await call.authorise("s3:GetObject", bucket, key)
+    check_version_id(version_id)
+    await call.authorise("s3:GetObject" if version_id is None else "s3:GetObjectVersion", bucket, key)
     record_of_bucket, settings = await call.node.buckets.get(bucket)
     expected = headers.get("x-amz-source-expected-bucket-owner")
     if expected and expected != record_of_bucket.owner:
         raise S3Error("AccessDenied", "The bucket is not owned by x-amz-source-expected-bucket-owner")
-    record = await call.catalog.head(bucket, key)
+    record = await call.catalog.head(bucket, key, version_id)
+    if record.delete_marker:
+        raise S3Error(
+            "InvalidRequest",
+            "The source of a copy request may not specifically refer to a delete marker by version id.",
+        )
     unchanged = check_read(headers, record, prefix=COPY_SOURCE + "-")
     if unchanged is not None:
         raise failed(unchanged.condition)
-    return Source(record, settings)
+    return Source(record, settings, record_of_bucket, named=version_id is not None)
+
+
+def _parsed(text: str) -> tuple[str, bytes, str | None]:
+    """Bucket, key and version id of ``[/]bucket/key[?versionId=id]``, percent-encoded as a whole or in parts; an empty
+    bucket for what is none."""
+    path, mark, version_id = text.rpartition("?versionId=")
+    if not mark:
+        path = text
+    try:
+        name = unquote_to_bytes(path.encode("latin-1"))
+        name.decode("utf-8")
+        bucket, _, key = name.removeprefix(b"/").partition(b"/")
+        return bucket.decode("ascii"), key, version_id if mark else None
+    except UnicodeError:
+        return "", b"", None
 
 
 async def copy_object(call: Call) -> Response:
@@ -87,7 +112,7 @@ async def copy_object(call: Call) -> Response:
     if not replaces_tags(headers):
         attributes = msgspec.structs.replace(attributes, tags=record.attributes.tags)
     if (record.bucket, record.key) == (call.bucket_name, call.key) and not (
-        replace or "x-amz-storage-class" in headers
+        replace or source.named or "x-amz-storage-class" in headers
     ):
         raise S3Error(
             "InvalidRequest",
@@ -97,6 +122,7 @@ async def copy_object(call: Call) -> Response:
     bucket, settings = await call.bucket()
     if condition:
         condition.check(await current(call))
+    lock = await lock_of_write(call, bucket)
     kept_headers = stored_headers(headers) if replace else record.headers
     metadata = replaced_metadata if replace else record.metadata
     chosen = algorithm or source.algorithm
@@ -131,6 +157,8 @@ async def copy_object(call: Call) -> Response:
             attributes=attributes,
             if_none_match=condition.if_none_match,
             if_match=condition.if_match,
+            retention=lock.retention,
+            legal_hold=lock.legal_hold,
         )
         return await committed(call, stream, request, condition)
 
@@ -140,9 +168,8 @@ async def copy_object(call: Call) -> Response:
         copied = await stored(call, spec, once(text), commit)
     else:
         copied = await stored(call, spec, _bytes_of(call, source, 0, record.length), commit)
-    answer = _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type)
-    answer.headers += expiration_header(call, bucket, copied)
-    return answer
+    told = [*source.headers, *version_headers(bucket, copied), *expiration_header(call, bucket, copied)]
+    return _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type, told)
 
 
 async def upload_part_copy(call: Call) -> Response:
@@ -184,7 +211,7 @@ async def upload_part_copy(call: Call) -> Response:
         )
 
     part = await stored(call, spec, _bytes_of(call, source, start, stop), commit)
-    return _result("CopyPartResult", part.etag, part.modified_ns, part.checksums, None)
+    return _result("CopyPartResult", part.etag, part.modified_ns, part.checksums, None, source.headers)
 
 
 def _directive(text: str) -> bool:
@@ -232,11 +259,13 @@ async def _source_text(call: Call, source: Source) -> bytes:
     return b"".join([bytes(chunk) async for chunk in _bytes_of(call, source, 0, source.record.length)])
 
 
-def _result(name: str, etag: str, modified_ns: int, values: dict[str, str], kind: str | None) -> Response:
+def _result(
+    name: str, etag: str, modified_ns: int, values: dict[str, str], kind: str | None, headers: list[tuple[str, str]]
+) -> Response:
     document: list[tuple[str, xml.Value]] = [
         ("LastModified", times.iso(modified_ns)),
         ("ETag", f'"{etag}"'),
         *((f"Checksum{algorithm.upper()}", value) for algorithm, value in values.items()),
         ("ChecksumType", kind),
     ]
-    return Response(200, [XML_TYPE], xml.document(name, document))
+    return Response(200, [XML_TYPE, *headers], xml.document(name, document))

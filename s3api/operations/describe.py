@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 
+from ingest import versioning
 from ingest.bucket_settings import BucketSettings
-from ingest.records import ObjectRecord, ObjectState
+from ingest.records import BucketRecord, ObjectRecord, ObjectState, Versioning
 from ingest.storage_class import STANDARD, needs_restore, restored, restoring
 from s3api import checksums, times
 from s3api.call import Call, Limits
@@ -132,6 +133,13 @@ def _overrides(call: Call) -> dict[str, str]:
             )
         overrides[header] = value
     return overrides
+
+
+def version_headers(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[str, str]]:
+    """Which version an answer is about, in a bucket that keeps versions."""
+    if versioning.versioning_of(bucket) is Versioning.OFF:
+        return []
+    return [("x-amz-version-id", record.version_id)]
 
 
 def checksum_headers(record: ObjectRecord) -> list[tuple[str, str]]:

@@ -62,7 +62,7 @@ async def list_objects(call: Call) -> Response:
     return Response(200, [XML_TYPE], xml.document("ListBucketResult", document))
 
 
-class _Page:
+class Page:
     """One page of a listing, and how to write it."""
 
     def __init__(self, call: Call, settings: BucketSettings, *, with_owner: bool) -> None:
@@ -87,10 +87,10 @@ class _Page:
             if row.record is None:
                 prefixes.append(("CommonPrefixes", [("Prefix", self.name(row.key))]))
             else:
-                contents.append(("Contents", self._entry(row.key, row.record)))
+                contents.append(("Contents", self.entry(row.key, row.record)))
         return contents + prefixes
 
-    def _entry(self, key: bytes, record: ObjectRecord) -> list[tuple[str, xml.Value]]:
+    def entry(self, key: bytes, record: ObjectRecord) -> list[tuple[str, xml.Value]]:
         entry: list[tuple[str, xml.Value]] = [
             ("Key", self.name(key)),
             ("LastModified", times.iso(record.modified_ns)),
@@ -101,19 +101,23 @@ class _Page:
             entry += [("ChecksumAlgorithm", name.upper()) for name in record.checksums]
             entry.append(("ChecksumType", record.checksum_type))
         if self._with_owner:
-            entry.append(("Owner", [("ID", record.owner), ("DisplayName", record.owner)]))
+            entry.append(("Owner", owner_of(record)))
         entry.append(("StorageClass", storage_class(record, self._settings, self._now_ns)))
         return entry
 
 
-async def _page(call: Call, after: bytes, *, with_owner: bool) -> _Page:
+async def _page(call: Call, after: bytes, *, with_owner: bool) -> Page:
     _, settings = await call.bucket()
-    page = _Page(call, settings, with_owner=with_owner)
+    page = Page(call, settings, with_owner=with_owner)
     if page.limit:
         page.rows, page.truncated = await call.catalog.list_objects(
             call.bucket_name, prefix=page.prefix, after=after, delimiter=page.delimiter, limit=page.limit
         )
     return page
+
+
+def owner_of(record: ObjectRecord) -> xml.Value:
+    return [("ID", record.owner), ("DisplayName", record.owner)]
 
 
 def namer(encoded: bool) -> Callable[[bytes], str]:

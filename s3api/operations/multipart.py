@@ -31,9 +31,10 @@ from s3api.http.message import Headers, Response
 from s3api.integrity import bad_checksum, plan, read_document
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import checksum_headers, stored_headers, user_metadata
+from s3api.operations.describe import checksum_headers, stored_headers, user_metadata, version_headers
 from s3api.operations.lifecycle import abort_headers, expiration_header
 from s3api.operations.listing import namer
+from s3api.operations.locks import lock_of_write
 from s3api.operations.object_tags import attributes_of
 from s3api.operations.objects import wants_md5
 from s3api.operations.reading import current
@@ -50,6 +51,7 @@ async def create_multipart_upload(call: Call) -> Response:
     metadata = user_metadata(headers, call.limits)
     algorithm, kind = _chosen_checksum(headers)
     bucket, _ = await call.bucket()
+    lock = await lock_of_write(call, bucket)
     upload = UploadRecord(
         bucket=call.bucket_name,
         key=call.key,
@@ -61,6 +63,8 @@ async def create_multipart_upload(call: Call) -> Response:
         attributes=attributes_of(headers),
         checksum_algorithm=algorithm,
         checksum_type=kind,
+        retention=lock.retention,
+        legal_hold=lock.legal_hold,
     )
     await call.catalog.create_upload(upload)
     answer = [XML_TYPE, *abort_headers(call, bucket, upload)]
@@ -232,7 +236,8 @@ def _completed(call: Call, bucket: BucketRecord, record: ObjectRecord) -> Respon
         *((f"Checksum{name.upper()}", value) for name, value in record.checksums.items()),
         ("ChecksumType", record.checksum_type if record.checksums else None),
     ]
-    headers = [XML_TYPE, *checksum_headers(record), *expiration_header(call, bucket, record)]
+    headers = [XML_TYPE, *checksum_headers(record), *version_headers(bucket, record)]
+    headers += expiration_header(call, bucket, record)
     return Response(200, headers, xml.document("CompleteMultipartUploadResult", document))
 
 

@@ -116,10 +116,8 @@ async def get_object_tagging(call: Call) -> Response:
 
 
 async def _readable(call: Call) -> ObjectRecord:
-    record = await version(call)
-    if record.delete_marker:
-        raise S3Error("MethodNotAllowed", headers=[("x-amz-delete-marker", "true")])
-    return record
+    bucket, _ = await call.bucket()
+    return await version(call, bucket)
 
 
 def _version_header(record: ObjectRecord) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""PutObject, GetObject, HeadObject, DeleteObject, DeleteObjects.
+"""PutObject, GetObject, HeadObject.
 
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html and its neighbours.
 """
@@ -9,27 +9,27 @@ from ingest.bucket_settings import BucketSettings
 from ingest.errors import StaleVersion
 from ingest.ports import BodySink
 from ingest.records import (
-    NULL_VERSION,
     BucketRecord,
     CommitObject,
-    DeleteObject,
     ObjectRecord,
 )
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
-from s3api import checksums, xml
+from s3api import checksums
 from s3api.call import Call
 from s3api.conditions import WriteCondition, check_read, range_applies, write_condition
-from s3api.errors import S3Error, translated
+from s3api.errors import S3Error
 from s3api.http.message import FileBody, Response
-from s3api.integrity import BodyPlan, plan, read_document
-from s3api.operations import kernels
+from s3api.integrity import BodyPlan, needs_checksum, plan, read_document
+from s3api.operations import append, kernels
 from s3api.operations.describe import (
     checksum_headers,
     describe,
     stored_headers,
     user_metadata,
+    version_headers,
 )
 from s3api.operations.lifecycle import expiration_header
+from s3api.operations.locks import Lock, lock_headers, lock_of_write
 from s3api.operations.object_tags import attributes_of
 from s3api.operations.reading import current, open_version, version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
@@ -51,19 +51,28 @@ async def put_object(call: Call) -> Response:
     bucket, settings = await call.bucket()
     if condition:
         condition.check(await current(call))
+    lock = await lock_of_write(call, bucket)
+    if lock != Lock():
+        needs_checksum(call.request)
+    offset = append.offset_of(call)
+    if offset is not None:
+        found = await append.check_append(call, bucket, offset)
+        if found is not None:
+            return await append.append_object(call, bucket, settings, found, condition)
     if name is not None:
-        record = await _put_kernel(call, name, bucket, settings, metadata, condition)
+        record = await _put_kernel(call, name, bucket, settings, metadata, condition, lock)
     elif (array := kernels.array_name(call.key)) is not None:
-        record = await _put_array(call, array, bucket, settings, metadata, condition)
+        record = await _put_array(call, array, bucket, settings, metadata, condition, lock)
     else:
         expected = plan(call.request, call.signed, length_max_bytes=call.limits.object_bytes)
         spec = spec_of(call, bucket, settings, expected, metadata)
 
         async def commit(stream: Stream, digest: StreamDigest, verified: dict[str, str]) -> ObjectRecord:
-            return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+            return await committed(call, stream, commit_of(call, spec, digest, verified, condition, lock), condition)
 
         record = await received(call, spec, expected, commit)
-    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), *expiration_header(call, bucket, record)]
+    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), *version_headers(bucket, record)]
+    answer += expiration_header(call, bucket, record)
     if record.ledger is not None and record.ledger.truncated:
         answer.append(truncated(record, settings))
     return Response(200, answer)
@@ -101,7 +110,12 @@ def wants_md5(call: Call, settings: BucketSettings) -> bool:
 
 
 def commit_of(
-    call: Call, spec: StreamSpec, digest: StreamDigest, verified: dict[str, str], condition: WriteCondition
+    call: Call,
+    spec: StreamSpec,
+    digest: StreamDigest,
+    verified: dict[str, str],
+    condition: WriteCondition,
+    lock: Lock,
 ) -> CommitObject:
     return CommitObject(
         bucket=call.bucket_name,
@@ -120,6 +134,9 @@ def commit_of(
         attributes=attributes_of(call.request.headers),
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
+        append_at=append.offset_of(call),
+        retention=lock.retention,
+        legal_hold=lock.legal_hold,
     )
 
 
@@ -130,6 +147,7 @@ async def _put_array(
     settings: BucketSettings,
     metadata: dict[str, str],
     condition: WriteCondition,
+    lock: Lock,
 ) -> ObjectRecord:
     """A parameter array is stored like any body, and committed if its first bytes say that a kernel can take it."""
     expected = plan(call.request, call.signed, length_max_bytes=call.limits.kernel_array_bytes)
@@ -142,7 +160,7 @@ async def _put_array(
 
     async def commit(stream: Stream, digest: StreamDigest, verified: dict[str, str]) -> ObjectRecord:
         await kernels.check_array(call, array, bytes(kept[0].head), digest.length)
-        return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+        return await committed(call, stream, commit_of(call, spec, digest, verified, condition, lock), condition)
 
     return await received(call, spec, expected, commit, sink)
 
@@ -154,6 +172,7 @@ async def _put_kernel(
     settings: BucketSettings,
     metadata: dict[str, str],
     condition: WriteCondition,
+    lock: Lock,
 ) -> ObjectRecord:
     """A kernel is read whole, judged, and only then stored; it is small."""
     request = call.request
@@ -164,7 +183,7 @@ async def _put_kernel(
 
     async def commit(stream: Stream, digest: StreamDigest) -> ObjectRecord:
         verified = {"crc64nvme": checksums.crc64_base64(digest.crc64nvme)}
-        return await committed(call, stream, commit_of(call, spec, digest, verified, condition), condition)
+        return await committed(call, stream, commit_of(call, spec, digest, verified, condition, lock), condition)
 
     return await stored(call, spec, once(source), commit)
 
@@ -187,8 +206,8 @@ async def head_object(call: Call) -> Response:
 async def _read(call: Call, *, body: bool) -> Response:
     headers = call.request.headers
     bucket, settings = await call.bucket()
-    record = await version(call)
-    answer = describe(call, record, settings)
+    record = await version(call, bucket)
+    answer = [*describe(call, record, settings), *version_headers(bucket, record), *lock_headers(record)]
     if call.request.arg("versionId") is None:
         answer += expiration_header(call, bucket, record)
     if check_read(headers, record) is not None:
@@ -214,7 +233,7 @@ async def _read(call: Call, *, body: bool) -> Response:
     return Response(status, answer, FileBody(reader.pieces, stop - start, closed))
 
 
-_KEPT_BY_304 = frozenset({"etag", "last-modified", "cache-control", "expires"})
+_KEPT_BY_304 = frozenset({"etag", "last-modified", "cache-control", "expires", "x-amz-version-id"})
 
 
 def _wanted(call: Call, record: ObjectRecord) -> tuple[int, int] | None:
@@ -235,77 +254,11 @@ def _part_range(call: Call, record: ObjectRecord) -> tuple[int, int] | None:
     number = call.number("partNumber", 1, call.limits.parts, 1)
     if not record.parts:
         if number != 1:
-            raise S3Error("InvalidRange", "The object has no such part")
+            raise S3Error("InvalidPartNumber")
         return (0, record.length) if record.length else None
     start = 0
     for position, part in enumerate(record.parts, 1):
         if position == number:
             return (start, start + part.length) if part.length else None
         start += part.length
-    raise S3Error("InvalidRange", "The object has no such part")
-
-
-# -- deleting
-
-
-async def delete_object(call: Call) -> Response:
-    await call.bucket()
-    wanted = call.request.arg("versionId")
-    if wanted not in (None, NULL_VERSION):
-        raise S3Error("NoSuchVersion")
-    condition = write_condition(call.request.headers)
-    if condition.if_none_match:
-        raise S3Error("NotImplemented", "If-None-Match on a delete means nothing")
-    condition.check(await current(call) if condition else None)
-    request = DeleteObject(call.bucket_name, call.key, wanted, condition.if_match)
-    (outcome,) = await call.catalog.delete([request])
-    if isinstance(outcome, Exception):
-        raise outcome
-    headers = [("x-amz-version-id", outcome.version_id)] if wanted is not None else []
-    if outcome.delete_marker:
-        headers.append(("x-amz-delete-marker", "true"))
-    return Response(204, headers)
-
-
-async def delete_objects(call: Call) -> Response:
-    """Up to 1,000 keys at once; each is decided on its own, also whether the user may."""
-    await call.bucket()
-    body = await read_document(call.request, call.signed, call.limits.document_bytes)
-    tree = xml.parse(body, "Delete")
-    quiet = xml.text(tree, "Quiet", "false").lower() == "true"
-    wanted = tree.findall("Object")
-    if not 0 < len(wanted) <= call.limits.keys_per_delete:
-        raise S3Error("MalformedXML", f"Name from 1 to {call.limits.keys_per_delete} objects")
-    failures: list[tuple[str, S3Error]] = []
-    requests: list[DeleteObject] = []
-    for element in wanted:
-        key = xml.raw_text(element, "Key")
-        refusal = await _delete_refusal(call, key, xml.text(element, "VersionId", NULL_VERSION))
-        if refusal is not None:
-            failures.append((key, refusal))
-            continue
-        etag = xml.text(element, "ETag", "").strip('"')
-        requests.append(DeleteObject(call.bucket_name, key.encode(), if_match=etag))
-    deleted: list[str] = []
-    if requests:
-        outcomes = await call.catalog.delete(requests)
-        for request, outcome in zip(requests, outcomes, strict=True):
-            key = request.key.decode()
-            if isinstance(outcome, Exception):
-                failures.append((key, translated(outcome)))
-            else:
-                deleted.append(key)
-    entries: list[tuple[str, xml.Value]] = [] if quiet else [("Deleted", [("Key", key)]) for key in deleted]
-    entries += [("Error", [("Key", key), ("Code", error.code), ("Message", error.message)]) for key, error in failures]
-    return Response(200, [("content-type", "application/xml")], xml.document("DeleteResult", entries))
-
-
-async def _delete_refusal(call: Call, key: str, version_id: str) -> S3Error | None:
-    name = key.encode("utf-8", "surrogatepass")
-    if not 0 < len(name) <= call.limits.key_bytes:
-        return S3Error("KeyTooLongError") if name else S3Error("MalformedXML", "A Key is empty")
-    if version_id != NULL_VERSION:
-        return S3Error("NoSuchVersion")
-    if not await call.may("s3:DeleteObject", call.bucket_name, name):
-        return S3Error("AccessDenied")
-    return None
+    raise S3Error("InvalidPartNumber")

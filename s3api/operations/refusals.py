@@ -9,10 +9,6 @@ from s3api.http.message import Headers
 _SSE = "Server-side encryption is not implemented; encrypt the gateway's disks and its archive instead"
 _NOT_IMPLEMENTED = {
     "x-amz-website-redirect-location": "Website redirects are not implemented",
-    "x-amz-object-lock-mode": "Object lock is not implemented",
-    "x-amz-object-lock-retain-until-date": "Object lock is not implemented",
-    "x-amz-object-lock-legal-hold": "Object lock is not implemented",
-    "x-amz-write-offset-bytes": "Appending to objects is not implemented",
     "x-amz-mfa": "MFA delete is not implemented",
 }  # fmt: skip
 # What clients send by habit and what is the case here anyway.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from archive.keymap import version_path
 from ingest.records import DeleteObject, ObjectState
 
 ARCHIVED, EVICTED = ObjectState.ARCHIVED, ObjectState.EVICTED
@@ -61,6 +62,20 @@ async def test_killed_while_draining(node, crashpoint) -> None:
         assert await process.wait() == 0
     assert node.archived() == {record.archive.path: node.body(record) for record in records}
     assert unfinished(node) == []
+
+
+@pytest.mark.parametrize("crashpoint", ["aside-named", "drain-published"])
+async def test_killed_while_a_newer_version_takes_the_name(node, crashpoint) -> None:
+    await node.catalog.configure_bucket("mx-2026", {"versioning": b"Enabled"})
+    old = await archived(node)
+    new = await node.put(b"scan/1")
+    await killed(node, crashpoint)
+    async with drain_process(node):
+        new = await node.state(new, ARCHIVED)
+    old = await node.catalog.by_id(old.object_id)
+    assert old.archive.path == version_path("mx-2026", b"scan/1", old.object_id)
+    assert node.archived() == {record.archive.path: node.body(record) for record in (old, new)}
+    assert new.archive.path == "mx-2026/scan/1"
 
 
 @pytest.mark.parametrize("crashpoint", ["drain-written", "drain-published", "drain-recorded"])

@@ -129,3 +129,33 @@ def test_portable_paths_differ_even_when_case_is_folded(key: bytes, other: bytes
         return
     mine = {path.casefold() for path in keymap.paths(BUCKET, key, portable=True)}
     assert mine.isdisjoint({path.casefold() for path in keymap.paths(BUCKET, other, portable=True)})
+
+
+def test_versions_lie_below_their_bucket() -> None:
+    assert (
+        keymap.version_path(BUCKET, b"scan/0001.npy", b"\x01" * 16) == "mx-2026/.versions/scan/%f-0001.npy/" + "01" * 16
+    )
+
+
+@given(
+    keys=st.lists(hostile_keys, min_size=2, max_size=2),
+    object_id=st.binary(min_size=16, max_size=16),
+    portable=st.booleans(),
+)
+@example(keys=[b"a", b"a/b"], object_id=bytes(16), portable=False)
+@example(keys=[b"a", b"a/" + b"0" * 32], object_id=bytes(16), portable=False)
+@example(keys=[b"x/" * 500 + b"y", b"\x01" * 1024], object_id=bytes(16), portable=False)
+def test_paths_of_versions_are_reversible_and_in_nobodys_way(
+    keys: list[bytes], object_id: bytes, portable: bool
+) -> None:
+    found = [keymap.version_path(BUCKET, key, object_id, portable=portable) for key in keys]
+    for key, path in zip(keys, found, strict=True):
+        assert keymap.version_of(path) == (BUCKET, key, object_id)
+        assert len(path.encode()) <= 4096 - 512
+        with pytest.raises(keymap.NotAKeyPath):
+            keymap.key_of(path)
+    one, two = found
+    if keys[0] != keys[1]:
+        assert one != two
+        assert not one.startswith(two + "/")
+        assert not two.startswith(one + "/")

@@ -280,8 +280,8 @@ async def test_documents_of_a_bucket_come_back_from_the_journal_and_from_a_snaps
     paths: NodePaths, serving: Serving
 ) -> None:
     async with serving(), CatalogClient(paths, slot=0) as client:
-        await client.create_bucket("run", "ada", documents={"versioning": b"on"})
-        before = await client.configure_bucket("run", {"cors": b"<rules>", "versioning": None})
+        await client.create_bucket("run", "ada", documents={"policy": b"{}"})
+        before = await client.configure_bucket("run", {"cors": b"<rules>", "policy": None})
     paths.catalogue.unlink()
     async with serving(), CatalogClient(paths, slot=0) as client:
         assert await client.bucket("run") == before

@@ -103,7 +103,7 @@ def test_only_the_named_parts_count(s3: Any, bucket: str) -> None:
     assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == FIRST + LAST
     assert s3.get_object(Bucket=bucket, Key="k", PartNumber=2)["Body"].read() == LAST
     assert s3.head_object(Bucket=bucket, Key="k", PartNumber=1)["PartsCount"] == 2
-    assert refused(s3.get_object, Bucket=bucket, Key="k", PartNumber=3) == (416, "InvalidRange")
+    assert refused(s3.get_object, Bucket=bucket, Key="k", PartNumber=3) == (416, "InvalidPartNumber")
 
 
 def test_etag_of_md5_parts(s3: Any, bucket: str) -> None:

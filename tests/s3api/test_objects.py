@@ -160,7 +160,7 @@ def test_metadata_limit(s3: Any, bucket: str) -> None:
         ("x-amz-server-side-encryption-customer-algorithm", "AES256", 501, "NotImplemented"),
         ("x-amz-tagging", "a=b&a=c", 400, "InvalidArgument"),
         ("x-amz-tagging", "a=%3C", 400, "InvalidTag"),
-        ("x-amz-object-lock-mode", "GOVERNANCE", 501, "NotImplemented"),
+        ("x-amz-object-lock-mode", "GOVERNANCE", 400, "InvalidArgument"),
         ("x-amz-acl", "public-read", 400, "AccessControlListNotSupported"),
         ("x-amz-storage-class", "COLDER", 400, "InvalidStorageClass"),
     ],
