@@ -1,4 +1,4 @@
-# make venv | demo | serve | test | soak | check | bench: see README.md and CONTRIBUTING.md.
+# make venv | demo | serve | test | soak | fuzz | check | bench: see README.md and CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 DATA ?= hiss-data
 ARGS ?=
+FUZZ_SECONDS ?= 3600
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -42,6 +43,10 @@ test: $(STAMP) apt ## all tests; ARGS="-k name" for some
 soak: $(STAMP) apt ## the tests that take long: random kills, every legal state after a power cut
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
+fuzz: $(STAMP) ## what reads a stranger's bytes, FUZZ_SECONDS (an hour) in all; findings in .cache/fuzz
+	@for target in heads framings documents wire request; do \
+	    echo "$$target"; $(BIN)/python -m tests.fuzz $$target --seconds $$(( $(FUZZ_SECONDS) / 5 )) || exit 1; done
+
 check: $(STAMP) ## format, lint, types, imports between rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -58,4 +63,4 @@ format: $(STAMP) ## put the format right, and what the linter can
 clean: ## remove what make made here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help venv demo serve apt test soak check bench format clean
+.PHONY: help venv demo serve apt test soak fuzz check bench format clean

@@ -116,9 +116,12 @@ class Settings(BaseSettings):
         "checksum", "name", "ETag of buckets that do not say: derived from CRC64NVME, or MD5."
     )
     max_object_bytes: Size = _setting(5 * TIB, "bytes", "Largest object in one PUT.", low=MIB, high=50 * TIB)
-    max_connections: int = _setting(4096, "connections", "Open connections of one worker.", low=8, high=65536)
+    max_connections: int = _setting(8192, "connections", "Open connections of one worker.", low=8, high=65536)
     head_timeout_s: float = _setting(20.0, "s", "Longest time a request head may take.", low=0.1, high=600)
     body_idle_timeout_s: float = _setting(60.0, "s", "Longest silence inside a body.", low=0.1, high=3600)
+    body_rate_bytes_per_s: int = _setting(
+        500, "bytes/s", "Slowest pace of a body, on average over each body_idle_timeout_s.", low=1, high=GIB
+    )
     keepalive_timeout_s: float = _setting(120.0, "s", "Longest idle time between requests.", low=0.1, high=3600)
 
     archive_dir: Absolute = _setting(None, "path", "Root of the POSIX archive.", computed="DATA/archive")

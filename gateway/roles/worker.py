@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -56,6 +57,8 @@ IO_THREADS = 4
 BODIES_SHARE = 2
 """With so many bodies arriving, a worker lets the others accept first, for ACCEPT_YIELD_S."""
 ACCEPT_YIELD_S = 0.005
+OWN_DESCRIPTORS = 1024
+"""Files a worker has open beside its connections: segments, memory, kernels, and what readers hold."""
 
 
 def main(boot: Boot) -> None:
@@ -155,6 +158,18 @@ def _clearance(boot: Boot, settings: Settings, counters: Counters) -> Clearance:
     return Clearance(str(boot.paths.zygote_socket), accept_unconfined=accepted, tell=tell)
 
 
+def _allow_descriptors(wanted: int) -> None:
+    """Raise the soft limit, which is 1,024 on most machines, as far as connections on both ports may need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning(
+            "only %d open files are allowed, %d may be needed: raise the hard limit (ulimit -Hn)", allowed, wanted
+        )
+
+
 @contextlib.asynccontextmanager
 async def _servers(
     boot: Boot, settings: Settings, buffer: Buffer, host: KernelHost | None, counters: Counters
@@ -181,10 +196,12 @@ async def _servers(
         head_timeout_s=settings.head_timeout_s,
         idle_timeout_s=settings.keepalive_timeout_s,
         body_timeout_s=settings.body_idle_timeout_s,
+        body_rate_bytes_per_s=settings.body_rate_bytes_per_s,
         connections=settings.max_connections,
         accept_share=BODIES_SHARE if settings.workers > 1 else 0,
         accept_yield_s=ACCEPT_YIELD_S,
     )
+    _allow_descriptors(2 * limits.connections + OWN_DESCRIPTORS)
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = tls_context(settings.tls_cert, settings.tls_key)

@@ -113,6 +113,11 @@ class RequestBody:
         return self._outer.payload_left
 
     @property
+    def payload_bytes(self) -> int:
+        """What has come so far."""
+        return self._payload_bytes
+
+    @property
     def starved(self) -> bool:
         """No memory to receive into: the peer is not to blame for the silence."""
         return self._starved

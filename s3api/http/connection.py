@@ -23,6 +23,7 @@ from s3api.http.chunked import ChunkedFraming, Framing, LengthFraming
 from s3api.http.head import Head, find_head_end, parse_head
 from s3api.http.inbox import Inbox
 from s3api.http.message import FileBody, HttpError, Request, Response
+from s3api.http.pace import Pace
 from s3api.http.send import BODILESS, CONTINUE, FileSender, response_head, send_file_encrypted, send_iterated
 
 if TYPE_CHECKING:
@@ -49,12 +50,13 @@ class HttpConnection(asyncio.BufferedProtocol):
     def __init__(self, server: Server, peer: str) -> None:
         self.server = server
         self.limits = server.limits
-        self.inbox = Inbox(bytearray(server.limits.inbox_bytes))
+        self.inbox = Inbox(bytearray())
         self.sent_bytes = 0
         self._peer = peer
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
         self._receiving: RequestBody | None = None
+        self._pace: Pace | None = None
         self._head: Head | None = None
         self._scanned = 0
         self._continued = False
@@ -83,6 +85,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             return self._receiving.buffer()
         if self._wait is Wait.LINGER:
             return scratch()
+        if not self.inbox.data:
+            self.inbox.move_to(self.server.inboxes.borrow())
         return self.inbox.room()
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -144,6 +148,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         if self._moved:
             self._moved = False
             self._since = now
+            if self._wait is Wait.BODY:
+                self._check_pace(now)
             return
         timeout_s = self.server.timeouts_s[self._wait]
         if now - self._since < timeout_s:
@@ -157,6 +163,13 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._refuse(HttpError(408, "RequestTimeout", f"The request head took longer than {timeout_s:g} seconds."))
         elif self._wait is not Wait.US:
             self.abort()
+
+    def _check_pace(self, now: float) -> None:
+        body, pace = self._receiving, self._pace
+        if body is None or pace is None:
+            return
+        if pace.too_slow(now, body.payload_bytes, excused=body.starved or self._paused):
+            body.fail(HttpError(408, "RequestTimeout", f"The body must come at {pace} or faster."))
 
     def shut_down(self) -> None:
         """Close now when idle, else after the answer to the request in hand."""
@@ -180,6 +193,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             self.write(CONTINUE)
         self._continued = True
         self._receiving = body
+        self._pace = Pace(self.limits, body.length)
         self._enter(Wait.BODY)
         self.server.active_bodies += 1
         if self._eof and not len(self.inbox):
@@ -196,9 +210,12 @@ class HttpConnection(asyncio.BufferedProtocol):
             self.resume_reading()
 
     def _shrink_inbox(self) -> None:
+        """Back to the size for heads; to nothing, when it is empty between requests."""
         small = self.limits.inbox_bytes
         if len(self.inbox.data) > small >= len(self.inbox):
-            self.server.pool.give_back(self.inbox.move_to(bytearray(small)))
+            self.server.pool.give_back(self.inbox.move_to(self.server.inboxes.borrow()))
+        if self._wait is Wait.NEXT and self.inbox.data and not len(self.inbox):
+            self.server.inboxes.give_back(self.inbox.move_to(bytearray()))
 
     def pause_reading(self) -> None:
         if not self._paused and self._transport is not None:
@@ -264,6 +281,7 @@ class HttpConnection(asyncio.BufferedProtocol):
         if inbox.start == inbox.end:
             if self._wait is not Wait.NEXT:
                 self._enter(Wait.NEXT)
+            self._shrink_inbox()
             return
         if self._wait is not Wait.HEAD:
             self._enter(Wait.HEAD)
@@ -337,7 +355,6 @@ class HttpConnection(asyncio.BufferedProtocol):
             self._close_after_answer(clean=body.received and not len(self.inbox))
             return
         self._enter(Wait.NEXT)
-        self._shrink_inbox()
         self._next_request()
         if self._task is None:
             if self._eof:

@@ -26,6 +26,8 @@ class BufferPool:
 
 
 class Inbox:
+    """``data`` may be empty: then it is ``full``, too, and wants ``move_to`` before ``room``."""
+
     __slots__ = ("data", "end", "start", "view")
 
     def __init__(self, data: bytearray) -> None:

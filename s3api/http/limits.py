@@ -27,6 +27,10 @@ class HttpLimits:
     """Between an answer and the next request."""
     body_timeout_s: float = 60.0
     """Longest pause within a body while there is memory to receive into."""
+    body_rate_bytes_per_s: int = 500
+    """Slowest pace of a body, on average over each ``body_timeout_s`` in which there is memory to receive into."""
+    body_duration_s: float = 7 * 86400.0
+    """A body of known length must come fast enough to end in this time: its space is reserved until then."""
     send_timeout_s: float = 60.0
     """Longest time a peer may take none of the answer."""
     tls_handshake_timeout_s: float = 20.0
@@ -38,7 +42,7 @@ class HttpLimits:
     linger_timeout_s: float = 5.0
 
     inbox_bytes: int = 16 * KIB
-    """Receive buffer of an idle connection; grows to ``head_bytes`` for a large head."""
+    """Receive buffer of a request's head; grows to ``head_bytes`` for a large head. An idle connection has none."""
     read_ahead_bytes: int = 256 * KIB
     """Receive buffer of a body in chunks, while it is being received."""
     direct_bytes: int = 32 * KIB
@@ -50,7 +54,7 @@ class HttpLimits:
     tls_window_bytes: int = 256 * KIB
     """Bytes of a file read and encrypted at a time on a TLS connection."""
 
-    connections: int = 4096
+    connections: int = 8192
     """Open connections; the listener stops accepting at this many."""
     accept_share: int = 0
     """Bodies in progress from which on this worker lets others accept first; 0: never (a single worker)."""

@@ -20,6 +20,7 @@ from s3api.http.connection import HttpConnection, Wait
 from s3api.http.inbox import BufferPool
 from s3api.http.limits import HttpLimits
 from s3api.http.message import Handler, HttpError, Request, Response
+from s3api.http.send import response_head
 
 _log = logging.getLogger(__name__)
 
@@ -28,12 +29,8 @@ Observer = Callable[[Request, int, int, int], None]
 """(request, status, body bytes sent, nanoseconds from head to last byte); status 0: the peer left before an answer."""
 
 _TLS_HANDSHAKE = 0x16  # RFC 8446 section 5.1: the first byte of a ClientHello's record
-_SPEAKS_TLS = b"This port speaks TLS: use https://.\n"
-_PLAIN_ON_TLS = (
-    b"HTTP/1.1 400 Bad Request\r\nServer: hiss\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%b" % (len(_SPEAKS_TLS), _SPEAKS_TLS)
-)
 _ACCEPT_AT_ONCE = 32
+_INBOXES_KEPT = 256
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _DESCRIPTOR_PAUSE_S = 0.2
 
@@ -66,6 +63,7 @@ class Server:
         self.secure = ssl_context is not None
         self.active_bodies = 0
         self.pool = BufferPool(limits.read_ahead_bytes)
+        self.inboxes = BufferPool(limits.inbox_bytes, keep=_INBOXES_KEPT)
         self.timeouts_s = {
             Wait.NEXT: limits.idle_timeout_s,
             Wait.HEAD: limits.head_timeout_s,
@@ -237,9 +235,12 @@ class Server:
     async def _explain_tls(self, sock: socket.socket) -> None:
         """Answer plain HTTP on a TLS port, then wait for the peer to have read it."""
         loop = asyncio.get_running_loop()
+        response = self.render(None, HttpError(400, "InvalidRequest", "This port speaks TLS: use https://."))
+        body = response.body if isinstance(response.body, bytes) else b""
+        wire = response_head(response, length=len(body), chunked=False, close=True) + body
         with sock:
             async with asyncio.timeout(self.limits.linger_timeout_s):
-                await loop.sock_sendall(sock, _PLAIN_ON_TLS)
+                await loop.sock_sendall(sock, wire)
                 sock.shutdown(socket.SHUT_WR)
                 while await loop.sock_recv(sock, 64 * 1024):
                     pass

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import socket
 
+import pytest
+
 from s3api.http.limits import HttpLimits
+from s3api.http.pace import Pace
 
 SHORT = HttpLimits(
-    head_timeout_s=0.12, idle_timeout_s=0.2, body_timeout_s=0.12, send_timeout_s=0.3, linger_timeout_s=0.2
-)
+    head_timeout_s=0.12, idle_timeout_s=0.2, body_timeout_s=0.12, send_timeout_s=0.3, linger_timeout_s=0.2,
+    body_rate_bytes_per_s=1,
+)  # fmt: skip
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -60,6 +65,47 @@ async def test_a_slow_body_that_moves_is_not_timed_out(start):
         writer.write(b"x")
     assert statuses(await asyncio.wait_for(reader.read(), 5)) == [200]
     writer.close()
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+async def test_a_body_that_trickles_is_408(start, length):
+    """It is never silent for long, but it would hold the space of its declared length for hours."""
+    running = await start(limits=dataclasses.replace(SHORT, body_rate_bytes_per_s=10_000))
+    reader, writer = await running.connect()
+    writer.write(b"PUT /sink HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n")
+
+    async def trickle() -> None:
+        while True:
+            writer.write(b"1\r\nx\r\n")
+            await asyncio.sleep(0.02)
+
+    trickling = asyncio.create_task(trickle())
+    answer = await asyncio.wait_for(reader.read(), 10)
+    trickling.cancel()
+    assert statuses(answer) == [408]
+    assert b"10000 bytes a second or faster" in answer
+    writer.close()
+
+
+def test_the_pace_of_a_body():
+    limits = HttpLimits(body_timeout_s=60, body_rate_bytes_per_s=500, body_duration_s=1000)
+    pace = Pace(limits, None)
+    assert not pace.too_slow(0, 0, excused=False)
+    assert not pace.too_slow(59, 0, excused=False)
+    assert not pace.too_slow(60, 30_000, excused=False)
+    assert pace.too_slow(120, 59_999, excused=False)
+
+    # Longer ones must come faster: all of it within the time that their space may be kept.
+    pace = Pace(limits, 10_000_000)
+    assert not pace.too_slow(0, 0, excused=False)
+    assert pace.too_slow(60, 599_999, excused=False)
+
+    # Time in which we had no memory does not count.
+    pace = Pace(limits, None)
+    assert not pace.too_slow(0, 0, excused=False)
+    assert not pace.too_slow(59, 0, excused=True)
+    assert not pace.too_slow(100, 0, excused=False)
+    assert pace.too_slow(119, 0, excused=False)
 
 
 async def test_our_own_back_pressure_is_not_held_against_the_peer(start, until):
