@@ -41,8 +41,8 @@ VALUES = (
     "", "0", "1", "2", "-1", "10001", "999999999999999999999", "url", "true", "null", "bytes=0-0", "bytes=-1", "bytes=5-2", "*",
     '"abc"', "Thu, 01 Jan 1970 00:00:00 GMT", "Fri, 99 Foo 9999 99:99:99 GMT", "2026-01-01T00:00:00Z", "/fuzz/a", "fuzz/a",
     "/private/secret", "private/secret?versionId=null", "%ZZ", "é", "=?UTF-8?B?w7w=?=", "a,b;c", "COPY", "REPLACE", "private",
-    "public-read", "CRC32", "CRC64NVME", "SHA256", "COMPOSITE", "FULL_OBJECT", "AAAAAA==", "GOVERNANCE", "ON", "STANDARD", "AES256",
-    "a=b&c=d", "id=\"1\"", "x" * 3000,
+    "public-read", "CRC32", "CRC64NVME", "SHA256", "COMPOSITE", "FULL_OBJECT", "AAAAAA==", "GOVERNANCE", "ON", "STANDARD",
+    "AES256", "a=b&c=d", "id=\"1\"", "x" * 3000,
 )  # fmt: skip
 FIELDS = (
     "range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "content-md5", "content-type",
