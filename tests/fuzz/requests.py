@@ -44,25 +44,27 @@ VALUES = (
     "public-read", "CRC32", "CRC64NVME", "SHA256", "COMPOSITE", "FULL_OBJECT", "AAAAAA==", "GOVERNANCE", "ON", "STANDARD",
     "AES256", "a=b&c=d", "id=\"1\"", "x" * 3000,
 )  # fmt: skip
-FIELDS = (
-    "range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "content-md5", "content-type",
-    "content-encoding", "expires", "cache-control", "x-amz-copy-source", "x-amz-copy-source-range", "x-amz-copy-source-if-match",
-    "x-amz-metadata-directive", "x-amz-tagging-directive", "x-amz-tagging", "x-amz-meta-a", "x-amz-acl", "x-amz-grant-read",
-    "x-amz-storage-class", "x-amz-checksum-crc32", "x-amz-checksum-crc64nvme", "x-amz-checksum-sha256", "x-amz-checksum-algorithm",
-    "x-amz-checksum-type", "x-amz-sdk-checksum-algorithm", "x-amz-checksum-mode", "x-amz-mp-object-size", "x-amz-object-lock-mode",
-    "x-amz-object-lock-retain-until-date", "x-amz-object-lock-legal-hold", "x-amz-bypass-governance-retention", "x-amz-mfa",
-    "x-amz-server-side-encryption", "x-amz-server-side-encryption-customer-algorithm", "x-amz-website-redirect-location",
-    "x-amz-write-offset-bytes", "x-amz-expected-bucket-owner", "x-amz-request-payer", "x-amz-decoded-content-length", "x-amz-trailer",
-    "x-amz-object-attributes", "x-amz-security-token", "origin", "access-control-request-method", "access-control-request-headers",
-)  # fmt: skip
-ELEMENTS = (
-    "Delete", "Object", "Key", "VersionId", "Quiet", "CompleteMultipartUpload", "Part", "PartNumber", "ETag", "Tagging", "TagSet",
-    "Tag", "Value", "VersioningConfiguration", "Status", "LifecycleConfiguration", "Rule", "ID", "Filter", "Prefix", "Expiration",
-    "Days", "Date", "CORSConfiguration", "CORSRule", "AllowedOrigin", "AllowedMethod", "NotificationConfiguration", "Event",
-    "ObjectLockConfiguration", "ObjectLockEnabled", "Retention", "Mode", "RetainUntilDate", "LegalHold", "AccessControlPolicy",
-    "Owner", "AccessControlList", "Grant", "Grantee", "Permission", "RestoreRequest", "CreateBucketConfiguration",
-    "LocationConstraint", "PublicAccessBlockConfiguration", "BlockPublicAcls", "OwnershipControls", "ObjectOwnership", "And",
-)  # fmt: skip
+FIELDS = """
+    range if-match if-none-match if-modified-since if-unmodified-since content-md5 content-type content-encoding
+    expires cache-control x-amz-copy-source x-amz-copy-source-range x-amz-copy-source-if-match
+    x-amz-metadata-directive x-amz-tagging-directive x-amz-tagging x-amz-meta-a x-amz-acl x-amz-grant-read
+    x-amz-storage-class x-amz-checksum-crc32 x-amz-checksum-crc64nvme x-amz-checksum-sha256
+    x-amz-checksum-algorithm x-amz-checksum-type x-amz-sdk-checksum-algorithm x-amz-checksum-mode
+    x-amz-mp-object-size x-amz-object-lock-mode x-amz-object-lock-retain-until-date x-amz-object-lock-legal-hold
+    x-amz-bypass-governance-retention x-amz-mfa x-amz-server-side-encryption
+    x-amz-server-side-encryption-customer-algorithm x-amz-website-redirect-location x-amz-write-offset-bytes
+    x-amz-expected-bucket-owner x-amz-request-payer x-amz-decoded-content-length x-amz-trailer
+    x-amz-object-attributes x-amz-security-token origin access-control-request-method
+    access-control-request-headers
+""".split()
+ELEMENTS = """
+    Delete Object Key VersionId Quiet CompleteMultipartUpload Part PartNumber ETag Tagging TagSet Tag Value
+    VersioningConfiguration Status LifecycleConfiguration Rule ID Filter Prefix Expiration Days Date
+    CORSConfiguration CORSRule AllowedOrigin AllowedMethod NotificationConfiguration Event ObjectLockConfiguration
+    ObjectLockEnabled Retention Mode RetainUntilDate LegalHold AccessControlPolicy Owner AccessControlList Grant
+    Grantee Permission RestoreRequest CreateBucketConfiguration LocationConstraint PublicAccessBlockConfiguration
+    BlockPublicAcls OwnershipControls ObjectOwnership And
+""".split()
 TEXTS = (
     "",
     "a",
@@ -144,12 +146,13 @@ WIRES = [
     b"GET /private/secret HTTP/1.1\r\nHost: x\r\n\r\n",
     b"PUT /fuzz/a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\nhelloGET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /fuzz?delete HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n",
-    b"PUT /fuzz/a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /private/secret HTTP/1.1\r\n\r\n",
+    b"PUT /fuzz/a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    b"GET /private/secret HTTP/1.1\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
     b"GET / HTTP/1.1\nHost: x\n\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-    b"GET /fuzz?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=a/20260101/us-east-1/s3/aws4_request&X-Amz-Date=20260101T000000Z"
-    b"&X-Amz-Expires=1&X-Amz-SignedHeaders=host&X-Amz-Signature=0 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /fuzz?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=a/20260101/us-east-1/s3/aws4_request"
+    b"&X-Amz-Date=20260101T000000Z&X-Amz-Expires=1&X-Amz-SignedHeaders=host&X-Amz-Signature=0 HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /fuzz HTTP/1.1\r\nHost: x\r\nAuthorization: AWS a:b\r\n\r\n",
     b"OPTIONS /fuzz/a HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\nAccess-Control-Request-Method: PUT\r\n\r\n",
 ]

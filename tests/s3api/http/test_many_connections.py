@@ -47,17 +47,24 @@ def _anonymous_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
+def _peers(port: int) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-c", PEERS, str(port), str(IDLE)]
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 async def test_idle_connections_cost_little_and_hold_up_nobody(start, until, descriptors):
     """Every tenth has been used before it went idle: what a request needed is given back."""
-    running = await start(limits=HttpLimits(connections=IDLE + 10))
+    running = await start(limits=HttpLimits(connections=IDLE + 10, idle_timeout_s=600))
     open_now = running.counters.cell("hiss_http_connections")
     before = _anonymous_bytes()
-    arguments = (sys.executable, "-c", PEERS, str(running.port), str(IDLE))
-    peers = await asyncio.create_subprocess_exec(*arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert peers.stdout is not None
-    assert await asyncio.wait_for(peers.stdout.readline(), 100) == b"ready\n"
-    await until(lambda: open_now.value() == IDLE, 60)
-    assert (_anonymous_bytes() - before) / IDLE < BYTES_EACH_MAX
-    assert b" 200 OK" in await running.exchange(LAST)
-    await peers.communicate()
+    with _peers(running.port) as peers:
+        assert peers.stdout is not None
+        assert peers.stdin is not None
+        try:
+            assert await asyncio.to_thread(peers.stdout.readline) == b"ready\n"
+            await until(lambda: open_now.value() == IDLE, 60)
+            assert (_anonymous_bytes() - before) / IDLE < BYTES_EACH_MAX
+            assert b" 200 OK" in await running.exchange(LAST)
+        finally:
+            peers.kill()
     await until(lambda: open_now.value() == 0, 60)
