@@ -30,7 +30,7 @@ class StreamSpec:
     length: int | None
     """Payload bytes; None when only the end of the body will tell."""
     algorithms: frozenset[str] = frozenset()
-    """Digests to compute beside CRC64NVME, of {crc32, crc32c, sha1, sha256, md5}."""
+    """Digests to compute beside CRC64NVME, of ingest/digests.py."""
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     content_type: str = ""
     lifetime: LifetimeClass = LifetimeClass.STREAM

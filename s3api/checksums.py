@@ -15,6 +15,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 
+import xxhash
 from awscrt import checksums as crt
 
 HEADER_PREFIX = "x-amz-checksum-"
@@ -53,8 +54,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm("sha1", 20, lambda data: hashlib.sha1(data, usedforsecurity=False).digest()),
         Algorithm("sha256", 32, lambda data: hashlib.sha256(data).digest()),
+        Algorithm("sha512", 64, lambda data: hashlib.sha512(data).digest()),
+        Algorithm("md5", 16, lambda data: hashlib.md5(data, usedforsecurity=False).digest()),
+        Algorithm("xxhash64", 8, lambda data: xxhash.xxh64_digest(data)),
+        Algorithm("xxhash3", 8, lambda data: xxhash.xxh3_64_digest(data)),
+        Algorithm("xxhash128", 16, lambda data: xxhash.xxh3_128_digest(data)),
     )
 }
+NAMES = ", ".join(name.upper() for name in ALGORITHMS)
 BY_HEADER = {algorithm.header: algorithm for algorithm in ALGORITHMS.values()}
 # Headers that share the prefix and are not checksum values.
 NOT_VALUES = frozenset({"x-amz-checksum-algorithm", "x-amz-checksum-type", "x-amz-checksum-mode"})

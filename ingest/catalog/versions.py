@@ -159,6 +159,8 @@ class Versions:
         before = self._db.execute(statements.BY_ID, {"object_id": request.marker_id}).fetchone()
         if before is not None:
             return Deleted(True, rows.object_record(before).version_id, True)
+        if request.object_id and (newest is None or newest.object_id != request.object_id):
+            return Deleted(existed=False)
         if request.if_match:
             if newest is None or newest.delete_marker:
                 raise PreconditionFailed("If-Match")

@@ -225,7 +225,7 @@ def _algorithm(text: str) -> str:
     if name and name not in checksums.ALGORITHMS:
         raise S3Error(
             "InvalidRequest",
-            "Checksum algorithm provided is unsupported; known are CRC32, CRC32C, CRC64NVME, SHA1 and SHA256",
+            f"Checksum algorithm provided is unsupported; known are {checksums.NAMES}",
         )
     return name
 

@@ -15,7 +15,7 @@ from s3api.call import Call
 from s3api.conditions import write_condition
 from s3api.errors import S3Error, translated
 from s3api.http.message import Response
-from s3api.integrity import read_document
+from s3api.integrity import needs_checksum, read_document
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.locks import may_bypass
 from s3api.operations.reading import check_version_id, wanted_version
@@ -56,6 +56,7 @@ async def delete_objects(call: Call) -> Response:
     """Up to 1,000 keys at once; each is decided on its own, also whether the user may."""
     await call.bucket()
     _refuse_mfa(call)
+    needs_checksum(call.request)
     body = await read_document(call.request, call.signed, call.limits.document_bytes)
     tree = xml.parse(body, "Delete")
     quiet = xml.text(tree, "Quiet", "false").lower() == "true"

@@ -8,6 +8,7 @@ so that a Complete whose answer was lost can be asked again.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from xml.etree.ElementTree import Element
 
 from ingest.errors import NoSuchKey, NoSuchUpload, PreconditionFailed
@@ -28,7 +29,7 @@ from s3api.checksums import ALGORITHMS, COMPOSITE, FULL_OBJECT
 from s3api.conditions import write_condition
 from s3api.errors import S3Error
 from s3api.http.message import Headers, Response
-from s3api.integrity import bad_checksum, plan, read_document
+from s3api.integrity import bad_checksum, plan, read_document, too_large
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import checksum_headers, stored_headers, user_metadata, version_headers
@@ -92,8 +93,8 @@ def _chosen_checksum(headers: Headers) -> tuple[str, str]:
     if algorithm is None:
         raise S3Error(
             "InvalidRequest",
-            "Checksum algorithm provided is unsupported. Please try again with any of the"
-            " valid types: [CRC32, CRC32C, CRC64NVME, SHA1, SHA256]",
+            "Checksum algorithm provided is unsupported. Please try again with any of the valid types:"
+            f" [{checksums.NAMES}]",
         )
     if kind and kind not in algorithm.types:
         raise S3Error("InvalidRequest", f"The {kind} checksum type cannot be used with the {name} checksum algorithm.")
@@ -171,9 +172,12 @@ async def complete_multipart_upload(call: Call) -> Response:
         upload = await upload_of(call)
     except NoSuchUpload:
         return _completed(call, bucket, await _completed_before(call))
+    _check_part_checksums(upload, wanted)
     parts = _matched(wanted, await _all_parts(call))
     values, kind = _object_checksum(upload, parts)
     length = sum(part.length for part in parts)
+    if length > call.limits.object_bytes:
+        raise too_large(length, call.limits.object_bytes)
     _check_claims(headers, values, kind, length)
     if condition:
         condition.check(await current(call))
@@ -288,6 +292,20 @@ def _matched(wanted: tuple[CompletedPart, ...], stored: dict[int, PartRecord]) -
     return parts
 
 
+def _check_part_checksums(upload: UploadRecord, wanted: tuple[CompletedPart, ...]) -> None:
+    """An upload with a composite checksum is completed with the checksum of each part."""
+    name = upload.checksum_algorithm
+    if not name or upload.checksum_type != COMPOSITE:
+        return
+    missing = next((claim.number for claim in wanted if name not in claim.checksums), None)
+    if missing is not None:
+        raise S3Error(
+            "InvalidRequest",
+            f"The upload was created using a {name} checksum. The complete request must include the checksum for each"
+            f" part. It was missing for part {missing} in the request.",
+        )
+
+
 def _object_checksum(upload: UploadRecord, parts: list[PartRecord]) -> tuple[dict[str, str], str]:
     """The checksum of the whole, of the type the upload was created with; CRC64NVME of every byte by default."""
     name = upload.checksum_algorithm
@@ -372,39 +390,84 @@ def _part_row(part: PartRecord) -> list[tuple[str, xml.Value]]:
 async def list_multipart_uploads(call: Call) -> Response:
     await call.bucket()
     arg = call.request.arg
-    if arg("delimiter"):
-        raise S3Error("NotImplemented", "ListMultipartUploads with a delimiter is not implemented; use a prefix")
+    if arg("encoding-type") not in (None, "", "url"):
+        raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request; url is the only one")
     name = namer(arg("encoding-type") == "url")
-    prefix = (arg("prefix") or "").encode()
-    key_marker, id_marker = (arg("key-marker") or "").encode(), arg("upload-id-marker") or ""
-    # A key marker alone means: after every upload of that key.
-    after = (key_marker, id_marker or "\uffff") if key_marker else (b"", "")
-    limit = call.number("max-uploads", 1, call.limits.keys_per_page, call.limits.keys_per_page)
-    uploads, more = await call.catalog.uploads(call.bucket_name, prefix=prefix, after=after, limit=limit)
-    rows: list[tuple[str, xml.Value]] = []
-    for upload in uploads:
-        owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
-        row: list[tuple[str, xml.Value]] = [
-            ("Key", name(upload.key)),
-            ("UploadId", upload.upload_id),
-            ("Initiator", owner),
-            ("Owner", owner),
-            ("StorageClass", upload.attributes.storage_class),
-            ("Initiated", times.iso(upload.started_ns)),
-            ("ChecksumAlgorithm", upload.checksum_algorithm.upper() or None),
-            ("ChecksumType", upload.checksum_type or None),
-        ]
-        rows.append(("Upload", row))
+    prefix, delimiter = (arg("prefix") or "").encode(), (arg("delimiter") or "").encode()
+    # An id marker says something only beside a key marker; a key marker alone means: after every upload of that key.
+    key_marker = (arg("key-marker") or "").encode()
+    id_marker = (arg("upload-id-marker") or "") if key_marker else ""
+    after = (key_marker, id_marker or _LAST_ID) if key_marker else (b"", "")
+    limit = call.number("max-uploads", 0, call.limits.keys_per_page, call.limits.keys_per_page)
+    rows, last = await _uploads_page(call, prefix, delimiter, after, limit)
+    entries: list[tuple[str, xml.Value]] = [
+        ("Upload", _upload_row(row, name)) for row in rows if isinstance(row, UploadRecord)
+    ]
+    entries += [("CommonPrefixes", [("Prefix", name(row))]) for row in rows if isinstance(row, bytes)]
     document: list[tuple[str, xml.Value]] = [
         ("Bucket", call.bucket_name),
         ("KeyMarker", name(key_marker)),
         ("UploadIdMarker", id_marker),
-        ("NextKeyMarker", name(uploads[-1].key) if more else None),
-        ("NextUploadIdMarker", uploads[-1].upload_id if more else None),
+        ("NextKeyMarker", name(last[0]) if last else None),
+        ("NextUploadIdMarker", last[1].removesuffix(_LAST_ID) if last else None),
+        ("Delimiter", name(delimiter) if delimiter else None),
         ("Prefix", name(prefix)),
         ("EncodingType", arg("encoding-type") or None),
         ("MaxUploads", limit),
-        ("IsTruncated", more),
-        *rows,
+        ("IsTruncated", last is not None),
+        *entries,
     ]
     return Response(200, [XML_TYPE], xml.document("ListMultipartUploadsResult", document))
+
+
+_LAST_ID = "\uffff"
+"""Behind every upload id."""
+
+
+async def _uploads_page(
+    call: Call, prefix: bytes, delimiter: bytes, after: tuple[bytes, str], limit: int
+) -> tuple[list[UploadRecord | bytes], tuple[bytes, str] | None]:
+    """Uploads, and common prefixes as bytes, in key order; and where to go on, if there are more."""
+    rows: list[UploadRecord | bytes] = []
+    place: tuple[bytes, str] = after
+    more = limit > 0
+    while more:
+        page, more = await call.catalog.uploads(call.bucket_name, prefix=prefix, after=after, limit=_CATALOG_PAGE)
+        for upload in page:
+            end = upload.key.find(delimiter, len(prefix)) if delimiter else -1
+            group = upload.key[: end + len(delimiter)] if end >= 0 else b""
+            if group and place[0].startswith(group):
+                continue  # it was given on this page, or is the marker of the one before
+            if len(rows) == limit:
+                return rows, place
+            rows.append(group or upload)
+            place = (group, _LAST_ID) if group else (upload.key, upload.upload_id)
+            if group:
+                break
+        else:
+            if page:
+                after = page[-1].key, page[-1].upload_id
+            continue
+        # No key of the group, however many there are, is worth a look.
+        after, more = (_behind(group), ""), True
+    return rows, None
+
+
+def _behind(group: bytes) -> bytes:
+    """The least key that does not start with ``group``; for an ``after`` whose id is empty it comes itself."""
+    stem = group.rstrip(b"\xff")
+    return stem[:-1] + bytes([stem[-1] + 1]) if stem else group
+
+
+def _upload_row(upload: UploadRecord, name: Callable[[bytes], str]) -> list[tuple[str, xml.Value]]:
+    owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
+    return [
+        ("Key", name(upload.key)),
+        ("UploadId", upload.upload_id),
+        ("Initiator", owner),
+        ("Owner", owner),
+        ("StorageClass", upload.attributes.storage_class),
+        ("Initiated", times.iso(upload.started_ns)),
+        ("ChecksumAlgorithm", upload.checksum_algorithm.upper() or None),
+        ("ChecksumType", upload.checksum_type or None),
+    ]

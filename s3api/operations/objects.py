@@ -19,7 +19,7 @@ from s3api.call import Call
 from s3api.conditions import WriteCondition, check_read, range_applies, write_condition
 from s3api.errors import S3Error
 from s3api.http.message import FileBody, Response
-from s3api.integrity import BodyPlan, needs_checksum, plan, read_document
+from s3api.integrity import BodyPlan, plan, read_document
 from s3api.operations import append, kernels
 from s3api.operations.describe import (
     checksum_headers,
@@ -33,7 +33,7 @@ from s3api.operations.locks import Lock, lock_headers, lock_of_write
 from s3api.operations.object_tags import attributes_of
 from s3api.operations.reading import current, open_version, version
 from s3api.operations.received import committed, etag_of, lifetime_of, once, received, stored
-from s3api.operations.refusals import refuse_unsupported
+from s3api.operations.refusals import refuse_encryption_of_reads, refuse_unsupported
 from s3api.ranges import parse_range
 
 # -- writing
@@ -205,6 +205,7 @@ async def head_object(call: Call) -> Response:
 
 async def _read(call: Call, *, body: bool) -> Response:
     headers = call.request.headers
+    refuse_encryption_of_reads(headers)
     bucket, settings = await call.bucket()
     record = await version(call, bucket)
     answer = [*describe(call, record, settings), *version_headers(bucket, record), *lock_headers(record)]

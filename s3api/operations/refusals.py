@@ -15,6 +15,12 @@ _NOT_IMPLEMENTED = {
 _ACLS = frozenset({"private", "bucket-owner-full-control"})
 
 
+def refuse_encryption_of_reads(headers: Headers) -> None:
+    """Nothing here is encrypted with a client's key, so a reader that brings one reads the wrong object."""
+    if any(name.startswith("x-amz-server-side-encryption-customer-") for name, _ in headers.fields):
+        raise S3Error("InvalidRequest", "The encryption parameters are not applicable to this object.")
+
+
 def refuse_unsupported(headers: Headers) -> None:
     """Raises NotImplemented, AccessControlListNotSupported or InvalidStorageClass; for every write."""
     for name, value in headers.fields:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import xxhash
 from awscrt import checksums as crt
 from botocore.exceptions import ClientError
 
@@ -28,6 +29,11 @@ DIGESTS = {
     "crc64nvme": crt.crc64nvme(BODY).to_bytes(8, "big"),
     "sha1": hashlib.sha1(BODY).digest(),
     "sha256": hashlib.sha256(BODY).digest(),
+    "sha512": hashlib.sha512(BODY).digest(),
+    "md5": hashlib.md5(BODY).digest(),
+    "xxhash64": xxhash.xxh64(BODY).digest(),
+    "xxhash3": xxhash.xxh3_64(BODY).digest(),
+    "xxhash128": xxhash.xxh3_128(BODY).digest(),
 }
 
 
@@ -102,10 +108,13 @@ def test_signed_payload_hash(raw: Raw, code_of: Code, bucket: str) -> None:
 
 def test_a_document_is_verified_too(raw: Raw, code_of: Code, bucket: str) -> None:
     body = b"<Delete><Object><Key>k</Key></Object></Delete>"
-    wrong_hash = raw("POST", f"/{bucket}?delete", body, payload_hash=hashlib.sha256(b"other").hexdigest())
+    right_md5 = {"content-md5": b64(hashlib.md5(body).digest())}
+    other = hashlib.sha256(b"other").hexdigest()
+    wrong_hash = raw("POST", f"/{bucket}?delete", body, headers=right_md5, payload_hash=other)
     wrong_md5 = raw("POST", f"/{bucket}?delete", body, headers={"content-md5": b64(bytes(16))})
     assert code_of(wrong_hash) == "XAmzContentSHA256Mismatch"
     assert code_of(wrong_md5) == "BadDigest"
+    assert code_of(raw("POST", f"/{bucket}?delete", body)) == "InvalidRequest"
 
 
 # -- aws-chunked, all four forms
@@ -281,6 +290,23 @@ def test_composite_checksum_of_parts() -> None:
     parts = [b64(hashlib.sha256(piece).digest()) for piece in (b"a", b"b")]
     joined = hashlib.sha256(hashlib.sha256(b"a").digest() + hashlib.sha256(b"b").digest()).digest()
     assert checksums.composite(algorithm, parts) == f"{b64(joined)}-2"
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("XXHASH64", 0xEF46DB3751D8E999),
+        ("XXHASH3", 0x2D06800538D394C2),
+        ("XXHASH128", 0x99AA06D3014798D86001C324468D497F),
+    ],
+)
+def test_xxhash_is_canonical(raw: Raw, bucket: str, name: str, empty: int) -> None:
+    """Hashes of nothing, as the xxHash project publishes them: big-endian."""
+    value = b64(empty.to_bytes(16 if name == "XXHASH128" else 8, "big"))
+    answer = raw("PUT", f"/{bucket}/k", b"", headers={f"x-amz-checksum-{name.lower()}": value})
+    assert (answer.status_code, answer.headers[f"x-amz-checksum-{name.lower()}"]) == (200, value)
+    listed = raw("GET", f"/{bucket}?list-type=2").text
+    assert f"<ChecksumAlgorithm>{name}</ChecksumAlgorithm>" in listed
 
 
 def test_hashes_cannot_be_combined() -> None:

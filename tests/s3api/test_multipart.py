@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import os
+import random
+import secrets
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -25,6 +29,9 @@ from awscrt.s3 import (
 )
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
+
+from ingest.records import CommitPart, Extent, PartRecord
+from s3api.checksums import ALGORITHMS
 
 Raw = Callable[..., httpx.Response]
 Code = Callable[[httpx.Response], str]
@@ -231,6 +238,149 @@ def test_pages_of_parts_and_uploads(s3: Any, bucket: str) -> None:
         s3.create_multipart_upload(Bucket=bucket, Key=key)
     pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, MaxUploads=1)
     assert [row["Key"] for page in pages for row in page["Uploads"]] == ["a", "b", "c", "c"]
+
+
+def test_uploads_by_prefix_and_delimiter(s3: Any, bucket: str) -> None:
+    for key in ("a/1", "a/1", "a/2", "b", "c/x/1", "c/y/1", "d", "ü/1"):
+        s3.create_multipart_upload(Bucket=bucket, Key=key)
+
+    def pages(size: int, **extra: Any) -> tuple[list[str], list[str]]:
+        keys, prefixes, marker = [], [], {}
+        for _ in range(20):
+            page = s3.list_multipart_uploads(Bucket=bucket, MaxUploads=size, **extra, **marker)
+            assert len(page.get("Uploads", [])) + len(page.get("CommonPrefixes", [])) <= size
+            keys += [row["Key"] for row in page.get("Uploads", [])]
+            prefixes += [row["Prefix"] for row in page.get("CommonPrefixes", [])]
+            if not page["IsTruncated"]:
+                return keys, prefixes
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+        raise AssertionError("the listing does not end")
+
+    for size in (1, 2, 3, 1000):
+        assert pages(size, Delimiter="/") == (["b", "d"], ["a/", "c/", "ü/"])
+        assert pages(size, Delimiter="/", Prefix="c/") == ([], ["c/x/", "c/y/"])
+        assert pages(size, Prefix="a/") == (["a/1", "a/1", "a/2"], [])
+    nothing = s3.list_multipart_uploads(Bucket=bucket, MaxUploads=0)
+    assert (nothing["IsTruncated"], nothing.get("Uploads")) == (False, None)
+    after = s3.list_multipart_uploads(Bucket=bucket, KeyMarker="a/1")
+    assert [row["Key"] for row in after["Uploads"]][:2] == ["a/2", "b"]
+
+
+def test_a_composite_upload_is_completed_with_the_checksum_of_each_part(s3: Any, bucket: str) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k", ChecksumAlgorithm="SHA256")["UploadId"]
+    of = {"Bucket": bucket, "Key": "k", "UploadId": upload_id, "PartNumber": 1}
+    parts = [{"PartNumber": 1, "ETag": s3.upload_part(**of, Body=b"x", ChecksumAlgorithm="SHA256")["ETag"]}]
+    with pytest.raises(ClientError, match="missing for part 1"):
+        complete(s3, bucket, "k", upload_id, parts)
+
+
+@pytest.mark.parametrize("algorithm", ["MD5", "SHA512", "XXHASH64", "XXHASH3", "XXHASH128"])
+def test_composites_of_the_other_algorithms(raw: Raw, s3: Any, bucket: str, algorithm: str) -> None:
+    """botocore knows their names and cannot compute them all."""
+    digest = ALGORITHMS[algorithm.lower()].digest
+    header = f"x-amz-checksum-{algorithm.lower()}"
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k", ChecksumAlgorithm=algorithm)["UploadId"]
+    named, values = "", []
+    for number, body in enumerate((FIRST, LAST), 1):
+        value = base64.b64encode(digest(body)).decode()
+        answer = raw("PUT", f"/{bucket}/k?partNumber={number}&uploadId={upload_id}", body, headers={header: value})
+        assert answer.headers[header] == value
+        named += f"<Part><PartNumber>{number}</PartNumber><ETag>{answer.headers['etag']}</ETag>"
+        named += f"<Checksum{algorithm}>{value}</Checksum{algorithm}></Part>"
+        values.append(value)
+    body = f"<CompleteMultipartUpload>{named}</CompleteMultipartUpload>".encode()
+    done = raw("POST", f"/{bucket}/k?uploadId={upload_id}", body)
+    expected = base64.b64encode(digest(b"".join(map(base64.b64decode, values)))).decode() + "-2"
+    assert f"<Checksum{algorithm}>{expected}</Checksum{algorithm}>" in done.text
+    assert "<ChecksumType>COMPOSITE</ChecksumType>" in done.text
+    head = raw("HEAD", f"/{bucket}/k", headers={"x-amz-checksum-mode": "ENABLED"})
+    assert (head.headers[header], head.headers["x-amz-checksum-type"]) == (expected, "COMPOSITE")
+
+
+def test_parts_of_what_is_over(s3: Any, bucket: str) -> None:
+    """Completed or aborted while a part arrives: the part is refused, and so is any later one."""
+    upload_id, parts = upload(s3, bucket, "k", [b"x"])
+    complete(s3, bucket, "k", upload_id, parts)
+    of = {"Bucket": bucket, "Key": "k", "UploadId": upload_id}
+    assert refused(s3.upload_part, **of, PartNumber=2, Body=b"y") == (404, "NoSuchUpload")
+    assert refused(s3.abort_multipart_upload, **of) == (404, "NoSuchUpload")
+    assert refused(s3.list_parts, **of) == (404, "NoSuchUpload")
+    s3.delete_object(Bucket=bucket, Key="k")
+    claim = {"s3": s3, "bucket": bucket, "key": "k", "upload_id": upload_id, "parts": parts}
+    assert refused(complete, **claim) == (404, "NoSuchUpload")
+
+
+def test_an_abort_while_a_part_arrives(s3: Any, bucket: str, node: Any) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+    of = {"Bucket": bucket, "Key": "k", "UploadId": upload_id}
+    url = s3.generate_presigned_url("upload_part", {**of, "PartNumber": 1}, ExpiresIn=60)
+    begun = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        yield FIRST[:MIB]
+        begun.set()
+        s3.abort_multipart_upload(**of)
+        yield FIRST[MIB:]
+
+    answer = httpx.put(url, content=body(), headers={"content-length": str(len(FIRST))}, timeout=20)
+    assert begun.is_set()
+    assert (answer.status_code, "NoSuchUpload" in answer.text) == (404, True)
+    assert s3.list_multipart_uploads(Bucket=bucket).get("Uploads") is None
+
+
+PART_BYTES = (5 << 40) // 10_000
+
+
+def test_ten_thousand_parts_of_five_terabytes(node: Any, raw: Raw, s3: Any, bucket: str) -> None:
+    """Arithmetic only: the parts' bytes lie on a node that is not there."""
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+
+    def part(number: int, length: int = PART_BYTES) -> CommitPart:
+        extent = Extent(1, 0, number, 1, 0, length)
+        record = PartRecord(number, length, f"{number:032x}", number, {}, (extent,))
+        return CommitPart(bucket, b"k", upload_id, record, secrets.token_bytes(16))
+
+    async def commit(numbers: list[int]) -> None:
+        for start in range(0, len(numbers), 500):
+            await asyncio.gather(*(node.catalog.commit_part(part(number)) for number in numbers[start : start + 500]))
+
+    numbers = list(range(1, 10_001))
+    random.Random(1).shuffle(numbers)
+    node.run(commit(numbers[:5000]))
+    node.run(commit(numbers[5000:]))
+    node.run(commit(numbers[:100]))  # sent again: the later ones count
+    page = s3.list_parts(Bucket=bucket, Key="k", UploadId=upload_id, PartNumberMarker=9500)
+    assert [row["PartNumber"] for row in page["Parts"]] == list(range(9501, 10_001))
+    rows = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>{number:032x}</ETag></Part>" for number in range(1, 10_001)
+    )
+    path = f"/{bucket}/k?uploadId={upload_id}"
+    document = f"<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>".encode()
+    wrong = raw("POST", path, document, headers={"x-amz-mp-object-size": "5497558138880"})
+    assert wrong.status_code == 400
+    done = raw("POST", path, document, headers={"x-amz-mp-object-size": str(10_000 * PART_BYTES)})
+    assert (done.status_code, "-10000&quot;</ETag>" in done.text) == (200, True)
+    head = s3.head_object(Bucket=bucket, Key="k", PartNumber=10_000)
+    assert (head["PartsCount"], head["ContentLength"]) == (10_000, PART_BYTES)
+    assert head["ContentRange"] == f"bytes {9999 * PART_BYTES}-{10_000 * PART_BYTES - 1}/{10_000 * PART_BYTES}"
+    assert s3.head_object(Bucket=bucket, Key="k")["ContentLength"] == 10_000 * PART_BYTES
+    s3.delete_object(Bucket=bucket, Key="k")
+
+
+def test_more_than_an_object_may_have(node: Any, s3: Any, bucket: str) -> None:
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+
+    async def commit() -> None:
+        for number in (1, 2):
+            extent = Extent(1, 0, number, 1, 0, 3 << 40)
+            record = PartRecord(number, 3 << 40, f"{number:032x}", number, {}, (extent,))
+            await node.catalog.commit_part(CommitPart(bucket, b"k", upload_id, record, secrets.token_bytes(16)))
+
+    node.run(commit())
+    parts = [{"PartNumber": number, "ETag": f"{number:032x}"} for number in (1, 2)]
+    claim = {"s3": s3, "bucket": bucket, "key": "k", "upload_id": upload_id, "parts": parts}
+    assert refused(complete, **claim) == (400, "EntityTooLarge")
+    s3.abort_multipart_upload(Bucket=bucket, Key="k", UploadId=upload_id)
 
 
 # -- copies of parts

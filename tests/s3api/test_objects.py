@@ -173,6 +173,16 @@ def test_what_is_not_there_is_refused(
     assert raw("HEAD", f"/{bucket}/k").status_code == 404
 
 
+def test_a_key_to_read_with_is_refused(raw: Raw, code_of: Code, s3: Any, bucket: str) -> None:
+    s3.put_object(Bucket=bucket, Key="k", Body=b"x")
+    headers = {"x-amz-server-side-encryption-customer-algorithm": "AES256"}
+    answer = raw("GET", f"/{bucket}/k", headers=headers)
+    assert (answer.status_code, code_of(answer)) == (400, "InvalidRequest")
+    assert raw("HEAD", f"/{bucket}/k", headers=headers).status_code == 400
+    hint = raw("PUT", f"/{bucket}/k", b"y", headers={"x-amz-server-side-encryption": "aws:kms"})
+    assert (hint.status_code, "encrypt the gateway's disks" in hint.text) == (501, True)
+
+
 def test_every_answer_names_its_request(raw: Raw, stored: dict[str, Any]) -> None:
     fine, missing = raw("GET", f"/{stored['Bucket']}/k"), raw("GET", f"/{stored['Bucket']}/nope%3C")
     for answer in (fine, missing):
@@ -349,7 +359,8 @@ def test_delete_of_more_than_1000(s3: Any, bucket: str) -> None:
      b"<Delete>" + b"<Object>" * 50 + b"</Object>" * 50 + b"</Delete>"],
 )  # fmt: skip
 def test_malformed_documents(raw: Raw, code_of: Code, bucket: str, body: bytes) -> None:
-    answer = raw("POST", f"/{bucket}?delete", body)
+    digest = base64.b64encode(hashlib.md5(body).digest()).decode()
+    answer = raw("POST", f"/{bucket}?delete", body, headers={"content-md5": digest})
     assert (answer.status_code, code_of(answer)) == (400, "MalformedXML")
 
 
