@@ -19,7 +19,7 @@ from s3api.call import Call
 from s3api.conditions import WriteCondition, check_read, range_applies, write_condition
 from s3api.errors import S3Error
 from s3api.http.message import FileBody, Response
-from s3api.integrity import BodyPlan, plan, read_document
+from s3api.integrity import BodyPlan, needs_checksum, plan, read_document
 from s3api.operations import append, kernels
 from s3api.operations.describe import (
     checksum_headers,

@@ -12,14 +12,23 @@ import msgspec
 import pytest
 
 from archive.lifecycle import LifecycleScanner
-from ingest import clock
+from ingest import clock, versioning
 from ingest.catalog import server
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CATALOGUE, DRAIN, Counters
 from ingest.errors import NoSuchUpload
 from ingest.lifecycle import Expire, Lifecycle, Move, Place, Rule, Transition, When, due, expiration
 from ingest.paths import NodePaths
-from ingest.records import CommitObject, Extent, ObjectRecord, ObjectState, UploadRecord, VersionAttributes
+from ingest.records import (
+    CommitObject,
+    Deleted,
+    DeleteObject,
+    Extent,
+    ObjectRecord,
+    ObjectState,
+    UploadRecord,
+    VersionAttributes,
+)
 
 DAY_S = 86400
 DAY_NS = DAY_S * 10**9
@@ -214,6 +223,63 @@ async def test_objects_move_to_the_archive(bucket: Bucket) -> None:
     assert bucket.done("move") == 1
     await bucket.one_pass()
     assert bucket.done("move") == 1
+
+
+async def versions(bucket: Bucket) -> list[tuple[bytes, bool]]:
+    return [(record.key, record.delete_marker) for record in await bucket.catalog.scan_versions("b", b"", 0, 100)]
+
+
+async def test_noncurrent_versions_go_and_the_newest_of_them_stay(bucket: Bucket) -> None:
+    await bucket.catalog.configure_bucket("b", {"versioning": b"Enabled"})
+    for _ in range(5):
+        await bucket.put(b"k")
+        clock.advance(bucket.paths, 1)
+    await bucket.put(b"other")
+    rule = Rule("old", True, noncurrent_days=2, noncurrent_keep=1)
+    await bucket.rules(rule)
+    await bucket.one_pass()
+    assert len(await versions(bucket)) == 6
+    clock.advance(bucket.paths, 3 * DAY_S)
+    await bucket.one_pass()
+    assert await versions(bucket) == [(b"k", False), (b"k", False), (b"other", False)]
+
+
+async def test_in_a_bucket_with_versions_expiring_leaves_a_marker_and_markers_expire(bucket: Bucket) -> None:
+    await bucket.catalog.configure_bucket("b", {"versioning": b"Enabled"})
+    await bucket.put(b"k")
+    await bucket.rules(Rule("all", True, expire=When(days=1), noncurrent_days=1))
+    clock.advance(bucket.paths, 2 * DAY_S)
+    await bucket.one_pass()
+    assert await versions(bucket) == [(b"k", True), (b"k", False)]
+    clock.advance(bucket.paths, 2 * DAY_S)
+    await bucket.one_pass()
+    assert await versions(bucket) == [(b"k", True)]
+    clock.advance(bucket.paths, 2 * DAY_S)
+    await bucket.one_pass()
+    assert await versions(bucket) == []
+
+
+async def test_what_was_replaced_since_it_was_looked_at_stays(bucket: Bucket) -> None:
+    for document in ({}, {"versioning": b"Enabled"}):
+        await bucket.catalog.configure_bucket("b", document)
+        old = await bucket.put(b"k")
+        await bucket.put(b"k")
+        (outcome,) = await bucket.catalog.delete([DeleteObject("b", b"k", object_id=old.object_id)])
+        assert isinstance(outcome, Deleted)
+        assert not outcome.existed
+        assert await bucket.keys() == [b"k"]
+
+
+async def test_locked_versions_stay(bucket: Bucket) -> None:
+    lock = versioning.with_lock()
+    await bucket.catalog.configure_bucket("b", lock)
+    await bucket.put(b"k", legal_hold=True)
+    await bucket.put(b"k")
+    await bucket.rules(Rule("old", True, noncurrent_days=1))
+    clock.advance(bucket.paths, 3 * DAY_S)
+    await bucket.one_pass()
+    assert len(await versions(bucket)) == 2
+    assert bucket.counters.cell("hiss_lifecycle_failures_total").value() == 1
 
 
 async def test_rules_that_cannot_be_read_stop_no_others(bucket: Bucket) -> None:
