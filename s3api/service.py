@@ -96,6 +96,8 @@ class S3Service:
 
     async def _tell_origin(self, call: Call, row: Route) -> None:
         """Where the bucket reports events: whose request this is."""
+        if not call.bucket_name:
+            return
         try:
             bucket, _ = await self._node.buckets.get(call.bucket_name)
         except IngestError:
