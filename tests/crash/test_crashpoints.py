@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from awscrt import checksums
 from harness import MIB, S3, Body, Judge, Load, Node, running, until
 
+from ingest import clock
 from ingest.catalog.client import CatalogClient
 from ingest.crashpoints import POINTS
 from ingest.errors import CatalogError
+from ingest.lifecycle import Lifecycle, Rule, When
 from ingest.records import ObjectState
 
 EVICTING = {"evict_high": "0.05", "evict_low": "0.0"}
@@ -178,7 +181,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def test_every_point_has_its_test() -> None:
-    assert {*PLAIN, *FULL, *PRODUCTS} == set(POINTS)
+    assert {*PLAIN, *FULL, *PRODUCTS, "lifecycle-before"} == set(POINTS)
 
 
 @pytest.mark.parametrize("point", PLAIN)
@@ -203,6 +206,33 @@ def test_in_the_end_everything_is_one_verified_copy_and_all_space_comes_back(
     scene.judge.gives_everything_back()
     scene.node.stop()
     assert scene.judge.is_sound().live_bytes == 0
+
+
+def test_the_drain_dies_while_it_carries_out_lifecycle_rules(tmp_path: Path) -> None:
+    """What was to expire expires in the next life, and nothing else does."""
+    with (
+        scene_of(tmp_path, virtual_clock="on", lifecycle_scan_s="0.1") as scene,
+        contextlib.closing(S3(scene.node)) as client,
+    ):
+        rules = msgspec.json.encode(Lifecycle((Rule("old", True, prefix="old/", expire=When(days=1)),)))
+
+        async def configure() -> None:
+            async with CatalogClient(scene.node.paths) as catalog:
+                await catalog.configure_bucket("disk", {"lifecycle": rules})
+
+        asyncio.run(configure())
+        for key in ("old/1", "old/2", "old/3", "new/1"):
+            assert client.put("disk", key, b"body of " + key.encode()).ok
+
+        def days_pass() -> None:
+            clock.advance(scene.node.paths, 2 * 86400)
+            time.sleep(1.0)
+
+        scene.dies_at("lifecycle-before", days_pass)
+        until(lambda: [record.key for record in scene.node.records()] == [b"new/1"], "the rest expired")
+        client.close()
+        assert client.get("disk", "new/1").body == b"body of new/1"
+        scene.judge.is_sound()
 
 
 def test_a_worker_dies_with_a_product_in_its_hands(tmp_path: Path) -> None:

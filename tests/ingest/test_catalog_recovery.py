@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import sqlite3
@@ -24,6 +25,7 @@ from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, NoSuchKey, StorageFailed
 from ingest.journal import FileOps, JournalDamaged
 from ingest.label import Label, write_label
+from ingest.notification import Target
 from ingest.paths import NodePaths
 from ingest.records import LABEL_BYTES, CommitObject, DeleteObject, Durability, Extent, FreedExtents, ObjectRecord
 from ingest.segments import SegmentHeader
@@ -108,6 +110,33 @@ async def test_a_killed_catalogue_forgets_nothing_and_repeats_nothing(
         assert len(set(sequences)) == len(sequences)
         for request, record in zip(requests, records, strict=True):
             assert await client.by_id(request.object_id) == record
+    assert catalogue.stop() == 0
+    assert problems(paths) == []
+
+
+@pytest.mark.parametrize("point", ["journal-written", "index-before", "index-committed"])
+async def test_an_event_is_there_once_for_each_commit_and_for_no_other(
+    paths: NodePaths, make_catalogue: Callable[..., Any], commit_of: CommitOf, point: str
+) -> None:
+    catalogue = make_catalogue(paths, batch_mutations=20)
+    async with CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "root")
+        target = Target("all", "Queue", "arn:hiss:sqs:::hook", ("s3:ObjectCreated:*",))
+        await client.configure_bucket("run", {"notification": msgspec.json.encode([target])})
+        assert catalogue.stop() == 0
+        catalogue.start(crashpoint=point, passage=2)
+        requests = [commit_of("run", b"%03d" % number) for number in range(60)]
+        calls = [asyncio.create_task(client.commit(request)) for request in requests[:30]]
+        await asyncio.sleep(0)
+        calls += [asyncio.create_task(client.commit(request)) for request in requests[30:]]
+        assert await asyncio.to_thread(catalogue.died) == -9
+        catalogue.start()
+        records = await asyncio.gather(*calls)
+        found = [json.loads(event) for _, event in await client.notices("hook", 1000)]
+        told = [event["Records"][0]["s3"]["object"] for event in found[1:]]
+        assert found[0]["Event"] == "s3:TestEvent"
+        assert [item["key"] for item in told] == [record.key.decode() for record in records]
+        assert [int(item["sequencer"], 16) for item in told] == [record.sequence for record in records]
     assert catalogue.stop() == 0
     assert problems(paths) == []
 
