@@ -251,6 +251,8 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     attributes: VersionAttributes = VersionAttributes()
     retention: Retention | None = None
     legal_hold: bool = False
+    appends: int = 0
+    """How often it was appended to: its extents are labelled with the ids of the pieces."""
 
 
 class UploadRecord(msgspec.Struct, frozen=True):

@@ -347,6 +347,7 @@ class Decider:
             drain_error="",
             epochs=(),
             raw=None,
+            appends=old.appends + 1,
         )
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))

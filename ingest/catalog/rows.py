@@ -44,6 +44,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     attributes: VersionAttributes = VersionAttributes()
     retention: Retention | None = None
     legal_hold: bool = False
+    appends: int = 0
 
 
 encode = msgspec.msgpack.Encoder().encode
@@ -127,6 +128,7 @@ def object_record(row: Row) -> ObjectRecord:
         attributes=detail.attributes,
         retention=detail.retention,
         legal_hold=detail.legal_hold,
+        appends=detail.appends,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
@@ -146,6 +148,7 @@ def detail_of(record: ObjectRecord) -> Detail:
         record.attributes,
         record.retention,
         record.legal_hold,
+        record.appends,
     )
 
 

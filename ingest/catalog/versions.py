@@ -143,7 +143,7 @@ class Versions:
         if versioning.lock_of(bucket) is not None and not request.lost:
             self._check_lock(found, now_ns, bypass=request.bypass_governance)
         uncovers = None
-        if newest is not None and found.sequence == newest.sequence:
+        if kind is not Versioning.OFF and newest is not None and found.sequence == newest.sequence:
             uncovers = self._below(request)
         return e.ObjectDeleted(found.sequence, request.key, Deleted(True, shown, bool(found.delete_marker)), uncovers)
 
