@@ -347,7 +347,8 @@ def _label_fault(label: Label, holder: _Holder, extent: Extent) -> str:
     if label.length < extent.length:
         return f"its label says {label.length} bytes, {extent.length} are needed"
     record = holder.record
-    # A linked part and an appended piece carry their own id, a copy that shares bytes the source's: then the name or nothing can tell.
+    # A linked part and an appended piece carry their own id, a copy that shares bytes the source's: then the name or
+    # nothing can tell.
     if isinstance(record, PartRecord) or record.parts or record.appends or label.object_id == holder.holder:
         return ""
     if (label.bucket, label.key) == (record.bucket, record.key):

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from ingest.catalog.fsck import fsck
 from tests.crash.harness import ROOT, Node, running, until
@@ -48,7 +48,9 @@ def client_of(node: Node) -> Any:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    with running(tmp_path_factory.mktemp("versions"), kernels="on", workers=str(WORKERS)) as node:
+    folder = tmp_path_factory.mktemp("versions")
+    environ = {"HISS_CRASHPOINT_ONCE": str(folder / "once")}
+    with running(folder, environ, kernels="on", workers=str(WORKERS)) as node:
         yield node
 
 
@@ -250,52 +252,45 @@ def test_kernels_get_the_whole_of_what_was_appended(node: Node, s3: Any, bucket:
     until(lambda: hits() == wanted, lambda: f"{hits()} hits of {wanted}\n{node.tail(25)}", 60)
 
 
+@pytest.fixture
+def doom(node: Node) -> Iterator[Path]:
+    """The file that names the step at which one process dies; afterwards the catalogue must be sound."""
+    once = Path(node.environ["HISS_CRASHPOINT_ONCE"])
+    yield once
+    until(lambda: not once.exists(), "a process died")
+    problems = [problem for problem in fsck(node.paths.root).problems if problem.kind != "segment"]
+    assert problems == []
+
+
 @pytest.mark.parametrize("point", ["data-flushed", "journal-before", "journal-flushed", "answer-before"])
-def test_killed_while_appending(tmp_path: Path, point: str) -> None:
-    once = tmp_path / "once"
-    with running(tmp_path, {"HISS_CRASHPOINT_ONCE": str(once)}, workers="1") as node:
-        s3 = client_of(node)
-        s3.create_bucket(Bucket="append")
-        whole = b"first"
-        s3.put_object(Bucket="append", Key="k", Body=whole, WriteOffsetBytes=0)
-        once.write_text(point)
-        # Whether it was answered or not: sent again at the same place, it is there once.
-        more = secrets.token_bytes(300_000)
+def test_killed_while_appending(node: Node, s3: Any, bucket: str, doom: Path, point: str) -> None:
+    whole, more = b"first", secrets.token_bytes(300_000)
+    s3.put_object(Bucket=bucket, Key="k", Body=whole, WriteOffsetBytes=0)
+    doom.write_text(point)
 
-        def sent() -> bool:
-            try:
-                s3.put_object(Bucket="append", Key="k", Body=more, WriteOffsetBytes=len(whole))
-            except ClientError as error:
-                return str(error.response["Error"]["Code"]) == "InvalidWriteOffset"
-            except Exception:
-                return False
-            return True
+    def sent() -> bool:
+        try:
+            s3.put_object(Bucket=bucket, Key="k", Body=more, WriteOffsetBytes=len(whole))
+        except ClientError as error:
+            # Whether it was answered or not: sent again at the same place, it is there once.
+            return str(error.response["Error"]["Code"]) == "InvalidWriteOffset"
+        except (BotoCoreError, OSError):
+            return False
+        return True
 
-        until(sent, lambda: f"the append after {point}\n{node.tail(25)}", 90)
-        assert not once.exists()
-        assert body_of(s3, "append") == whole + more
-        s3.close()
-        node.stop()
-        assert [problem for problem in fsck(node.paths.root, payload=True).problems if problem.kind != "segment"] == []
+    until(sent, lambda: f"the append after {point}\n{node.tail(25)}", 90)
+    until(lambda: body_of(s3, bucket) == whole + more, "it reads back", 30)
 
 
 @pytest.mark.parametrize("point", ["journal-before", "journal-flushed", "index-before", "answer-before"])
-def test_killed_while_a_version_is_covered_or_uncovered(tmp_path: Path, point: str) -> None:
-    once = tmp_path / "once"
-    with running(tmp_path, {"HISS_CRASHPOINT_ONCE": str(once)}, workers="1") as node:
-        s3 = client_of(node)
-        s3.create_bucket(Bucket="covered")
-        s3.put_bucket_versioning(Bucket="covered", VersioningConfiguration={"Status": "Enabled"})
-        one = s3.put_object(Bucket="covered", Key="k", Body=b"one")["VersionId"]
-        once.write_text(point)
-        # The worker's client asks the new catalogue process again: the same marker, once.
-        marker = s3.delete_object(Bucket="covered", Key="k")["VersionId"]
-        until(lambda: not once.exists(), "the process died")
-        assert [row["VersionId"] for row in s3.list_object_versions(Bucket="covered")["DeleteMarkers"]] == [marker]
-        once.write_text(point)
-        s3.delete_object(Bucket="covered", Key="k", VersionId=marker)
-        until(lambda: not once.exists(), "the process died")
-        assert s3.head_object(Bucket="covered", Key="k")["VersionId"] == one
-        s3.close()
-        node.stop()
-        assert [problem for problem in fsck(node.paths.root).problems if problem.kind != "segment"] == []
+def test_killed_while_a_version_is_covered_or_uncovered(s3: Any, versioned: str, doom: Path, point: str) -> None:
+    one = s3.put_object(Bucket=versioned, Key="k", Body=b"one")["VersionId"]
+    doom.write_text(point)
+    # The worker asks the new catalogue process again: the same marker, once.
+    marker = s3.delete_object(Bucket=versioned, Key="k")["VersionId"]
+    until(lambda: not doom.exists(), "the process died")
+    assert [row["VersionId"] for row in s3.list_object_versions(Bucket=versioned)["DeleteMarkers"]] == [marker]
+    doom.write_text(point)
+    s3.delete_object(Bucket=versioned, Key="k", VersionId=marker)
+    until(lambda: not doom.exists(), "the process died")
+    assert s3.head_object(Bucket=versioned, Key="k")["VersionId"] == one
