@@ -17,14 +17,13 @@ from typing import Any
 import msgspec
 
 from ingest import bucket_documents, bucket_settings, versioning
-from ingest.catalog import amend, rows, statements, wire
+from ingest.catalog import amend, append, rows, statements, wire
 from ingest.catalog import entries as e
 from ingest.catalog.reader import Reader
-from ingest.catalog.versions import Facts, Versions
+from ingest.catalog.versions import Facts, Versions, check_conditions
 from ingest.errors import (
     BucketExists,
     BucketNotEmpty,
-    CannotAppend,
     CatalogError,
     EntityTooSmall,
     InvalidPart,
@@ -33,10 +32,7 @@ from ingest.errors import (
     NoSuchBucket,
     NoSuchKey,
     NoSuchUpload,
-    PreconditionFailed,
     StaleVersion,
-    TooManyAppends,
-    WrongOffset,
 )
 from ingest.records import (
     BucketRecord,
@@ -48,15 +44,12 @@ from ingest.records import (
     ObjectState,
     PartialOf,
     PartRecord,
-    Versioning,
 )
 from ingest.states import Event, transition
 
 PART_BYTES_MIN = 5 * 1024 * 1024
 """Parts of a completed upload except the last: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 CLAIM_MAX = 1024
-PIECES_MAX = 10_000
-"""Extents of an object that is appended to; AWS allows as many parts."""
 _SECOND_NS = 1_000_000_000
 BATCH_DRAIN_NS = 600 * _SECOND_NS
 """How much later than other objects a partial of many one-frame objects is due in the archive."""
@@ -235,7 +228,7 @@ class Decider:
             raise StaleVersion("this commit never happened")
         bucket = self._bucket(request.bucket)
         newest = self._versions.newest(request.bucket, request.key)
-        _check_conditions(request.key, newest, request.if_none_match, request.if_match)
+        check_conditions(request.key, newest, request.if_none_match, request.if_match)
         if request.append_at is not None and not (newest is None and request.append_at == 0):
             return self._append(request, bucket, newest)
         place = self._versions.place(bucket, request.key, request.object_id, newest)
@@ -310,47 +303,11 @@ class Decider:
         )
 
     def _append(self, request: CommitObject, bucket: BucketRecord, newest: Facts | None) -> e.Entry:
-        """The new version has all bytes; digests of the whole were combined by the caller, from the version it names."""
-        if versioning.versioning_of_key(bucket, request.key) is not Versioning.OFF:
-            raise CannotAppend(
-                "the bucket keeps versions of its objects; what is appended to would be a new one each time"
-            )
-        if newest is None:
-            raise WrongOffset("0")
-        old = self._version(newest.object_id)
-        if old.length != request.append_at:
-            raise WrongOffset(str(old.length))
-        if old.object_id != request.source or not old.settled or (old.length and not old.extents):
-            raise StaleVersion("the object was replaced, or its bytes are not all on disk here")
-        if len(old.extents) + len(request.extents) > PIECES_MAX:
-            raise TooManyAppends(f"an object has at most {PIECES_MAX} pieces; copy it to make it one again")
-        record = msgspec.structs.replace(
-            old,
-            object_id=request.object_id,
-            sequence=self._sequence,
-            state=transition(ObjectState.RECEIVING, Event.COMMIT),
-            length=request.length,
-            stored_length=old.stored_length + sum(extent.length for extent in request.extents),
-            etag=request.etag,
-            crc64nvme=request.crc64nvme,
-            modified_ns=self._now_ns,
-            durability=request.durability,
-            settled=True,
-            checksums=request.checksums,
-            checksum_type=request.checksum_type,
-            extents=request.extents,
-            parts=(),
-            ledger=None,
-            geometry=None,
-            archive=None,
-            drain_attempts=0,
-            drain_error="",
-            epochs=(),
-            raw=None,
-            appends=old.appends + 1,
-        )
+        old = None if newest is None else self._version(newest.object_id)
+        record = append.appended(request, bucket, old, self._sequence, self._now_ns)
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
+        assert newest is not None
         return e.ObjectAppended(record, due_ns, newest.sequence, request.reductions, filters)
 
     def _is_current(self, object_id: bytes) -> bool:
@@ -454,7 +411,7 @@ class Decider:
         bucket = self._bucket(request.bucket)
         parts, settled = self._linked(request)
         newest = self._versions.newest(request.bucket, request.key)
-        _check_conditions(request.key, newest, request.if_none_match, request.if_match)
+        check_conditions(request.key, newest, request.if_none_match, request.if_match)
         place = self._versions.place(bucket, request.key, request.object_id, newest)
         extents = tuple(extent for part in parts for extent in part.extents)
         record = ObjectRecord(
@@ -645,15 +602,3 @@ class Decider:
         return e.ReductionFailed(
             mutation.object_id, mutation.kernel, mutation.error, mutation.give_up, mutation.counted
         )
-
-
-def _check_conditions(key: bytes, newest: Facts | None, if_none_match: str, if_match: str) -> None:
-    """Raises PreconditionFailed, or NoSuchKey for If-Match on a key that is not there."""
-    etag = None if newest is None or newest.delete_marker else newest.etag
-    if if_none_match and etag is not None and if_none_match in ("*", etag):
-        raise PreconditionFailed("If-None-Match")
-    if if_match:
-        if etag is None:
-            raise NoSuchKey(key.decode("utf-8", "replace"))
-        if if_match not in ("*", etag):
-            raise PreconditionFailed("If-Match")

@@ -229,6 +229,18 @@ class Versions:
         return found
 
 
+def check_conditions(key: bytes, newest: Facts | None, if_none_match: str, if_match: str) -> None:
+    """Of a write. Raises PreconditionFailed, or NoSuchKey for If-Match on a key that is not there."""
+    etag = None if newest is None or newest.delete_marker else newest.etag
+    if if_none_match and etag is not None and if_none_match in ("*", etag):
+        raise PreconditionFailed("If-None-Match")
+    if if_match:
+        if etag is None:
+            raise NoSuchKey(key.decode("utf-8", "replace"))
+        if if_match not in ("*", etag):
+            raise PreconditionFailed("If-Match")
+
+
 def _holds(retention: Retention | None, now_ns: int, *, bypass: bool) -> bool:
     if retention is None or retention.until_ns <= now_ns:
         return False

@@ -14,8 +14,9 @@ from tests.s3api.test_versioning import refused
 
 MIB = 1 << 20
 ODD = [
-    "/lead", "//", "a//b", "a/./b", "a/../b", ".", "..", "../../etc/passwd", " ", "+%&?#ü漢", "a b", "tab\tkey", "\u00e9", "e\u0301",
-    "\U0001f600", "x" * 1024, "_", "~", "A", "a", "a/", "a/b", "*", "'\"<&>", "%2F", "a%00", "-", "key\u2028sep",
+    "/lead", "//", "a//b", "a/./b", "a/../b", ".", "..", "../../etc/passwd", " ", "+%&?#ü漢", "a b", "tab\tkey", "\u00e9",
+    "e\u0301", "\U0001f600", "x" * 1024, "_", "~", "A", "a", "a/", "a/b", "*", "'\"<&>", "%2F", "a%00", "-",
+    "key\u2028sep",
 ]  # fmt: skip
 
 
