@@ -282,7 +282,7 @@ def test_killed_while_appending(node: Node, s3: Any, bucket: str, doom: Path, po
     until(lambda: body_of(s3, bucket) == whole + more, "it reads back", 30)
 
 
-@pytest.mark.parametrize("point", ["journal-before", "journal-flushed", "index-before", "answer-before"])
+@pytest.mark.parametrize("point", ["journal-before", "journal-flushed"])
 def test_killed_while_a_version_is_covered_or_uncovered(s3: Any, versioned: str, doom: Path, point: str) -> None:
     one = s3.put_object(Bucket=versioned, Key="k", Body=b"one")["VersionId"]
     doom.write_text(point)
