@@ -102,7 +102,7 @@ ROUTES: tuple[Route, ...] = (
           "s3:PutBucketRequestPayment", ("requestPayment",)),
     Route("GetBucketRequestPayment", "GET", _BUCKET, configuration.get_bucket_request_payment,
           "s3:GetBucketRequestPayment", ("requestPayment",)),
-    *(Route(name, method, _BUCKET, run, action, (query,), "", ("id",))
+    *(Route(name, method, _BUCKET, run, action, (query,))
       for name, method, query, run, action in configuration.absent_rows()),
     Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, "s3:ListBucketMultipartUploads",
           ("uploads",)),

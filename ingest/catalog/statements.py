@@ -268,7 +268,13 @@ EVICTABLE = _sql(
 EVICTIONS_DUE = _sql(
     sa.select(*RECORD_COLUMNS)
     .select_from(evictions.join(objects, objects.c.object_id == evictions.c.object_id))
-    .where(evictions.c.due_ns <= _p("now_ns"), text("+state = 'archived' AND settled = 1 AND length > 0"))
+    .where(
+        evictions.c.due_ns <= _p("now_ns"),
+        text("+state = 'archived' AND settled = 1 AND length > 0"),
+        ~sa.exists(_one)
+        .where(reductions.c.object_id == objects.c.object_id, reductions.c.given_up == literal_column("0"))
+        .correlate(objects),
+    )
     .order_by(evictions.c.due_ns)
     .limit(_limit)
     .offset(_none)
@@ -285,6 +291,7 @@ DRAIN_NOW = _sql(
     .values(due_ns=_p("now_ns"))
 )
 """Not what waits for a filter: the drain is told when that has ended; nor what failed and waits for its next attempt."""
+"""Not what kernels still owe a product of: nobody could read it without a restore."""
 PUT_EVICTION = _sql(
     sqlite.insert(evictions)
     .values(object_id=_p("object_id"), due_ns=_p("due_ns"))

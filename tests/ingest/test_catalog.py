@@ -43,6 +43,7 @@ from ingest.records import (
     PartialOf,
     SettleRequest,
     UserRecord,
+    VersionAttributes,
 )
 
 CommitOf = Callable[..., CommitObject]
@@ -133,6 +134,22 @@ async def test_time_passes_where_a_node_has_a_virtual_clock(
         later = await client.commit(commit_of("run", b"k"))
         assert 0 <= later.modified_ns - before.created_ns - 30 * 86400 * 10**9 < 3600 * 10**9
         assert client.now_ns() >= later.modified_ns
+
+
+async def test_a_copy_that_goes_by_time_waits_for_the_products_it_owes(
+    client: CatalogClient, commit_of: CommitOf
+) -> None:
+    await client.create_bucket("run", "ada")
+    cold = VersionAttributes(storage_class="GLACIER")
+    record = await client.commit(commit_of("run", b"k", attributes=cold, reductions=("hits",)))
+    await archived(client, record, "run/k")
+    assert await client.evictions_due(10) == []
+    await client.reduction_failed(record.object_id, "hits", "slow", give_up=False)
+    assert await client.evictions_due(10) == []
+    await client.reduction_failed(record.object_id, "hits", "never", give_up=True)
+    assert [found.object_id for found in await client.evictions_due(10)] == [record.object_id]
+    await client.evicted(record.object_id)
+    assert await client.evictions_due(10) == []
 
 
 async def test_users_replace_by_id_and_keys_are_unique(client: CatalogClient) -> None:
