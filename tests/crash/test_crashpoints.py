@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from awscrt import checksums
-from harness import MIB, S3, Body, Judge, Load, Node, running, until
 
 from ingest.catalog.client import CatalogClient
 from ingest.crashpoints import POINTS
 from ingest.errors import CatalogError
 from ingest.records import ObjectState
+from tests.crash.harness import MIB, S3, Body, Judge, Load, Node, running, until
 
 EVICTING = {"evict_high": "0.05", "evict_low": "0.0"}
 """More than 51 MiB are evicted as soon as they are archived."""

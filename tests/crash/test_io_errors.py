@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import MIB, S3, Body, Judge, Load, Node, running, until
-from powercut import build_shim
+
+from tests.crash.harness import MIB, S3, Body, Judge, Load, Node, running, until
+from tests.crash.powercut import build_shim
 
 SHORT = 0
 

@@ -21,8 +21,6 @@ from urllib.parse import quote
 
 import pytest
 from awscrt import checksums
-from harness import MIB, S3, Answer, Body, Node, running, until
-from powercut import Log, Marks, build_shim, may_be
 
 from ingest.catalog import fsck, server
 from ingest.catalog.client import CatalogClient
@@ -32,6 +30,8 @@ from ingest.errors import IngestError, NoSuchBucket, NoSuchKey
 from ingest.paths import NodePaths
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import ObjectRecord, ObjectState
+from tests.crash.harness import MIB, S3, Answer, Body, Node, running, until
+from tests.crash.powercut import Log, Marks, build_shim, may_be
 
 
 class Work:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import S3, Node, running
+
+from tests.crash.harness import S3, Node, running
 
 BLOCK_BYTES = 4096
 KEYS = 12

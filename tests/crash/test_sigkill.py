@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Judge, Load, Node, running
+
+from tests.crash.harness import Judge, Load, Node, running
 
 ROLES = ("worker", "catalogue", "drain", "control")
 
