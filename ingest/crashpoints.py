@@ -17,7 +17,7 @@ POINTS = (
     "index-committed", "answer-before", "settle-written", "drain-claimed", "drain-written", "drain-verified",
     "drain-published", "drain-recorded", "evict-before", "evict-recorded", "recycle-locked", "recycle-marked",
     "recall-written", "relocate-written", "product-before", "snapshot-written", "snapshot-renamed", "journal-rotated",
-    "partial-before", "run-product-before", "filter-before",
+    "partial-before", "run-product-before", "filter-before", "cut-mended",
 )  # fmt: skip
 
 _name, _, _count = os.environ.get("HISS_CRASHPOINT", "").partition(":")

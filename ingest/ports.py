@@ -382,6 +382,15 @@ class FrameScanner(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class BodyChange:
+    """Bytes of a body from ``offset`` on, and those of the same number that take their place."""
+
+    offset: int
+    before: bytes
+    after: bytes
+
+
 class FrameReduction(Protocol):
     """All kernels of one stream. Calls come from the worker's event loop and must return at once."""
 
@@ -402,6 +411,11 @@ class FrameReduction(Protocol):
     def when_stopped(self, stopped: Callable[[int], None]) -> None:
         """Have ``stopped(frame)`` called from the event loop, at most once, when a kernel says that nothing behind
         ``frame`` is of use."""
+        ...
+
+    def cut_short(self, length: int) -> BodyChange | None:
+        """A STOP ends the body at ``length`` bytes: what must be changed in them so that they are an object of their format
+        (a header that counts the frames); None: nothing, or it cannot be helped."""
         ...
 
     def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:

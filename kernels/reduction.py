@@ -19,7 +19,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Catalog, Domain, FrameBatch, FrameScanner, LandingPad, StreamInfo
+from ingest.ports import BodyChange, Catalog, Domain, FrameBatch, FrameScanner, LandingPad, StreamInfo
 from ingest.records import (
     BLOCK_BYTES,
     CommitObject,
@@ -34,7 +34,7 @@ from ingest.runs import run_of
 from kernels import product
 from kernels.attach import PRODUCT_PREFIX, Attachment, device_for, misfit
 from kernels.epochs import KernelPass, Outcome
-from kernels.formats import NotFrames
+from kernels.formats import NotFrames, npy_cut
 from kernels.lane import TRANSIENT, Lane
 from kernels.layout.index import FrameIndex
 from kernels.layout.live import Later, LiveScan, sniff_live
@@ -153,6 +153,7 @@ class Reduction:
         self._geometry: FrameGeometry | None = None
         self._index: FrameIndex | None = None
         self._scan: LiveScan | None = None
+        self._head = b""
         self._later = False
         self._gaps: tuple[tuple[int, int], ...] = ()
         self._trouble: Hopeless | None = None
@@ -204,6 +205,9 @@ class Reduction:
             return found
         if self.settle(found) is None:
             return None
+        assert self._geometry is not None
+        # Of an .npy: its header.
+        self._head = bytes(head[: self._geometry.origin])
         self._opened()
         return self._geometry
 
@@ -358,6 +362,20 @@ class Reduction:
         for first, size in self._announced:
             missing.remove(first, size)
         return list(missing)
+
+    def cut_short(self, length: int) -> BodyChange | None:
+        return self._cut_short(length)
+
+    @_contained
+    def _cut_short(self, length: int) -> BodyChange | None:
+        if self._scan is not None:
+            return self._scan.cut_short()
+        geometry = self._geometry
+        if geometry is None or geometry.count is None or not self._head:
+            return None
+        frames = max(0, length - geometry.origin) // geometry.frame_bytes
+        after = npy_cut(self._head, frames) if 1 < geometry.count > frames else None
+        return None if after is None else BodyChange(0, self._head, after)
 
     def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
         self._received = received

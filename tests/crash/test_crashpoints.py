@@ -152,8 +152,8 @@ FULL: dict[str, Callable[[Scene], None]] = {
     "recall-written": Scene.recalls,
 }
 
-PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before"}
-"""Points of the kernel room: below, and in tests/kernels/test_runs.py."""
+PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before", "cut-mended"}
+"""Points of the kernel room: below, in tests/kernels/test_runs.py and tests/gateway/test_stop.py."""
 
 
 @contextlib.contextmanager
