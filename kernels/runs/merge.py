@@ -2,7 +2,8 @@
 
 Exact kernels (integers, min, max, or) merge in any order, each partial once, as it comes. Floating-point sums depend on the
 order, so theirs are merged anew each time, one member after the other in the order of their keys: whatever was retried,
-overwritten or judged late, the same members give the same bits.
+overwritten or judged late, the same members give the same bits. An ordered kernel over objects of one frame has one state
+for all of them, which is merged behind those (``kernels/offline/replay`` does the same).
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ def fold(kernel: Kernel, into: StateArrays, partial: Partial) -> None:
 
 
 def in_key_order(kernel: Kernel, partials: Collection[Partial]) -> StateArrays:
-    """Every member's own state merged by key (bytewise). Partials must have one state a member."""
+    """Every member's own state merged by key (bytewise); then the states that an ordered kernel brought through several
+    members, which can only be taken whole. Raises BadPartial."""
     total = initial(kernel)
     for arrays, number in _by_key(kernel, partials):
         for spec in kernel.state:
             merge(spec, total[spec.name], arrays[spec.name][number])
+    for partial in sorted((one for one in partials if not one.each), key=lambda one: one.members[0].key):
+        fold(kernel, total, partial)
     return total
 
 
 def _by_key(kernel: Kernel, partials: Collection[Partial]) -> Iterator[tuple[StateArrays, int]]:
+    """Of partials with a state for each member."""
     places = [
         (member.key, partial.arrays(kernel), number)
         for partial in partials
