@@ -27,7 +27,7 @@ from kernels.lineage import ArrayUse
 log = logging.getLogger("hiss.kernels")
 
 KERNELS_MAX = 64
-"""Kernels of one bucket; more are left out, with a warning."""
+"""Kernels of one bucket; another is refused, and what two workers admit at the same moment is left out, with a warning."""
 OBJECTS_MAX = 2000
 """Kernels and arrays of one bucket."""
 KERNELS_KEPT_MAX = 4096
