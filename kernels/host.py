@@ -17,6 +17,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -48,6 +49,7 @@ from kernels.rawfilter.work import RawFilter
 from kernels.reduction import Reduction
 from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
+from kernels.runs.handover import Handover
 from kernels.runs.keeper import RunKeeper
 from kernels.runs.ledger import OneFrame, prior_of
 from kernels.runs.tray import FRAME_BYTES_MAX, Tray
@@ -58,6 +60,8 @@ from kernels.strikes import Strikes
 from kernels.submission import Submissions
 from kernels.tally import Tally
 from kernels.watch import Watch
+
+T = TypeVar("T")
 
 log = logging.getLogger("hiss.kernels")
 
@@ -152,6 +156,7 @@ class KernelHost:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
+        self.handover = Handover(slot, limits.workers)
         self._gatherer = Gatherer(self)
         self._tray = Tray(pad)
         self._keeper = RunKeeper(self, slot, limits.workers)
@@ -373,7 +378,7 @@ class KernelHost:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview:
+    async def in_thread(self, work: Callable[[], T]) -> T:
         """Products are built one at a time: they are large, and HDF5 has one lock anyway."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 

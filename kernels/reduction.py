@@ -44,7 +44,9 @@ from kernels.passes import Gone, Hopeless, PassContext, Postponed
 from kernels.ranges import Ranges
 from kernels.rawfilter.packed import pack
 from kernels.runs.gather import is_single
+from kernels.runs.handover import Handover
 from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
+from kernels.runs.partial import Partial, of_version, origin_of
 from kernels.sharing import SharedBatch
 from kernels.verdicts import Verdicts
 
@@ -66,10 +68,11 @@ class ReductionHost(Protocol):
     catalog: Catalog
     pad: LandingPad
     context: PassContext
+    handover: Handover
 
     def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane: ...
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None: ...
-    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
+    async def in_thread(self, work: Callable[[], R]) -> R: ...
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
         """The product stays owed; the sweep comes back to it."""
         ...
@@ -632,8 +635,32 @@ class Reduction:
             partial=None if isinstance(found, str) else self._partial_of(record, [one for _, one in epochs]),
         )
         crashpoint("product-before")
-        await self._commit(request, body)
+        if request.partial is not None and self._host.handover.keeps(record.bucket, request.partial.run, kernel.name):
+            assert not isinstance(found, str)
+            self._host.handover.give(request.object_id, self._as_partial(record, epochs, found))
+        try:
+            await self._commit(request, body)
+        except BaseException:
+            self._host.handover.take(request.object_id)
+            raise
         self._host.context.tally.product()
+
+    def _as_partial(
+        self, record: ObjectRecord, epochs: Sequence[tuple[int, Attachment]], found: product.Findings
+    ) -> Partial:
+        return of_version(
+            record,
+            epochs[0][1].kernel,
+            origin_of(*(attachment for _, attachment in epochs)),
+            state=dict(found.state),
+            verdicts=found.verdicts,
+            frames=found.ledger.received,
+            gaps=found.ledger.gaps,
+            epochs=tuple((first_frame, number) for number, (first_frame, _) in enumerate(epochs)),
+            rows=found.rows,
+            feedback_events=found.feedback_events,
+            rows_left_out=found.rows_left_out,
+        )
 
     @staticmethod
     def _partial_of(record: ObjectRecord, epochs: Sequence[Attachment]) -> PartialOf:

@@ -409,9 +409,10 @@ class Batch:
             return []
         for entry in entries:
             entry.ledger.record(self.kernel.name, entry.verdict)
-        body = await self.host.in_thread(lambda: memoryview(partials.encode(self._partial())))
+        partial = await self.host.in_thread(self._partial)
+        body = await self.host.in_thread(lambda: memoryview(partials.encode(partial)))
         try:
-            await self._commit(body, entries)
+            await self._commit(partial, body, entries)
         except MembersGone as refusal:
             gone = set(str(refusal).split())
             left = [entry for entry in entries if entry.record.object_id.hex() not in gone]
@@ -428,7 +429,7 @@ class Batch:
         self.host.succeeded(entries[0].record.bucket, self.attachment)
         return []
 
-    async def _commit(self, body: memoryview, entries: list[Entry]) -> None:
+    async def _commit(self, partial: partials.Partial, body: memoryview, entries: list[Entry]) -> None:
         first = entries[0].record
         for wait_s in (*STORE_BACKOFF_S, None):
             object_id = secrets.token_bytes(16)
@@ -452,10 +453,13 @@ class Batch:
                 ),
             )
             crashpoint("partial-before")
+            if self.host.handover.keeps(first.bucket, self.run, self.kernel.name):
+                self.host.handover.give(object_id, partial)
             try:
                 await self.host.pad.store(request, body)
                 return
             except (StaleVersion, NoSuchKey, NoSuchBucket):
+                self.host.handover.take(object_id)
                 raise
             except IngestError as error:
                 # Where the outcome is unknown and it was stored, the next attempt is told that nothing is owed.

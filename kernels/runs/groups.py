@@ -49,6 +49,12 @@ async def load_group(
     for one in sorted(listed, key=lambda each: each.since):
         if group is not None and one.object_id in group.total.members:
             continue
+        handed = host.handover.take(one.object_id)
+        if group is not None and handed is not None:
+            # The states of a group have one origin.
+            part = msgspec.structs.replace(handed, origin=group.origin)
+            await asyncio.to_thread(group.total.add, one.object_id, part)
+            continue
         body = await _body(host, bucket, one)
         if group is None:
             origin = await asyncio.to_thread(_origin, one, body)

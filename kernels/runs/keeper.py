@@ -101,7 +101,7 @@ class RunKeeper:
 
     async def _keep(self, due: RunProductRecord) -> None:
         run = due.run
-        if owner(run.bucket, run.run, due.kernel, self._workers) != self._slot:
+        if not self._host.handover.keeps(run.bucket, run.run, due.kernel):
             return
         identity = (run.bucket, run.run, due.kernel)
         kept = self._kept.setdefault(identity, _Kept())

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ingest.records import FrameGeometry
 from kernels.contract import Kernel, merge
 from kernels.runs.names import exact
-from kernels.runs.partial import Member, Partial, StateArrays
+from kernels.runs.partial import MEMBER_BYTES, Member, Partial, StateArrays
 
 
 def initial(kernel: Kernel) -> StateArrays:
@@ -175,7 +175,7 @@ class Total:
         kept = sum(len(data) for one in self._partials.values() for data in one.state.values())
         return (
             sum(array.nbytes for array in self._state.values())
-            + 400 * members
+            + MEMBER_BYTES * members
             + kept
             + sum(len(one.rows) for one in self._rows.values())
         )
