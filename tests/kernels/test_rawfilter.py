@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -14,7 +15,8 @@ import httpx
 import numpy as np
 import pytest
 
-from ingest.records import ObjectRecord
+from ingest.catalog.client import CatalogClient
+from ingest.records import ObjectRecord, ObjectState
 from tests.crash.harness import ROOT, S3, Answer, Node, running, until
 
 SHAPE = (16, 24)
@@ -274,6 +276,61 @@ def test_the_drain_waits_for_the_filter(scene: Scene) -> None:
     assert archived.crc64nvme == scene.record("run/a.npy").crc64nvme
     file = scene.node.paths.archive / archived.path
     assert np.array_equal(np.load(file), hits(values))
+
+
+GATED = """
+PARAMS = {"gate": ("int64", (1,))}
+STATE = {"n": ("int64", (1,), "sum")}
+
+def frame(frame, params, state, index, out, feedback):
+    state.n[0] += params.gate[0]
+    return KEEP
+"""
+
+
+def evicted(scene: Scene, key: str) -> ObjectRecord:
+    """The version is in the archive only."""
+
+    async def evict(record: ObjectRecord) -> None:
+        async with CatalogClient(scene.node.paths) as catalog:
+            await catalog.evicted(record.object_id)
+
+    until(lambda: scene.record(key).archive is not None, "the raw data are archived", 60)
+    asyncio.run(evict(scene.record(key)))
+    record = scene.record(key)
+    assert record.state is ObjectState.EVICTED
+    return record
+
+
+def test_raw_data_that_were_drained_at_the_deadline_and_evicted_are_filtered_later(scene: Scene) -> None:
+    assert scene.client.tag(BUCKET, raw_filter_wait_s="0").ok
+    assert scene.kernel("gated", GATED, raw="none").ok
+    values = frames(500)
+    scene.put("run/a.npy", npy(values))
+    raw = evicted(scene, "run/a.npy")
+    assert scene.client.put(BUCKET, "_kernels/gated/gate.npy", npy(np.ones(1, np.int64))).ok
+    record, body = scene.filtered("run/a.npy")
+    assert np.array_equal(np.load(io.BytesIO(body)), values[:0])
+    assert record.raw is not None
+    assert record.raw.object_id == raw.object_id
+    with h5py.File(io.BytesIO(scene.client.get(BUCKET, "_products/gated/run/a.npy.nxs").body)) as file:
+        assert file["entry/state/n"][0] == 500
+    archived = until(lambda: scene.record("run/a.npy").archive, "what is left is archived", 60)
+    assert (scene.node.paths.archive / archived.path).read_bytes() == body
+
+
+def test_what_was_evicted_before_its_filter_is_recalled(scene: Scene) -> None:
+    assert scene.client.tag(BUCKET, raw_filter_wait_s="0", recall="never").ok
+    assert scene.kernel("hits", HITS, raw="kept").ok
+    assert scene.kernel("gated", GATED).ok  # as long as it owes its product, nothing is filtered
+    values = frames(500)
+    scene.put("run/a.npy", npy(values))
+    scene.reduced("run/a.npy", "hits")
+    evicted(scene, "run/a.npy")
+    assert scene.client.delete(BUCKET, "_kernels/gated.py").ok
+    assert scene.record("run/a.npy").raw is None
+    assert np.array_equal(scene.array("run/a.npy"), hits(values))
+    assert scene.client.tag(BUCKET, recall="default").ok
 
 
 @pytest.mark.parametrize("point", ["filter-before", "product-before"])
