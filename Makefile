@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 DATA ?= hiss-data
 ARGS ?=
+# Test processes. Half of the time of many tests is spent waiting for others, so there are more than cores.
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -37,7 +39,7 @@ apt: ## install the programs that tests use as peers, or say what is missing
 	@.ci/peers
 
 test: $(STAMP) apt ## all tests; ARGS="-k name" for some
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not soak" $(ARGS)
 
 soak: $(STAMP) apt ## the tests that take long: random kills, every legal state after a power cut
 	$(BIN)/python -m pytest -m soak $(ARGS)
