@@ -195,6 +195,7 @@ class RealNode:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._keys: dict[str, str] = {}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
         sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
         command = [*self._launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir)]
@@ -249,7 +250,10 @@ class RealNode:
         return run_hiss(*arguments, "--data", str(self.data_dir), environ=environ)
 
     def keys(self) -> dict[str, str]:
-        return dict(json.loads(self.hiss("user", "show-root", "--json").stdout))
+        """Of root; asked once in a life of the node: a command takes a second."""
+        if not self._keys:
+            self._keys = dict(json.loads(self.hiss("user", "show-root", "--json").stdout))
+        return self._keys
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
