@@ -6,8 +6,8 @@ SHELL := /bin/bash
 
 DATA ?= hiss-data
 ARGS ?=
-# Test processes. Half of the time of many tests is spent waiting for others, so there are more than cores.
-JOBS ?= 3
+# Test processes at once.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
