@@ -191,7 +191,8 @@ class Supervisor:
             armed = restarts == 0
             try:
                 if role.command is None:
-                    birth = Birth(role.name, f"{role.name}/{number}", boot_fd, tuple(passed), armed)
+                    name = f"{role.name}/{number}" if len(role.slots) > 1 else role.name
+                    birth = Birth(role.name, name, boot_fd, tuple(passed), armed)
                     return Child(await self._nursery.bear(birth), self._reaper, ready_fd)
                 environ = dict(self._environ)
                 if not armed:

@@ -50,7 +50,7 @@ def worker_of(node: Any) -> dict[str, Any]:
 def test_every_process_is_the_supervisors_own_and_says_what_it_is(node: Any) -> None:
     names = {pid: name for pid, (name, _) in children_of(node.process.pid).items()}
     for row in node.processes():
-        assert names[row["pid"]] == f"hiss {row['role']}/{row['slot']}"[:15]
+        assert names[row["pid"]] == f"hiss {row['role']}"
         assert os.getpgid(row["pid"]) == row["pid"]
     assert len(nursery_of(node)) == 1
     assert len(names) == len(node.processes()) + 1
