@@ -24,6 +24,7 @@ import msgspec
 from gateway import boot
 from gateway.settings import Settings
 from gateway.supervisor import resources
+from gateway.supervisor.backoff import Backoff
 from gateway.supervisor.child import Child
 from gateway.supervisor.notify import notify, watchdog
 from gateway.supervisor.nursery import Birth, Nursery
@@ -152,6 +153,7 @@ class Supervisor:
                 number,
                 self._spawner(role, number),
                 start_timeout_s=self._settings.start_timeout_s,
+                backoff=Backoff(cap_s=self._settings.restart_delay_max_s),
                 changed=self._write_processes,
                 restarted=cell.add,
             )

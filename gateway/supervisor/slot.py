@@ -56,9 +56,9 @@ class Slot:
         spawn: Callable[[int], Awaitable[Child]],
         *,
         start_timeout_s: float,
+        backoff: Backoff,
         changed: Callable[[], None],
         restarted: Callable[[], None],
-        backoff: Backoff | None = None,
     ) -> None:
         self.role = role
         self.number = number
@@ -68,7 +68,7 @@ class Slot:
         self._start_timeout_s = start_timeout_s
         self._changed = changed
         self._restarted = restarted
-        self._backoff = backoff or Backoff()
+        self._backoff = backoff
         self._child: Child | None = None
         self._state = SlotState.STARTING
         self._since_ns = time.time_ns()

@@ -34,6 +34,7 @@ SETTINGS = {
     "buffer_bytes": "1GiB",
     "kernels": "off",
     "shutdown_grace_s": "20",
+    "restart_delay_max_s": "0.2",  # they die by dozens
 }
 
 

@@ -198,6 +198,7 @@ class RealNode:
         self._keys: dict[str, str] = {}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
         sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
+        sizes += ("--set", "restart_delay_max_s=0.2")
         command = [*self._launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir)]
         command += [
             "--host",
