@@ -56,7 +56,7 @@ class Judge:
         assert not complaints, "\n".join([*complaints, self._node.tail(30)])
 
     def _look(self, client: S3, ledger: Ledger, bucket: str, key: str) -> str:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while True:
             try:
                 answer = client.get(bucket, key)
@@ -73,7 +73,7 @@ class Judge:
             return ledger.judge(bucket, key, None)
         return ledger.judge(bucket, key, (len(answer.body), int(checksums.crc64nvme(answer.body))))
 
-    def is_archived(self, timeout_s: float = 45.0) -> None:
+    def is_archived(self, timeout_s: float = 120.0) -> None:
         """Every object is one verified copy in the archive, byte for byte, and nothing else lies there."""
 
         def all_archived() -> bool:
@@ -85,7 +85,7 @@ class Judge:
             assert record.archive is not None
             assert record.archive.crc64nvme == record.crc64nvme
             expected[self._node.paths.archive / record.archive.path] = record
-        until(lambda: self._archive_files() <= expected.keys(), lambda: self._too_much(expected.keys()), 10)
+        until(lambda: self._archive_files() <= expected.keys(), lambda: self._too_much(expected.keys()))
         for path, record in expected.items():
             content = path.read_bytes()
             assert len(content) == record.length, path
@@ -129,7 +129,7 @@ class Judge:
                     assert client.delete(bucket, key).ok
         for ledger in self._load.ledgers:
             ledger.may_be.clear()
-        until(lambda: not self._archive_files(), lambda: self._too_much(()), 20)
+        until(lambda: not self._archive_files(), lambda: self._too_much(()))
         report = self.is_sound()
         assert (report.objects, report.parts, report.live_bytes, report.extents) == (0, 0, 0, 0), report
         until(

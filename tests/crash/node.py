@@ -38,7 +38,7 @@ SETTINGS = {
 }
 
 
-def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 90.0) -> Any:
     """Poll until ``condition`` gives something true, and return it; fails with ``what`` at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -80,7 +80,7 @@ class Node:
     def rows(self, role: str) -> list[dict[str, Any]]:
         return [row for row in self.status()["processes"] if row["role"] == role]
 
-    def ready(self, timeout_s: float = 60.0) -> None:
+    def ready(self, timeout_s: float = 120.0) -> None:
         """Wait until the node serves and every process of it is ready."""
 
         def serves() -> bool:

@@ -45,7 +45,7 @@ class Scene:
         draft.write_text(point)
         draft.rename(self._flag)
         try:
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 120
             while self._flag.exists():
                 assert time.monotonic() < deadline, f"nothing passed {point}\n{self.node.tail()}"
                 with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ class Scene:
         for number, key in enumerate(keys):
             if number % 5 != 1:
                 self.delete("disk", key)
-        until(lambda: not self._flag.exists(), "compaction", 8)
+        until(lambda: not self._flag.exists(), "compaction")
 
     def buffer_fills(self) -> None:
         for number in range(8):
@@ -106,7 +106,7 @@ class Scene:
 
     def recalls(self) -> None:
         self.buffer_fills()
-        until(self._evicted, "something is evicted", 20)
+        until(self._evicted, "something is evicted")
         for bucket, key in self._evicted():
             self.get(bucket, key)
 

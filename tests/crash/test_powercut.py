@@ -54,7 +54,7 @@ class Work:
         self.delete("disk", "small3")
         self.multipart("disk", "parts", (Body(1000, 5 * MIB), Body(1000 + 5 * MIB, MIB + 5)))
         self.put("memory", "small", Body(12, 4000))
-        until(lambda: all(record.archive for record in self._node.records()), "everything is drained", 20)
+        until(lambda: all(record.archive for record in self._node.records()), "everything is drained", 90)
         self.rotate()
         for number in range(4):
             self.put("disk", f"late{number}", Body(20 + number, 40_000 + number))

@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.crash.harness import S3, Node, running
 
@@ -113,7 +112,6 @@ def counted(node: Node, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-@pytest.mark.timeout(100)
 def test_readers_never_see_other_bytes(tmp_path: Path, seed: int) -> None:
     with running(tmp_path, evict_high="0.05", evict_low="0.0", recall_timeout_s="20") as node:
         crowd = Crowd(node, seed)

@@ -88,7 +88,7 @@ time.sleep(60)
 """
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -> Any:
     """Poll until ``condition`` gives something true, and return it; fails with ``what`` at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -145,7 +145,7 @@ class LittleNode:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ class RealNode:
                     return httpx.get(self.url("control") + "/v1/health", verify=False, timeout=5).status_code == 200
             return False
 
-        until(answers, "the node is healthy", 60)
+        until(answers, "the node is healthy", 120)
 
     def hiss(self, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command against this node."""

@@ -251,7 +251,7 @@ class Watching:
 
     def interrupt(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         assert self.process.stderr is not None
         return code, self.process.stderr.read()
 

@@ -125,12 +125,12 @@ def test_a_second_node_is_refused_the_folder_and_the_ports(little_node: Start) -
     node = little_node([CATALOGUE])
     node.serving()
     second = little_node([CATALOGUE])
-    assert second.process.wait(30) == 1
+    assert second.process.wait(60) == 1
     assert f"is held by another gateway (pid {node.process.pid})" in second.log.read_text()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         third = little_node([CATALOGUE], data_dir=str(node.data_dir) + "-2", s3_port=port)
-        assert third.process.wait(30) == 1
+        assert third.process.wait(60) == 1
     assert f"port {port} (s3) is held by another gateway or program" in third.log.read_text()
     assert node.stop() == 0
 

@@ -359,7 +359,7 @@ def aps_frames(data_folder: Path) -> np.ndarray:
         return np.ascontiguousarray(file["entry/data/frames"][:])
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
     """Poll until ``condition()`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
