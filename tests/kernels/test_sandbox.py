@@ -380,6 +380,18 @@ async def test_self_test_holds(privilege: str, request: pytest.FixtureRequest) -
     assert report.outcomes["kernel"] == "computed"
 
 
+async def test_what_takes_long_computes_in_idle_time_only(start: Start, until: Callable[..., Any]) -> None:
+    """An endless loop must not cost the streams of others."""
+    sandbox = await start(ENDLESS, limits=SandboxLimits(batch_timeout_s=300, populate=False))
+
+    running = asyncio.ensure_future(sandbox.run(batch(np.zeros((1, 8, 8), "<u2"))))
+    await until(lambda: os.sched_getscheduler(sandbox.pid) == os.SCHED_IDLE)
+    assert not running.done()
+    await sandbox.close()
+    with pytest.raises(SandboxFailed):
+        await running
+
+
 async def test_sandboxes_hold_no_privilege(start: Start) -> None:
     sandbox = await start(HEAD + "    return KEEP\n")
     other = await start(HEAD + "    return KEEP\n")
