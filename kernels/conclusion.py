@@ -8,7 +8,6 @@ holds: the ledger is amended before the product is committed, and the product pa
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 import time
@@ -21,7 +20,7 @@ from ingest.ports import Catalog, LandingPad
 from ingest.records import CommitObject, FrameGeometry, FrameLedger, ObjectRecord, PartialMember, PartialOf
 from ingest.runs import run_of
 from kernels import product
-from kernels.attach import PRODUCT_PREFIX, Attachment, device_for
+from kernels.attach import Attachment, device_for
 from kernels.epochs import Outcome
 from kernels.lane import TRANSIENT
 from kernels.layout.index import FrameIndex
@@ -29,7 +28,7 @@ from kernels.lineage import Epoch, Input, Lineage
 from kernels.passes import Gone, Hopeless, PassContext, Postponed
 from kernels.rawfilter.packed import pack
 from kernels.runs.handover import Handover
-from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
+from kernels.runs.names import group_of, product_key
 from kernels.runs.partial import Partial, of_version, origin_of
 
 log = logging.getLogger("hiss.kernels")
@@ -255,12 +254,3 @@ class Conclusion:
                 log.warning("a product was not stored (%s: %s); trying again", type(error).__name__, error)
             await asyncio.sleep(wait_s)
         raise Postponed("the product could not be stored")
-
-
-def product_key(kernel: str, key: bytes) -> bytes:
-    """``_products/<kernel>/<key>.nxs``; one too long, or like a run's product, is named by its SHA-256 under ``.long/``."""
-    prefix = PRODUCT_PREFIX + kernel.encode() + b"/"
-    plain = prefix + key + b".nxs"
-    if len(plain) <= KEY_BYTES_MAX and not clashes(key):
-        return plain
-    return prefix + b".long/" + hashlib.sha256(key).hexdigest().encode() + b".nxs"

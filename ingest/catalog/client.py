@@ -512,6 +512,9 @@ class CatalogClient:
     async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]:
         return await self._scan(lambda reader: reader.partials(bucket, run, kernel))
 
+    async def member_keys(self, partial: bytes) -> frozenset[bytes]:
+        return await self._scan(lambda reader: reader.member_keys(partial))
+
     async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
         return await self._scan(lambda reader: reader.owed_in_run(bucket, run, kernel, limit))
 

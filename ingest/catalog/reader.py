@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from ingest import bucket_settings
 from ingest.catalog import rows, statements
+from ingest.catalog.schema import APART
 from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload
 from ingest.records import (
     BucketRecord,
@@ -243,9 +244,12 @@ class Reader:
         of = {"bucket": bucket, "run": run, "kernel": kernel}
         found = self._db.execute(statements.PARTIALS_OF_RUN, of).fetchall()
         return [
-            PartialRecord(object_id, group, since, members, bool(batch), key, length)
+            PartialRecord(object_id, group, since, members, bool(batch), batch == APART, key, length)
             for object_id, group, since, members, batch, key, length in found
         ]
+
+    def member_keys(self, partial: bytes) -> frozenset[bytes]:
+        return frozenset(key for (key,) in self._db.execute(statements.KEYS_OF_PARTIAL, {"of": partial}).fetchall())
 
     def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
         """Counts up to ``limit``."""

@@ -575,6 +575,13 @@ PUT_MEMBER = _sql(
 )
 PARTIALS_OF_MEMBER = _sql(sa.select(members.c.partial).where(members.c.object_id == _p("object_id")))
 MEMBERS_OF_PARTIAL = _sql(sa.select(members.c.object_id).where(members.c.partial == _p("of")))
+KEYS_OF_PARTIAL = _sql(
+    sa.select(objects.c.key)
+    .select_from(members.join(objects, objects.c.object_id == members.c.object_id))
+    .where(members.c.partial == _p("of"))
+)
+DELETE_MEMBER = _sql(sa.delete(members).where(members.c.object_id == _p("of"), members.c.partial == _p("of_partial")))
+SET_PARTIAL_MEMBERS = _sql(sa.update(partials).where(partials.c.object_id == _p("of")).values(members=_p("members")))
 COUNT_MEMBERS = _sql(sa.select(sa.func.count()).select_from(members).where(members.c.partial == _p("of")))
 DELETE_MEMBERS = _sql(sa.delete(members).where(members.c.partial == _p("of")))
 MOVE_MEMBERS = _sql(sa.update(members).where(members.c.partial == _p("of")).values(partial=_p("to")))

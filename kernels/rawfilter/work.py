@@ -215,10 +215,9 @@ class RawFilter:
                     [stage.kernel for stage in attachment.stages], (geometry.dtype, geometry.shape)
                 )
                 out = out_geometry(attachment.kernel, inputs[-1])
-        if frames == 1 and not job.verdicts and record.ledger is not None:
-            verdicts = _of_ledger(record.ledger, job)
-        else:
-            verdicts = {kernel: packed.unpack(row) for kernel, row in job.verdicts.items()}
+        verdicts = {kernel: packed.unpack(row) for kernel, row in job.verdicts.items()}
+        if frames == 1 and record.ledger is not None:
+            verdicts = _of_ledger(record.ledger, job) | verdicts
         decided = plan(verdicts, job.filters, geometry, frames, out)
         if decided is not None and decided.replaces and out is None:
             raise CannotFilter(f"kernel {decided.replaces} is not there any more, and its frames cannot be made again")
@@ -263,8 +262,8 @@ class RawFilter:
 
 
 def _of_ledger(ledger: FrameLedger, job: FilterJob) -> dict[str, npt.NDArray[np.uint8]]:
-    """The verdicts of a version of one frame, which its ledger counts (it has no product of its own). What the others said
-    is no verdict of a kernel that was given up."""
+    """The verdicts of a version of one frame as its ledger counts them, for kernels whose own are not known. What the others
+    said is no verdict of a kernel that was given up."""
     verdict = UNREDUCED
     if ledger.dropped:
         verdict = DROP

@@ -25,7 +25,8 @@ from kernels.lane import Lane, LaneKey
 from kernels.layout.index import FrameIndex
 from kernels.layout.placing import batch_members_max
 from kernels.passes import PassContext, Postponed
-from kernels.runs.batch import Batch, Entry
+from kernels.runs.batch import Batch
+from kernels.runs.cell import Entry
 from kernels.runs.handover import Handover
 from kernels.runs.ledger import OneFrame
 from kernels.runs.names import group_of

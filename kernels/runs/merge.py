@@ -57,7 +57,8 @@ def _by_key(kernel: Kernel, partials: Collection[Partial]) -> Iterator[tuple[Sta
 
 
 def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
-    """One partial in the place of several of the same group: members in key order. Raises BadPartial."""
+    """One partial in the place of several of the same group, all or none of which have a state a member: members in key
+    order. Raises BadPartial."""
     found = list(partials)
     order = sorted(
         ((member.key, at, number) for at, one in enumerate(found) for number, member in enumerate(one.members)),
@@ -65,7 +66,8 @@ def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
     )
     members = tuple(found[at].members[number] for _, at, number in order)
     state: StateArrays
-    if exact(kernel):
+    apart = all(one.each for one in found)
+    if not apart:
         state = initial(kernel)
         for one in found:
             fold(kernel, state, one)
@@ -78,7 +80,7 @@ def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
         origin=found[0].origin,
         members=members,
         state={name: array.tobytes() for name, array in state.items()},
-        each=not exact(kernel),
+        each=apart,
         started_ns=min(one.started_ns for one in found),
         ended_ns=max(one.ended_ns for one in found),
         feedback_events=sum(one.feedback_events for one in found),

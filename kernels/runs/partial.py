@@ -174,6 +174,21 @@ class Partial(msgspec.Struct, frozen=True):
             raise BadPartial("its rows are not those of its members")
         return table
 
+    def only(self, kernel: Kernel, keys: frozenset[bytes]) -> Partial:
+        """What is left of one with a state a member once others than ``keys`` have gone. Raises BadPartial."""
+        stay = [number for number, member in enumerate(self.members) if member.key in keys]
+        arrays, table = self.arrays(kernel), self.table(kernel)
+        if table is not None:
+            ends = np.cumsum([member.rows for member in self.members])
+            parts = np.split(table, ends[:-1])
+            table = np.concatenate([table[:0], *(parts[number] for number in stay)])
+        return msgspec.structs.replace(
+            self,
+            members=tuple(self.members[number] for number in stay),
+            state=state_bytes({name: array[stay] for name, array in arrays.items()}),
+            rows=b"" if table is None else table.tobytes(),
+        )
+
     def arrays(self, kernel: Kernel) -> StateArrays:
         """Read-only views of ``state``. Raises BadPartial."""
         shape = (len(self.members),) if self.each else ()
