@@ -32,6 +32,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     OwedInRun,
+    OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
@@ -208,6 +209,14 @@ class Catalog(Protocol):
         ...
 
     async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun: ...
+    async def kernels_owed_in_run(self, bucket: str, run: bytes) -> Sequence[str]:
+        """Kernels that owe products of members of a run, or have given some up."""
+        ...
+
+    async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
+        """Products that are not there and of which it is known why, by key."""
+        ...
+
     async def drain_counts(self) -> DrainCounts: ...
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]: ...
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:

@@ -437,6 +437,18 @@ class ReductionCount(msgspec.Struct, frozen=True):
     failed: int
     error: str
     """What the latest of them that has failed says."""
+    key: bytes = b""
+    """An object that it says it of."""
+
+
+class OwedProduct(msgspec.Struct, frozen=True):
+    """A product that is not there, and why."""
+
+    key: bytes
+    """Of the object it would be of."""
+    kernel: str
+    error: str
+    given_up: bool
 
 
 class FilterJob(msgspec.Struct, frozen=True):

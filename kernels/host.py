@@ -38,6 +38,7 @@ from kernels.formats import declared_geometry
 from kernels.lane import Lane, LaneKey
 from kernels.layout.detect import Kind, kind_of
 from kernels.layout.index import FrameIndex
+from kernels.notices import Notices, file_beside
 from kernels.offload.device import Plans
 from kernels.owed import Owed, OwedLimits
 from kernels.passes import PassContext, Postponed
@@ -125,7 +126,8 @@ class KernelHost:
         self._limits = limits
         self._clearance = clearance
         self.tally = self._tally = Tally(counters)
-        self.plans = Plans()
+        self._notices = Notices(file_beside(strikes_file))
+        self.plans = Plans(self._notices)
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
         self._submissions = Submissions(catalog, zygote_socket, self._registry, clearance, limits.sandbox)
@@ -289,10 +291,21 @@ class KernelHost:
         return self._registry.revision(bucket)
 
     def attached(self, bucket: str, name: str) -> Attachment | None:
+        now = self.current(bucket, name)
+        return now if now is not None and not now.owed else None
+
+    def current(self, bucket: str, name: str) -> Attachment | None:
         for attachment in self._registry.known(bucket):
-            if attachment.name == name and not attachment.owed and not self._disabled(bucket, attachment):
+            if attachment.name == name and not self._disabled(bucket, attachment):
                 return attachment
         return None
+
+    def unfit(self, info: StreamInfo, attachment: Attachment, reason: str) -> None:
+        said = f"{reason}; what arrives in {info.key!r} is judged with what was there before"
+        log.error("kernel %s in bucket %s: %s", attachment.name, info.bucket, said)
+        self._tally.error("misfit")
+        revision = self._registry.revision(info.bucket)
+        self._notices.misfit(info.bucket, attachment.name, attachment.kernel.sha256, said, info.key, revision)
 
     def seen(self, bucket: str, geometry: FrameGeometry) -> None:
         self._watch.use(bucket, geometry)
@@ -406,6 +419,7 @@ class KernelHost:
 
     def _changed(self, bucket: str) -> None:
         """The bucket's kernels, their metadata or their arrays are not what they were."""
+        self._notices.changed(bucket, self._registry.revision(bucket))
         self._owed.changed(bucket)
         self._sweep_now.set()
         self._warm(bucket)
@@ -441,6 +455,7 @@ class KernelHost:
             self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
             await self._strikes.look_around()
             self._tally.disabled.set(self._strikes.disabled_count)
+            self._tally.cores_failed.set(self._notices.cores_failed)
             if loop.time() >= due_s or await self._owed.released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:

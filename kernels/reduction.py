@@ -56,8 +56,12 @@ class ReductionHost(ConclusionHost, Protocol):
         """Changes when the bucket's kernels, their metadata or their arrays do."""
         ...
 
-    def attached(self, bucket: str, name: str) -> Attachment | None:
-        """The kernel as it is attached now, if it can run."""
+    def current(self, bucket: str, name: str) -> Attachment | None:
+        """The kernel as it is attached now, also if it waits for something."""
+        ...
+
+    def unfit(self, info: StreamInfo, attachment: Attachment, reason: str) -> None:
+        """What was put for the kernel does not fit a stream that runs, and is not used for it."""
         ...
 
     def seen(self, bucket: str, geometry: FrameGeometry) -> None:
@@ -250,8 +254,12 @@ class Reduction:
             return
         self._revision = revision
         for kernel_pass in self._passes.values():
-            now = self._host.attached(self.info.bucket, kernel_pass.attachment.name)
-            if now is not None and self._geometry is not None and not misfit(now, self._geometry):
+            now = self._host.current(self.info.bucket, kernel_pass.attachment.name)
+            if now is None or self._geometry is None:
+                continue
+            if reason := now.owed or misfit(now, self._geometry):
+                self._host.unfit(self.info, now, reason)
+            else:
                 kernel_pass.change(now)
 
     @property

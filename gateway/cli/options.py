@@ -21,6 +21,13 @@ Control = Annotated[
 Endpoint = Annotated[str, typer.Option("--endpoint", envvar="HISS_ENDPOINT", help="URL of the S3 port.")]
 AccessKey = Annotated[str, typer.Option("--access-key", envvar="HISS_ACCESS_KEY", help="Default: root's, with --data.")]
 CaFile = Annotated[Path | None, typer.Option("--ca", help="PEM file of the authority that signed the certificate.")]
+
+
+def bucket_of(text: str) -> str:
+    """``BUCKET``, as people also write it: ``s3://BUCKET/``."""
+    return text.removeprefix("s3://").removesuffix("/")
+
+
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; see `hiss settings`.")
 ]

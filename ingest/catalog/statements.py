@@ -377,6 +377,7 @@ REDUCTION_COUNTS = _sql(
         reductions.c.error,
         sa.func.count(),
         sa.func.max(reductions.c.sequence),
+        sa.func.max(objects.c.key),
     )
     .select_from(reductions.join(objects, objects.c.object_id == reductions.c.object_id))
     .where(text("+objects.bucket = :bucket"))  # the debts are few, the objects are not: see OWED_IN_RUN
@@ -390,14 +391,20 @@ RELEASED = _sql(
     .limit(_one)
     .offset(_none)
 )
-_in_run = sa.and_(
+_below = sa.and_(
     objects.c.object_id == reductions.c.object_id,
     text("+objects.bucket = :bucket"),
     objects.c.key >= _p("start"),
     sa.or_(bindparam("end", type_=sa.LargeBinary).is_(None), objects.c.key < _p("end")),
+)
+_member = sa.and_(
+    _below,
     # Members of runs below this one are not its own.
     sa.func.instr(sa.func.substr(objects.c.key, bindparam("skip", type_=sa.Integer)), literal_column("x'2f'"))
     == literal_column("0"),
+)
+_in_run = sa.and_(
+    _member,
     reductions.c.kernel == _p("kernel"),
 )
 # CROSS JOIN in effect: the reductions are few, so they come first ("+" keeps SQLite from the index over keys).
@@ -405,6 +412,15 @@ OWED_IN_RUN = _sql(
     sa.select(reductions.c.object_id)
     .select_from(reductions.join(objects, _in_run))
     .where(reductions.c.given_up == literal_column("0"))
+    .limit(_limit)
+    .offset(_none)
+)
+KERNELS_OWED_IN_RUN = _sql(sa.select(reductions.c.kernel).select_from(reductions.join(objects, _member)).distinct())
+OWED_WITH_REASON = _sql(
+    sa.select(objects.c.key, reductions.c.kernel, reductions.c.error, reductions.c.given_up)
+    .select_from(reductions.join(objects, _below))
+    .where(reductions.c.error != literal_column("''"))
+    .order_by(objects.c.key, reductions.c.kernel)
     .limit(_limit)
     .offset(_none)
 )

@@ -52,7 +52,7 @@ class Submitted:
 
     @property
     def state(self) -> tuple[str, str]:
-        """(refused | left out | disabled | waiting | failing | running, why)."""
+        """(refused | left out | disabled | waiting | failing | running, why). What does not go as it was wanted fails."""
         failure = self.failure
         if self.kernel is None:
             return "refused", self.refusal
@@ -67,6 +67,8 @@ class Submitted:
             return "waiting", f"for kernel {self.missing_before}, whose out are its frames: `hiss kernel submit`"
         if failure is not None:
             return "failing", failure["error"]
+        if self.row.get("notices"):
+            return "failing", self.row["notices"][0]
         return "running", self.row["last_error"]
 
     def document(self) -> dict[str, Any]:
