@@ -134,6 +134,13 @@ def test_a_file_is_read_as_a_node_reads_it(quick: Hiss, tmp_path: Path, form: st
     assert done.code == 0, done.err
     assert done.json["state"]["total"]["values"] == [int(large[:3].sum(dtype=np.int64))]
     assert ("bslz4" in done.json["read_as"]) == (form == "bslz4")
+    decoding = done.json["decoding_bytes_per_s_a_core"]
+    assert (decoding is not None) == (form != "raw")
+    kernel = done.json["kernel_bytes_per_s_a_core"]
+    if decoding is None:
+        assert kernel == done.json["bytes_per_s_a_core"]
+    else:
+        assert kernel is None or kernel > done.json["bytes_per_s_a_core"]
 
 
 def test_a_real_cbf(quick: Hiss, tmp_path: Path) -> None:

@@ -203,6 +203,8 @@ def describe(chain: Sequence[Given], body: Body, trial: Trial) -> dict[str, Any]
         "cautions": list(trial.cautions),
         "compile_s": round(trial.compile_s, 3),
         "bytes_per_s_a_core": round(trial.bytes_per_s),
+        "decoding_bytes_per_s_a_core": _rate(trial.decoding_bytes_per_s),
+        "kernel_bytes_per_s_a_core": _rate(trial.kernel_bytes_per_s),
         "cores_for_40_gbps": math.ceil(LINE_BYTES_PER_S / trial.bytes_per_s),
         "timed_bytes": trial.timed_frames * body.frame_bytes,
         "timed_frames": trial.timed_frames,
@@ -236,6 +238,23 @@ def _number(value: Any) -> Any:
     return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
+def _rate(bytes_per_s: float | None) -> int | None:
+    return None if bytes_per_s is None else round(bytes_per_s)
+
+
+def _parts(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where frames are decoded: how much of the time is the kernel's."""
+    decoding, kernel = document["decoding_bytes_per_s_a_core"], document["kernel_bytes_per_s_a_core"]
+    if decoding is None:
+        return []
+    alone = "too fast to tell beside it" if kernel is None else f"{human_rate(kernel)} a core"
+    share = min(1.0, document["bytes_per_s_a_core"] / decoding)
+    return [
+        ("of this, decoding", f"{share:.0%} of the time: {human_rate(decoding)} a core"),
+        ("the kernel alone", alone),
+    ]
+
+
 def _few(timed_bytes: int) -> str:
     """On a node small frames go to the sandbox many at a time, here no more than there are."""
     enough = timed_bytes >= TIMED_BYTES_ENOUGH
@@ -256,7 +275,9 @@ def _print(document: dict[str, Any]) -> None:
             f", code {code}: {count}" for code, count in feedback["by_code"].items()
         ) + (f", {feedback['dropped']} dropped" if feedback["dropped"] else "")),
         ("speed", f"{human_rate(document['bytes_per_s_a_core'])} a core (median of {document['timed_passes']} passes over "
-                  f"{document['timed_frames']} frames)"),
+                  f"{document['timed_frames']} frames)"
+                  + (", decoding included" if document["decoding_bytes_per_s_a_core"] is not None else "")),
+        *_parts(document),
         ("40 Gbps", f"needs {document['cores_for_40_gbps']} cores" + _few(document["timed_bytes"])),
     ]  # fmt: skip
     facts += [("caution", caution) for caution in document["cautions"]]
