@@ -20,7 +20,7 @@ from ingest.ports import Catalog, LandingPad
 from ingest.records import CommitObject, FrameGeometry, FrameLedger, ObjectRecord, PartialMember, PartialOf
 from ingest.runs import run_of
 from kernels import product
-from kernels.attach import Attachment, device_for
+from kernels.attach import Attachment
 from kernels.epochs import Outcome
 from kernels.lane import TRANSIENT
 from kernels.layout.index import FrameIndex
@@ -170,9 +170,7 @@ class Conclusion:
             started_ns=self._started_ns,
             ended_ns=time.time_ns(),
             before=tuple(stage.kernel for stage in attachment.before),
-            device=self._host.device(
-                record.bucket, device_for(attachment, encoded=self._index is not None), self._geometry
-            ),
+            device=self._ran_on(record.bucket, attachment),
         )
         found: product.Findings | str
         if isinstance(outcome, str):
@@ -237,6 +235,11 @@ class Conclusion:
             feedback_events=found.feedback_events,
             rows_left_out=found.rows_left_out,
         )
+
+    def _ran_on(self, bucket: str, attachment: Attachment) -> str:
+        if self._index is not None and attachment.device != "cpu":
+            return f"cpu ({attachment.device}: the frames lie encoded or scattered in their file)"
+        return self._host.device(bucket, attachment, self._geometry)
 
     @staticmethod
     def _partial_of(record: ObjectRecord, epochs: Sequence[Attachment]) -> PartialOf:
