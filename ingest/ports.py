@@ -210,7 +210,7 @@ class Catalog(Protocol):
 
     async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun: ...
     async def kernels_owed_in_run(self, bucket: str, run: bytes) -> Sequence[str]:
-        """Kernels that owe products of members of a run, or have given some up."""
+        """Kernels that still owe products of members of a run."""
         ...
 
     async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:

@@ -37,6 +37,7 @@ from ingest.records import (
 
 LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
+DEBTS_LOOKED_AT = 10_000
 FAILURES_NAMED_MAX = 20
 
 
@@ -260,13 +261,15 @@ class Reader:
         return OwedInRun(len(pending), len(failed), tuple(failed[:FAILURES_NAMED_MAX]), tuple(i for (i,) in pending))
 
     def kernels_owed_in_run(self, bucket: str, run: bytes) -> list[str]:
-        of = {"bucket": bucket, "start": run, "end": key_after(run), "skip": len(run) + 1}
-        return sorted(kernel for (kernel,) in self._db.execute(statements.KERNELS_OWED_IN_RUN, of).fetchall())
+        of = {"bucket": bucket, "start": run, "end": key_after(run), "skip": len(run) + 1, "limit": DEBTS_LOOKED_AT}
+        return sorted({kernel for (kernel,) in self._db.execute(statements.KERNELS_OWED_IN_RUN, of).fetchall()})
 
     def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> list[OwedProduct]:
         of = {"bucket": bucket, "start": prefix, "end": key_after(prefix), "limit": limit}
-        found = self._db.execute(statements.OWED_WITH_REASON, of).fetchall()
-        return [OwedProduct(key, kernel, error, bool(given_up)) for key, kernel, error, given_up in found]
+        found = self._db.execute(statements.FAILED_WITH_REASON, of).fetchall()
+        found += self._db.execute(statements.OWED_WITH_REASON, of).fetchall()
+        products = [OwedProduct(key, kernel, error, bool(given_up)) for key, kernel, error, given_up in found[:limit]]
+        return sorted(products, key=lambda one: (one.key, one.kernel))
 
     def reduction_counts(self, bucket: str) -> list[ReductionCount]:
         groups: dict[str, list[tuple[int, str, int, int, bytes]]] = {}

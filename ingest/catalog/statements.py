@@ -415,15 +415,23 @@ OWED_IN_RUN = _sql(
     .limit(_limit)
     .offset(_none)
 )
-KERNELS_OWED_IN_RUN = _sql(sa.select(reductions.c.kernel).select_from(reductions.join(objects, _member)).distinct())
-OWED_WITH_REASON = _sql(
-    sa.select(objects.c.key, reductions.c.kernel, reductions.c.error, reductions.c.given_up)
-    .select_from(reductions.join(objects, _below))
-    .where(reductions.c.error != literal_column("''"))
-    .order_by(objects.c.key, reductions.c.kernel)
+KERNELS_OWED_IN_RUN = _sql(
+    sa.select(reductions.c.kernel)
+    .select_from(reductions.join(objects, _member))
+    .where(reductions.c.given_up == literal_column("0"))
     .limit(_limit)
     .offset(_none)
 )
+"""Once for each debt; what is given up has a product of the run that says so."""
+_with_reason = (
+    sa.select(objects.c.key, reductions.c.kernel, reductions.c.error, reductions.c.given_up)
+    .select_from(reductions.join(objects, _below))
+    .where(reductions.c.error != literal_column("''"))
+    .limit(_limit)
+    .offset(_none)
+)
+OWED_WITH_REASON = _sql(_with_reason.where(reductions.c.given_up == literal_column("0")))
+FAILED_WITH_REASON = _sql(_with_reason.where(reductions.c.given_up == literal_column("1")))
 FAILED_IN_RUN = _sql(
     sa.select(objects.c.key, reductions.c.error)
     .select_from(reductions.join(objects, _in_run))
