@@ -6,7 +6,7 @@ missed for that long; and every process would hold a copy of the same code in me
 In: the role, its boot descriptor, and the descriptors it is to have, over a socket from the supervisor. Out: a process with
 exactly these descriptors, at the same numbers, that is the supervisor's child.
 
-Always holds: the nursery has one thread, no descriptor but its socket and no secret, so a fork of it is as good as a fresh start;
+Always holds: the nursery has one thread, no secret, and opens only its socket, so a fork of it is as good as a fresh start;
 it ends with the supervisor. A request that fails leaves nothing behind; when the nursery is gone, the next one starts another.
 
 Protocol, over SOCK_SEQPACKET: ``Birth`` as msgpack, then its descriptors, FDS_MAX to a message; the answer is the pid, or nothing
@@ -157,14 +157,14 @@ def main(arguments: Sequence[str]) -> int:
         importlib.import_module(f"gateway.roles.{role}")
     channel = socket.socket(fileno=channel_fd)
     channel.set_inheritable(False)
-    threads, descriptors = len(os.listdir("/proc/self/task")), _descriptors()
-    if threads != 1 or descriptors != {0, 1, 2, channel_fd, report}:
-        raise SystemExit(f"not fit to fork: {threads} threads, descriptors {sorted(descriptors)}")
+    if (threads := len(os.listdir("/proc/self/task"))) != 1:
+        raise SystemExit(f"a process must have one thread to fork safely, this one has {threads}")
     # What is frozen is not written to by collections, so it stays shared by all.
     gc.collect()
     gc.freeze()
     os.write(report, b"R")
     os.close(report)
+    kept = _descriptors() - {channel_fd}
     while asked := channel.recv(MESSAGE_BYTES_MAX):
         birth = msgspec.msgpack.decode(asked, type=Birth)
         received: list[int] = []
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
             if not message:
                 return 0
             received += fds
-        born = _fork(channel, birth, received, supervisor_pid)
+        born = _fork(channel, birth, received, kept)
         if born is None:
             return _grow_up(birth)
         for fd in received:
@@ -182,8 +182,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fork(channel: socket.socket, birth: Birth, received: Sequence[int], supervisor_pid: int) -> int | None:
-    """The pid of the new process; None in that process, once its parent is the supervisor."""
+def _fork(channel: socket.socket, birth: Birth, received: Sequence[int], kept: set[int]) -> int | None:
+    """The pid of the new process; None in that process, once its parent is the supervisor. ``kept``: descriptors of others,
+    as a preloaded library opens them."""
     said, saying = os.pipe2(os.O_CLOEXEC)
     between = os.fork()
     if between:
@@ -207,6 +208,8 @@ def _fork(channel: socket.socket, birth: Birth, received: Sequence[int], supervi
         os.close(said)
         os.close(saying)
         channel.close()
+        if taken := kept.intersection(birth.numbers):
+            raise OSError(f"descriptors {sorted(taken)} are in use by a library of this process")
         _place(received, birth.numbers)
         while os.getppid() == between:
             time.sleep(0.0002)
