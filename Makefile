@@ -7,6 +7,8 @@ SHELL := /bin/bash
 DATA ?= hiss-data
 ARGS ?=
 FUZZ_SECONDS ?= 3600
+# Test processes at once.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -38,7 +40,7 @@ apt: ## install the programs that tests use as peers, or say what is missing
 	@.ci/peers
 
 test: $(STAMP) apt ## all tests; ARGS="-k name" for some
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not soak" $(ARGS)
 
 soak: $(STAMP) apt ## the tests that take long: random kills, every legal state after a power cut
 	$(BIN)/python -m pytest -m soak $(ARGS)

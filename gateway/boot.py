@@ -1,6 +1,6 @@
 """How the supervisor tells a child process what it is: the ``Boot`` value, in a memfd the child inherits.
 
-Supervisor: ``fd = write(boot)``, then ``python -m gateway.roles ROLE --boot-fd FD`` with that descriptor and those that
+Supervisor: ``fd = write(boot)``, then a process (gateway/supervisor/nursery.py) with that descriptor and those that
 ``boot.descriptors()`` names. Child: ``boot = load(fd)`` first of all, ``boot.ready()`` once it serves.
 
 What always holds: descriptors keep their numbers across the spawn, so ``Boot`` names them by number; a child that

@@ -157,6 +157,9 @@ class Settings(BaseSettings):
 
     users_file: Absolute | None = _setting(None, "path", "users.toml, read at start and on SIGHUP (flag --users).")
     start_timeout_s: float = _setting(120.0, "s", "Longest a process may take until it is ready.", low=1, high=86400)
+    restart_delay_max_s: float = _setting(
+        10.0, "s", "Longest wait before a process that keeps dying is started again.", low=0.1, high=3600
+    )
     shutdown_grace_s: float = _setting(
         30.0, "s", "Time each stage of a shutdown has before SIGKILL.", low=0.1, high=3600
     )

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ingest.ports import FrameReduction
 
 
+TRUNCATED_METADATA = "hiss-truncated"
+"""User metadata of an object that a STOP cut short."""
+
+
 class Body(abc.ABC):
     """Base of SpanStream and PackedStream."""
 
@@ -107,6 +111,10 @@ class Body(abc.ABC):
                 epochs=self.reduction.epochs,
                 filters=self.reduction.filters,
             )
+            if self.discarded_bytes is not None:
+                assert request.ledger is not None
+                cut = f"frames={request.ledger.received}; bytes={request.length}"
+                request = msgspec.structs.replace(request, metadata=request.metadata | {TRUNCATED_METADATA: cut})
         elif self.kernels:
             assert self.plane.host is not None
             filters = self.plane.host.filters(request.bucket, request.key)

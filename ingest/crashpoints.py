@@ -17,10 +17,12 @@ POINTS = (
     "index-committed", "answer-before", "settle-written", "drain-claimed", "drain-written", "drain-verified",
     "drain-published", "drain-recorded", "evict-before", "evict-recorded", "recycle-locked", "recycle-marked",
     "recall-written", "relocate-written", "product-before", "snapshot-written", "snapshot-renamed", "journal-rotated",
-    "partial-before", "run-product-before", "filter-before", "lifecycle-before", "aside-named",
+    "partial-before", "run-product-before", "filter-before", "lifecycle-before", "aside-named", "cut-mended",
 )  # fmt: skip
 
-_name, _, _count = os.environ.get("HISS_CRASHPOINT", "").partition(":")
+VARIABLE = "HISS_CRASHPOINT"
+
+_name, _, _count = os.environ.get(VARIABLE, "").partition(":")
 _left = int(_count or 1)
 _once = os.environ.get("HISS_CRASHPOINT_ONCE", "")
 
@@ -35,6 +37,12 @@ def crashpoint(name: str) -> None:
     _left -= 1
     if _left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disarm() -> None:
+    """For a fork of a process that read the variable, and is not to die by it."""
+    global _name
+    _name = ""
 
 
 def _is_next(name: str) -> bool:

@@ -32,6 +32,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     OwedInRun,
+    OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
@@ -275,7 +276,19 @@ class Catalog(Protocol):
         ...
 
     async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]: ...
+    async def member_keys(self, partial: bytes) -> frozenset[bytes]:
+        """Keys of those members of a partial that are still there."""
+        ...
+
     async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun: ...
+    async def kernels_owed_in_run(self, bucket: str, run: bytes) -> Sequence[str]:
+        """Kernels that still owe products of members of a run."""
+        ...
+
+    async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
+        """Products that are not there and of which it is known why, by key."""
+        ...
+
     async def drain_counts(self) -> DrainCounts: ...
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]: ...
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
@@ -458,6 +471,15 @@ class FrameScanner(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class BodyChange:
+    """Bytes of a body from ``offset`` on, and those of the same number that take their place."""
+
+    offset: int
+    before: bytes
+    after: bytes
+
+
 class FrameReduction(Protocol):
     """All kernels of one stream. Calls come from the worker's event loop and must return at once."""
 
@@ -478,6 +500,11 @@ class FrameReduction(Protocol):
     def when_stopped(self, stopped: Callable[[int], None]) -> None:
         """Have ``stopped(frame)`` called from the event loop, at most once, when a kernel says that nothing behind
         ``frame`` is of use."""
+        ...
+
+    def cut_short(self, length: int) -> BodyChange | None:
+        """A STOP ends the body at ``length`` bytes: what must be changed in them so that they are an object of their format
+        (a header that counts the frames); None: nothing, or it cannot be helped."""
         ...
 
     def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:

@@ -300,6 +300,8 @@ class PartialMember(msgspec.Struct, frozen=True, array_like=True):
     object_id: bytes
     ledger: FrameLedger | None = None
     """The version's frame ledger from this commit on; None leaves it as it is."""
+    verdicts: bytes = b""
+    """Of a kernel that filters: as of CommitObject."""
 
 
 class PartialOf(msgspec.Struct, frozen=True):
@@ -315,6 +317,8 @@ class PartialOf(msgspec.Struct, frozen=True):
     """object_ids of partials whose members this one takes over and which are deleted with the commit."""
     batch: bool = False
     """Stands for many one-frame objects: it is deleted once a member goes, and the other members are owed again."""
+    apart: bool = False
+    """A batch with one state a member: one that goes is left out from then on, and the others stay."""
 
 
 class RunProductOf(msgspec.Struct, frozen=True):
@@ -477,7 +481,9 @@ class PartialRecord(msgspec.Struct, frozen=True):
     since: int
     """Sequence of its first commit; the oldest one's where partials were compacted."""
     members: int
+    """Those that are still there."""
     batch: bool
+    apart: bool
     key: bytes
     length: int
 
@@ -501,6 +507,18 @@ class ReductionCount(msgspec.Struct, frozen=True):
     failed: int
     error: str
     """What the latest of them that has failed says."""
+    key: bytes = b""
+    """An object that it says it of."""
+
+
+class OwedProduct(msgspec.Struct, frozen=True):
+    """A product that is not there, and why."""
+
+    key: bytes
+    """Of the object it would be of."""
+    kernel: str
+    error: str
+    given_up: bool
 
 
 class FilterJob(msgspec.Struct, frozen=True):

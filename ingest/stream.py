@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ingest.arena import SLAB_BYTES, ArenaDomain, Span
 from ingest.blockio import AlignedBuffer
@@ -22,8 +25,9 @@ from ingest.crashpoints import crashpoint
 from ingest.digests import Hash, RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
+from ingest.mend import mend, mended_crcs
 from ingest.piece import Piece, SpanBatch
-from ingest.ports import FrameReduction, FrameScanner
+from ingest.ports import BodyChange, FrameReduction, FrameScanner
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, FrameGeometry
 from ingest.rest import Rest
 from ingest.segments import Reservation, Segment
@@ -81,6 +85,7 @@ class SpanStream(Body):
         self._move_timer: asyncio.TimerHandle | None = None
         self._ending = False
         self._rest: Rest | None = None
+        self._change: BodyChange | None = None
         if reduction is not None:
             if spec.stoppable and spec.settings.stop != "ignore":
                 self.cut = asyncio.Event() if spec.settings.stop == "answer" else None
@@ -350,6 +355,11 @@ class SpanStream(Body):
         if self._open is not None:
             self._fit_open_piece(self._open)
 
+    def _sniff_last(self) -> None:
+        self._sniff(self._open.payload if self._open is not None else memoryview(b""), complete=True)
+        if self.geometry is not None and self._open is not None:
+            self._offer_frames(self._open)
+
     def _fit_open_piece(self, piece: Piece) -> None:
         """The geometry became known while the first span fills: end it on a frame, in a larger span if need be."""
         if self.span_slabs * SLAB_BYTES > piece.span.size_bytes:
@@ -443,13 +453,14 @@ class SpanStream(Body):
         """Wait until every byte is stored at the bucket's durability level. Raises IngestError."""
         self._ending = True
         if self._sniffing:
-            self._sniff(self._open.payload if self._open is not None else memoryview(b""), complete=True)
-            if self.geometry is not None and self._open is not None:
-                self._offer_frames(self._open)
+            self._sniff_last()
         while self._open is None and self._carry_bytes:
             await self.writable()
         if self._open is not None:
             self._close_piece(last=True)
+        if self._rest is not None and self.reduction is not None:
+            self._change = self.reduction.cut_short(self.length)
+            self.hasten()
         self._idle = asyncio.get_running_loop().create_future()
         for segment in {piece.segment for piece in self._pieces}:
             self.plane.writer.flush(segment)
@@ -458,11 +469,23 @@ class SpanStream(Body):
         if self.failure is not None:
             raise self.failure
         crashpoint("data-flushed")
-        crcs, hashes, whole = self._crcs.values, self._hashes, None
-        if self._rest is not None:
-            await self._rest.finish()
-            whole = BodyDigest(self.length + self._rest.length, crcs["crc64nvme"], digests(crcs, hashes))
-            crcs, hashes = self._rest.stored_crcs, self._rest.stored_hashes
+        if self._rest is None:
+            return self._digest(self._crcs.values, self._hashes)
+        await self._rest.finish()
+        crcs = self._crcs.values
+        whole = BodyDigest(self.length + self._rest.length, crcs["crc64nvme"], digests(crcs, self._hashes))
+        if self._change is None:
+            return self._digest(self._rest.stored_crcs, self._rest.stored_hashes, whole)
+        await mend(self.plane.writer, self._layout, self._change)
+        crashpoint("cut-mended")
+        if self.geometry is not None:
+            self.geometry = msgspec.structs.replace(self.geometry, count=self.frame_counts()[0])
+        # A hash over other bytes cannot be had without reading them all again.
+        return self._digest(mended_crcs(self._rest.stored_crcs, self.length, self._change), {}, whole)
+
+    def _digest(
+        self, crcs: Mapping[str, int], hashes: Mapping[str, Hash], whole: BodyDigest | None = None
+    ) -> StreamDigest:
         return StreamDigest(
             object_id=self.object_id,
             length=self.length,
@@ -476,7 +499,7 @@ class SpanStream(Body):
     def _check_idle(self) -> None:
         if self._idle is None or self._idle.done():
             return
-        stored = not self._hashing and (self.memory or self.is_settled)
+        stored = not self._hashing and ((self.memory and self._change is None) or self.is_settled)
         if stored or self.failure is not None:
             self._idle.set_result(None)
 

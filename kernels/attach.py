@@ -63,6 +63,8 @@ class Attachment:
     arrays: Mapping[str, ArrayUse] = dataclasses.field(default_factory=dict)
     before: tuple[Attachment, ...] = ()
     """The chain before it, first to last."""
+    submitted_ns: int = 0
+    """When its object was put."""
     owed: str = ""
     """Why it cannot run yet, fit for the scientist; empty when it can."""
 

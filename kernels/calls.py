@@ -38,16 +38,26 @@ def nowhere(counters: npt.NDArray[np.int64], rows_dtype: np.dtype[np.void]) -> F
     return Feedback(counters, np.zeros(0, FEEDBACK_DTYPE), np.zeros(0, rows_dtype))
 
 
-def jit(function: Callable[..., Any], *, counted: bool = False) -> Any:
+def jit(function: Callable[..., Any], *, counted: bool = False, entry: bool = False) -> Any:
     """numba, as everything in a sandbox is compiled: bounds checks on, no fastmath, numpy's error model (division by zero
     gives inf or nan, as on arrays), no cache on disk (it unpickles), never parallel (processes are how this scales).
 
     ``counted``: with reference counts of arrays. Without, a function cannot make new arrays, and is up to twenty times as
     fast where it touches state or parameter arrays pixel by pixel: each touch costs two atomic operations, and hinders
     everything the optimiser could do.
+
+    ``entry``: Python calls it. Others are called by compiled code only; the wrappers they do without are a quarter of the time it
+    takes to compile a small kernel.
     """
     compiler: Any = numba.njit  # _nrt is not in its published signature
-    return compiler(function, boundscheck=True, error_model="numpy", _nrt=counted)
+    return compiler(
+        function,
+        boundscheck=True,
+        error_model="numpy",
+        no_cpython_wrapper=not entry,
+        no_cfunc_wrapper=True,
+        _nrt=counted,
+    )
 
 
 def _emit(feedback, code, value):  # type: ignore[no-untyped-def]  # compiled: numba infers

@@ -161,4 +161,4 @@ def _driver(programs: Sequence[Program]) -> Drive:
     )
     namespace: dict[str, Any] = {"np": np, **{f"frame_{n}": program.frame for n, program in enumerate(programs)}}
     exec(source, namespace)
-    return jit(namespace["drive"])  # type: ignore[no-any-return]
+    return jit(namespace["drive"], entry=True)  # type: ignore[no-any-return]

@@ -7,13 +7,16 @@ default carry none; the code that runs when nothing is wrong stays the same.
 
 from __future__ import annotations
 
+import ast
 import functools
+import linecache
 import re
 from typing import Any
 
 from numba.core import callconv, lowering
 
 MAX_REASON_CHARS = 400
+INDEXED_MAX = 6
 FOLDER = "<kernel>/"
 """Where the code of kernels seems to lie: none of numba's own files may be taken for the user's."""
 
@@ -65,7 +68,21 @@ def raised(error: BaseException) -> tuple[str, int, str]:
         if FOLDER in name:
             file, line = name.rpartition(FOLDER)[2], trace.tb_lineno
         trace = trace.tb_next
-    return file, line, f"{type(error).__name__}: {error}"[:MAX_REASON_CHARS]
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, IndexError) and line:
+        reason += _indexed(FOLDER + file, line)
+    return file, line, reason[:MAX_REASON_CHARS]
+
+
+def _indexed(name: str, line: int) -> str:
+    """What is indexed at the line: compiled code does not say which index it was."""
+    try:
+        module = ast.parse("".join(linecache.getlines(name)))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return ""
+    at_line = [node for node in ast.walk(module) if isinstance(node, ast.Subscript) and node.lineno == line]
+    found = list(dict.fromkeys(ast.unparse(node) for node in sorted(at_line, key=lambda node: node.col_offset)))
+    return f" in {' or '.join(found[:INDEXED_MAX])}" if found else ""
 
 
 def remember_lines() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +30,7 @@ HEADER_BYTES_MAX = 65_536 + 10
 NDIM_MAX = 4
 SHAPE_MAX = 2**31 - 1
 FRAME_BYTES_MAX = 2**40
+_FIRST_DIMENSION = re.compile(rb"""(["']shape["']\s*:\s*\(\s*)\d+""")
 DTYPES = frozenset("u1 u2 u4 u8 i1 i2 i4 i8 f4 f8".split())
 
 
@@ -141,6 +143,22 @@ def npy_geometry(head: memoryview, declared: FrameGeometry | None) -> FrameGeome
     ValueError with the reason."""
     found = _npy(head)
     return found if isinstance(found, int) else _refine(found, declared)
+
+
+def npy_cut(header: bytes, frames: int) -> bytes | None:
+    """The header of an array (from its magic on) with ``frames`` as the first dimension, as long as before; None where it
+    cannot be said in that room."""
+    found = _npy(memoryview(header))
+    if isinstance(found, int):
+        return None
+    dtype, shape, origin = found
+    changed = _FIRST_DIMENSION.sub(rb"\g<1>%d" % frames, header, count=1)
+    spare = len(header) - len(changed)
+    end = len(changed) - 1 if changed.endswith(b"\n") else len(changed)
+    changed = changed[:end] + b" " * spare + changed[end:]
+    if spare < 0 or _npy(memoryview(changed)) != (dtype, (frames, *shape[1:]), origin):
+        return None
+    return changed
 
 
 def _npy_header(raw: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]]:

@@ -13,15 +13,14 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import os
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ingest.counters import Counters
-from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import IngestError, NoSuchBucket
 from ingest.ports import (
     Catalog,
     Domain,
@@ -32,39 +31,41 @@ from ingest.ports import (
     LandingPad,
     StreamInfo,
 )
-from ingest.records import BLOCK_BYTES, FrameGeometry, ObjectRecord
+from ingest.records import FrameGeometry, ObjectRecord
 from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
 from kernels.formats import declared_geometry
 from kernels.lane import Lane, LaneKey
 from kernels.layout.detect import Kind, kind_of
 from kernels.layout.index import FrameIndex
-from kernels.layout.indexer import Layout, read_stored_structure
-from kernels.layout.stored import Found, find_layout
+from kernels.notices import Notices, file_beside
 from kernels.offload.device import Plans
-from kernels.passes import Gone, Hopeless, PassContext, Postponed, load
+from kernels.owed import Owed, OwedLimits
+from kernels.passes import PassContext, Postponed
 from kernels.pool import LanePool
 from kernels.rawfilter.work import RawFilter
 from kernels.reduction import Reduction
 from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
+from kernels.runs.handover import Handover
 from kernels.runs.keeper import RunKeeper
 from kernels.runs.ledger import OneFrame, prior_of
 from kernels.runs.tray import FRAME_BYTES_MAX, Tray
 from kernels.sandbox import SandboxFailed, SandboxLimits
 from kernels.sharing import SharedBatch
 from kernels.standing import Verdict
+from kernels.stored import StoredLayouts, info_of, single
 from kernels.strikes import Strikes
 from kernels.submission import Submissions
 from kernels.tally import Tally
 from kernels.watch import Watch
 
+T = TypeVar("T")
+
 log = logging.getLogger("hiss.kernels")
 
 WARM_MAX = 4
 """Sandboxes started before their first frame, each time the kernels of a bucket change."""
-READERS_MAX = 2
-"""Processes that read the structure of stored files at once."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -99,16 +100,6 @@ class HostLimits:
     sandbox: SandboxLimits = dataclasses.field(default_factory=SandboxLimits)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Due:
-    """When an owed product may be tried, and how long the next postponement is."""
-
-    time_s: float
-    wait_s: float
-    bucket: str
-    released: bool = False
-
-
 class KernelHost:
     """Implements ``ingest.ports.FrameHost``. Belongs to one event loop."""
 
@@ -135,27 +126,30 @@ class KernelHost:
         self._limits = limits
         self._clearance = clearance
         self.tally = self._tally = Tally(counters)
-        self.plans = Plans()
+        self._notices = Notices(file_beside(strikes_file))
+        self.plans = Plans(self._notices)
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
         self._submissions = Submissions(catalog, zygote_socket, self._registry, clearance, limits.sandbox)
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
-        self._owing: set[tuple[bytes, str]] = set()
-        self._due: dict[tuple[bytes, str], _Due] = {}
-        self._backlog: deque[tuple[ObjectRecord, tuple[str, ...]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._work = asyncio.Semaphore(0)
         self._sweep_now = asyncio.Event()
-        self._readers = asyncio.Semaphore(READERS_MAX)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
+        self.handover = Handover(slot, limits.workers)
         self._gatherer = Gatherer(self)
+        self._stored = StoredLayouts(pad, zygote_socket, limits.sandbox, clearance)
+        self.single = self._stored.single
+        owed = OwedLimits(
+            limits.attempts_max, limits.backlog_max, limits.grace_s, limits.sweep_s, limits.postpone_s_max
+        )
+        self._owed = Owed(self, slot, owed, self._gatherer.holds)
         self._tray = Tray(pad)
         self._keeper = RunKeeper(self, slot, limits.workers)
-        self._filter = RawFilter(self, slot, self._tally, self._layout_of)
+        self._filter = RawFilter(self, slot, self._tally, self._stored.of)
 
     async def start(self) -> None:
         """Find out whether kernels may run here, and begin to pay what is owed. Returns at once."""
@@ -170,6 +164,7 @@ class KernelHost:
     async def close(self, timeout_s: float = 2.0) -> None:
         """Let committed reductions finish for so long, then end every process; the rest stays owed in the catalogue."""
         self._closed = True
+        self._owed.close()
         finishing: list[asyncio.Future[object]] = [
             asyncio.ensure_future(r.finished.wait()) for r in self._reductions if r.is_committed
         ]
@@ -240,12 +235,8 @@ class KernelHost:
         return {one.name: one.raw for one in self._matching(bucket, key) if one.raw != "all"}
 
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None:
-        """Reduce a stored version in the background. Beyond ``backlog_max`` the sweep finds it later."""
-        wanted = tuple(name for name in kernels if not self._is_at(record.object_id, name))
-        if wanted and not self._closed and len(self._backlog) < self._limits.backlog_max:
-            self._owing.update((record.object_id, name) for name in wanted)
-            self._backlog.append((record, wanted))
-            self._work.release()
+        """See ``FrameHost``."""
+        self._owed.add(record, kernels)
 
     def landed(self, record: ObjectRecord, kernels: tuple[str, ...], payload: memoryview | None) -> None:
         """See ``FrameHost``."""
@@ -300,10 +291,21 @@ class KernelHost:
         return self._registry.revision(bucket)
 
     def attached(self, bucket: str, name: str) -> Attachment | None:
+        now = self.current(bucket, name)
+        return now if now is not None and not now.owed else None
+
+    def current(self, bucket: str, name: str) -> Attachment | None:
         for attachment in self._registry.known(bucket):
-            if attachment.name == name and not attachment.owed and not self._disabled(bucket, attachment):
+            if attachment.name == name and not self._disabled(bucket, attachment):
                 return attachment
         return None
+
+    def unfit(self, info: StreamInfo, attachment: Attachment, reason: str) -> None:
+        said = f"{reason}; what arrives in {info.key!r} is judged with what was there before"
+        log.error("kernel %s in bucket %s: %s", attachment.name, info.bucket, said)
+        self._tally.error("misfit")
+        revision = self._registry.revision(info.bucket)
+        self._notices.misfit(info.bucket, attachment.name, attachment.kernel.sha256, said, info.key, revision)
 
     def seen(self, bucket: str, geometry: FrameGeometry) -> None:
         self._watch.use(bucket, geometry)
@@ -333,20 +335,11 @@ class KernelHost:
         return strike.disabled
 
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
-        log.warning("kernel %s over %s/%r is postponed: %s", kernel, record.bucket, record.key, reason)
-        identity = (record.object_id, kernel)
-        before = self._due.get(identity)
-        wait_s = self._limits.sweep_s if before is None else min(self._limits.postpone_s_max, before.wait_s)
-        released = before is not None and before.released
-        self._due[identity] = _Due(asyncio.get_running_loop().time() + wait_s, 2 * wait_s, record.bucket, released)
-        if reason.waits:
-            self._watch.use(record.bucket)
-            await self._record_failure(record, kernel, str(reason), give_up=False, counted=False)
-        if reason.recall:
-            try:
-                await self.catalog.request_recall(record.object_id)
-            except IngestError as error:
-                log.warning("%s/%r was not recalled for its kernel: %s", record.bucket, record.key, error)
+        await self._owed.postpone(record, kernel, reason)
+
+    def use(self, bucket: str) -> None:
+        """See ``Reducer``."""
+        self._watch.use(bucket)
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None:
         self._strikes.succeeded(bucket, attachment.kernel.sha256)
@@ -373,7 +366,7 @@ class KernelHost:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview:
+    async def in_thread(self, work: Callable[[], T]) -> T:
         """Products are built one at a time: they are large, and HDF5 has one lock anyway."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
@@ -398,12 +391,9 @@ class KernelHost:
         for attachment, share in zip(attachments, shares, strict=True):
             self._gatherer.add(record, attachment, geometry, domain, ledger, share, index)
 
-    def _is_at(self, object_id: bytes, kernel: str) -> bool:
-        return (object_id, kernel) in self._owing or self._gatherer.holds(object_id, kernel)
-
     def done(self, reduction: Reduction) -> None:
         self._reductions.discard(reduction)
-        self._owing.difference_update((reduction.info.object_id, name) for name in reduction.kernels)
+        self._owed.end(reduction.info.object_id, reduction.kernels)
 
     # -- inside
 
@@ -429,10 +419,8 @@ class KernelHost:
 
     def _changed(self, bucket: str) -> None:
         """The bucket's kernels, their metadata or their arrays are not what they were."""
-        now_s = asyncio.get_running_loop().time()
-        for identity, due in self._due.items():
-            if due.bucket == bucket:
-                self._due[identity] = dataclasses.replace(due, time_s=now_s, wait_s=self._limits.sweep_s)
+        self._notices.changed(bucket, self._registry.revision(bucket))
+        self._owed.changed(bucket)
         self._sweep_now.set()
         self._warm(bucket)
 
@@ -454,7 +442,7 @@ class KernelHost:
     def _begin(self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain) -> Reduction:
         reduction = Reduction(self, info, attachments, domain)
         self._reductions.add(reduction)
-        self._owing.update((info.object_id, name) for name in reduction.kernels)
+        self._owed.begin(info.object_id, reduction.kernels)
         return reduction
 
     async def _sweep(self) -> None:
@@ -467,12 +455,13 @@ class KernelHost:
             self._tally.lag.set(sum(lane.frames_waiting for lane in self._pool.lanes))
             await self._strikes.look_around()
             self._tally.disabled.set(self._strikes.disabled_count)
-            if loop.time() >= due_s or await self._released():
+            self._tally.cores_failed.set(self._notices.cores_failed)
+            if loop.time() >= due_s or await self._owed.released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:
                     self._pool.sweep()
-                    if not self._backlog:
-                        await self._find_owed(grace_s)
+                    if self._owed.idle:
+                        await self._owed.find(grace_s)
                         grace_s = self._limits.grace_s
                 except IngestError as error:
                     log.warning("owed reductions could not be listed: %s", error)
@@ -485,65 +474,12 @@ class KernelHost:
                 self._sweep_now.clear()
                 due_s = 0.0
 
-    async def _released(self) -> bool:
-        """Whether versions of this slot are owed again, because a member of their partial is gone."""
-        try:
-            return await self.catalog.released_reductions(self._slot)
-        except IngestError:
-            return False
-
-    async def _find_owed(self, grace_s: float) -> None:
-        owed: dict[bytes, tuple[ObjectRecord, list[str]]] = {}
-        jobs = await self.catalog.pending_reductions(self._slot, self._limits.backlog_max)
-        now_s = asyncio.get_running_loop().time()
-        due = {
-            (job.record.object_id, job.kernel): _Due(
-                now_s + (0.0 if job.released else grace_s), self._limits.sweep_s, job.record.bucket, job.released
-            )
-            for job in jobs
-        }
-        # What was paid and is owed again has no part in the grace of its first time.
-        self._due = {
-            identity: known if (known := self._due.get(identity)) and known.released >= fresh.released else fresh
-            for identity, fresh in due.items()
-        }
-        for job in jobs:
-            identity = (job.record.object_id, job.kernel)
-            if self._is_at(*identity) or self._due[identity].time_s > now_s:
-                continue
-            if job.attempts >= self._limits.attempts_max:
-                await self._give_up(job.record, job.kernel, f"given up after {job.attempts} attempts")
-                continue
-            owed.setdefault(job.record.object_id, (job.record, []))[1].append(job.kernel)
-        for record, kernels in owed.values():
-            self.catch_up(record, tuple(kernels))
-
     async def _pay(self) -> None:
-        """Forever: reduce the next owed version from disk."""
         await self._clearance.granted()
-        while True:
-            await self._work.acquire()
-            record, kernels = self._backlog.popleft()
-            try:
-                await self._reduce_stored(record, kernels)
-            except Gone:
-                log.info("%s/%r was deleted or replaced before it was reduced", record.bucket, record.key)
-            except Hopeless as trouble:
-                for name in kernels:
-                    await self._give_up(record, name, str(trouble))
-            except (Postponed, IngestError) as error:
-                reason = error if isinstance(error, Postponed) else Postponed(f"{type(error).__name__}: {error}")
-                for name in kernels:
-                    await self.postpone(record, name, reason)
-            except Exception:
-                log.exception("the reduction of %s/%r failed", record.bucket, record.key)
-                for name in kernels:
-                    await self._record_failure(record, name, "internal error of the kernel host", give_up=False)
-                    await self.postpone(record, name, Postponed("internal error"))
-            finally:
-                self._owing.difference_update((record.object_id, name) for name in kernels)
+        await self._owed.pay()
 
-    async def _reduce_stored(self, record: ObjectRecord, names: tuple[str, ...]) -> None:
+    async def reduce_stored(self, record: ObjectRecord, names: tuple[str, ...]) -> None:
+        """See ``Reducer``."""
         await self._registry.refresh(record.bucket)
         unread = {kernel.name for kernel in self._registry.unread(record.bucket)}
         if unread.intersection(names):
@@ -554,9 +490,9 @@ class KernelHost:
         for name in names:
             attachment = attached.get(name)
             if attachment is None:
-                await self._give_up(record, name, "the kernel is no longer there")
+                await self._owed.give_up(record, name, "the kernel is no longer there")
             elif self._disabled(record.bucket, attachment):
-                await self._give_up(record, name, "the kernel is disabled: it failed too often")
+                await self._owed.give_up(record, name, "the kernel is disabled: it failed too often")
             else:
                 attachments.append(attachment)
         if not attachments:
@@ -565,20 +501,19 @@ class KernelHost:
         if domain is None:
             self._pool.close_idle(lambda lane: lane.key.bucket != record.bucket)
             raise Postponed("no memory region is free")
-        info = _info_of(record)
         domain.hold()
         try:
-            found = await self._layout(info, record, domain)
-            single, index = _single(found.layout, record, domain)
-            if single is not None:
-                waiting = {one.name: one.owed or misfit(one, single) for one in attachments}
+            found = await self._stored.of(record, domain)
+            plain, index = single(found.layout, record, domain)
+            if plain is not None:
+                waiting = {one.name: one.owed or misfit(one, plain) for one in attachments}
                 ready = [one for one in attachments if not waiting[one.name]]
-                self.gather(record, ready, single, domain, None, index)
+                self.gather(record, ready, plain, domain, None, index)
                 for name, reason in waiting.items():
                     if reason:
                         await self.postpone(record, name, Postponed(reason, waits=True))
                 return
-            reduction = self._begin(info, tuple(attachments), domain)
+            reduction = self._begin(info_of(record), tuple(attachments), domain)
         finally:
             domain.drop()
         try:
@@ -588,52 +523,6 @@ class KernelHost:
             await reduction.finished.wait()
         finally:
             reduction.aborted()
-
-    async def single(self, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
-        """See ``RunHost``."""
-        return _single((await self._layout(_info_of(record), record, domain)).layout, record, domain)
-
-    async def _layout_of(self, record: ObjectRecord, domain: Domain) -> Found:
-        return await self._layout(_info_of(record), record, domain)
-
-    async def _layout(self, info: StreamInfo, record: ObjectRecord, domain: Domain) -> Found:
-        """How the frames of a stored version lie. Raises Gone, Postponed or Hopeless."""
-        if record.geometry is not None:
-            return Found.plain(record.geometry, record.length)
-
-        async def fetch(offset: int, length: int) -> bytes:
-            loaded = await load(self.pad, record, offset, length, domain)
-            try:
-                return os.pread(domain.region_fds[loaded.region], length, loaded.offset)
-            finally:
-                loaded.release()
-
-        async def read_structure() -> Layout:
-            limits = self.sandbox_limits
-            async with self._readers:
-                return await read_stored_structure(self.zygote_socket, self.pad, record, domain, limits)
-
-        try:
-            await self._clearance.granted()
-            return await find_layout(info, record.length, fetch, read_structure)
-        except SandboxFailed as failure:
-            raise Postponed(f"its structure cannot be read at the moment: {failure.message}") from None
-
-    async def _give_up(self, record: ObjectRecord, kernel: str, error: str) -> None:
-        log.warning("kernel %s over %s/%r: %s", kernel, record.bucket, record.key, error)
-        await self._record_failure(record, kernel, error, give_up=True)
-
-    async def _record_failure(
-        self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool, counted: bool = True
-    ) -> None:
-        try:
-            await self.catalog.reduction_failed(
-                record.object_id, kernel, error[:1000], give_up=give_up, counted=counted
-            )
-        except (StaleVersion, NoSuchKey, NoSuchBucket):
-            return
-        except IngestError as refusal:
-            log.warning("a failed reduction was not recorded: %s", refusal)
 
 
 def _is_small_single(key: bytes, metadata: Mapping[str, str], length: int) -> FrameGeometry | None:
@@ -647,18 +536,3 @@ def _is_small_single(key: bytes, metadata: Mapping[str, str], length: int) -> Fr
     except ValueError:
         return None
     return declared if declared is not None and is_single(declared, length) else None
-
-
-def _info_of(record: ObjectRecord) -> StreamInfo:
-    content_type = record.headers.get("content-type", "")
-    return StreamInfo(record.bucket, record.key, record.object_id, record.length, content_type, record.metadata)
-
-
-def _single(layout: Layout, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:
-    """The geometry of a version that is exactly one frame, and where it is stored if it is not plain."""
-    if isinstance(layout, FrameIndex) and layout.is_single:
-        return layout.geometry, layout
-    if isinstance(layout, FrameGeometry) and is_single(layout, record.length):
-        readable = layout.frame_bytes + BLOCK_BYTES <= domain.region_bytes
-        return (layout, None) if readable else (None, None)
-    return None, None

@@ -20,7 +20,6 @@ Equal inputs give equal bytes: HDF5 times are off and names are written in one o
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping
 
 import h5py
@@ -71,13 +70,9 @@ def estimated_bytes(findings: Findings) -> int:
 
 def build(lineage: Lineage, outcome: Findings | str) -> memoryview:
     """The file. ``outcome`` is what was found, or the reason why nothing was. Blocks for as long as gzip takes."""
-    target = io.BytesIO()
-    with h5py.File(target, "w", libver=("v110", "v110"), track_order=False) as file:
-        file.attrs["NX_class"] = "NXroot"
-        file.attrs["default"] = "entry"
-        file.attrs["creator"] = f"hiss {environment().hiss}"
-        entry = nexus.group(file, "entry", "NXentry")
-        nexus.text(entry, "title", f"{lineage.kernel.name} over {lineage.subject.removeprefix('s3://')}")
+
+    def fill(root: h5py.Group) -> None:
+        entry = write_entry(root, f"{lineage.kernel.name} over {lineage.subject.removeprefix('s3://')}")
         nexus.text(entry, "start_time", nexus.time_text(lineage.started_ns))
         nexus.text(entry, "end_time", nexus.time_text(lineage.ended_ns))
         if isinstance(outcome, str):
@@ -85,7 +80,17 @@ def build(lineage: Lineage, outcome: Findings | str) -> memoryview:
         else:
             _findings(entry, lineage.kernel, outcome)
         provenance.write(entry, lineage)
-    return target.getbuffer()
+
+    return nexus.build(fill, 0 if isinstance(outcome, str) else estimated_bytes(outcome))
+
+
+def write_entry(root: h5py.Group, title: str) -> h5py.Group:
+    nexus.attribute(root, "NX_class", "NXroot")
+    nexus.attribute(root, "default", "entry")
+    nexus.attribute(root, "creator", f"hiss {environment().hiss}")
+    entry = nexus.group(root, "entry", "NXentry")
+    nexus.text(entry, "title", title)
+    return entry
 
 
 def _findings(entry: h5py.Group, kernel: Kernel, findings: Findings) -> None:
@@ -93,10 +98,10 @@ def _findings(entry: h5py.Group, kernel: Kernel, findings: Findings) -> None:
     if findings.rows is not None and kernel.rows is not None:
         write_rows(entry, kernel.rows, findings.rows)
     verdicts = nexus.array(entry, "verdicts", findings.verdicts)
-    verdicts.attrs["meaning"] = ", ".join(f"{value} {name}" for value, name in _VERDICTS.items())
+    nexus.attribute(verdicts, "meaning", ", ".join(f"{value} {name}" for value, name in _VERDICTS.items()))
     # A dot: no state array has such a name.
     plots.append(nexus.plot(entry, "verdicts.plot", "verdicts", verdicts, 1))
-    entry.attrs["default"] = plots[0]
+    nexus.attribute(entry, "default", plots[0])
     _frames(entry, findings)
 
 
@@ -112,7 +117,7 @@ def write_state(
     for spec in kernel.state:
         values = state[spec.name]
         dataset = nexus.array(states, spec.name, values)
-        dataset.attrs["merge"] = spec.merge
+        nexus.attribute(dataset, "merge", spec.merge)
         if values.size > 1:
             plots.append(nexus.plot(entry, f"{spec.name}_plot", spec.name, dataset, values.ndim))
     return plots if result is None else [*_result(entry, kernel, state, result), *plots]
@@ -149,9 +154,9 @@ def write_rows(
     for name in names:
         nexus.array(group, name, np.ascontiguousarray(rows[name]))
     axes = ["x", "y"] if {"x", "y"} <= set(names) else [FRAME_COLUMN]
-    group.attrs["signal"] = next((name for name in names[1:] if name not in axes), FRAME_COLUMN)
+    nexus.attribute(group, "signal", next((name for name in names[1:] if name not in axes), FRAME_COLUMN))
     group.attrs["axes"] = axes
-    group.attrs["interpretation"] = "scatter"
+    nexus.attribute(group, "interpretation", "scatter")
 
 
 def _frames(entry: h5py.Group, findings: Findings) -> None:
@@ -159,14 +164,12 @@ def _frames(entry: h5py.Group, findings: Findings) -> None:
     frames = nexus.group(entry, "frames", "NXcollection")
     for name in _COUNTS:
         nexus.number(frames, name, getattr(ledger, name))
-    frames.create_dataset("gaps", data=np.array(ledger.gaps, np.int64).reshape(-1, 2), track_times=False)
+    nexus.array(frames, "gaps", np.array(ledger.gaps, np.int64).reshape(-1, 2))
     nexus.number(frames, "feedback_events", findings.feedback_events)
     nexus.number(frames, "rows_left_out", findings.rows_left_out)
     if ledger.stopped_at is not None:
         nexus.number(frames, "stopped_at", ledger.stopped_at)
     if findings.unreadable:
         unreadable = np.array(findings.unreadable[:_UNREADABLE_MAX], np.int64).reshape(-1, 2)
-        dataset = frames.create_dataset("unreadable", data=unreadable, track_times=False)
-        dataset.attrs["meaning"] = (
-            "(first frame, frames) whose stored bytes are broken: not reduced, stored as received"
-        )
+        meaning = "(first frame, frames) whose stored bytes are broken: not reduced, stored as received"
+        nexus.attribute(nexus.array(frames, "unreadable", unreadable), "meaning", meaning)

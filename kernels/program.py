@@ -105,7 +105,7 @@ class Program:
             self._tried[entry] = n
             counted = choices[n]
             for name, function in self._functions.items():
-                self._namespace[name] = jit(function, counted=name in counted)
+                self._namespace[name] = jit(function, counted=name in counted, entry=name == "finish")
             compiled = self._namespace[entry]
             try:
                 self.guarded(lambda: compiled.compile(signature), entry)  # noqa: B023  # called at once

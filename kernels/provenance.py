@@ -70,7 +70,7 @@ def _stage(group: h5py.Group, kernel: Kernel, lineage: Lineage, index: int) -> N
     params = nexus.group(group, "parameters", "NXcollection")
     for spec in kernel.params:
         values = np.array([one.params[spec.name] for one in settings], spec.dtype)
-        params.create_dataset(spec.name, data=values, track_times=False)
+        nexus.array(params, spec.name, values)
     arrays = nexus.group(group, "arrays", "NXcollection")
     for array in kernel.arrays:
         uses = [one.arrays[array.name] for one in settings if array.name in one.arrays]
@@ -102,17 +102,18 @@ def _source(entry: h5py.Group, lineage: Lineage) -> None:
     nexus.texts(group, "etag", [record.etag for record in records])
     nexus.words(group, "crc64nvme", [f"{record.crc64nvme:016x}" for record in records])
     nexus.words(group, "stored", [nexus.time_text(record.modified_ns) for record in records])
-    nexus.array(group, "length", np.array([record.length for record in records], np.int64)).attrs["units"] = "bytes"
+    length = nexus.array(group, "length", np.array([record.length for record in records], np.int64))
+    nexus.attribute(length, "units", "bytes")
     nexus.words(group, "dtype", [one.geometry.dtype if one.geometry else "" for one in inputs])
     nexus.words(group, "shape", [_shape_text(one) for one in inputs])
     nexus.texts(group, "frame_metadata", [_frame_metadata(record) for record in records])
     origins = [one.geometry.origin if one.geometry else 0 for one in inputs]
-    nexus.array(group, "origin", np.array(origins, np.int64)).attrs["units"] = "bytes"
+    nexus.attribute(nexus.array(group, "origin", np.array(origins, np.int64)), "units", "bytes")
     nexus.texts(group, "layout", [one.layout for one in inputs])
     nexus.array(group, "frames", np.array([one.frames for one in inputs], np.int64))
     rows = [(number, epoch.first_frame, epoch.settings) for number, one in enumerate(inputs) for epoch in one.epochs]
     epochs = nexus.array(group, "epochs", np.array(rows, np.int64).reshape(-1, 3))
-    epochs.attrs["columns"] = "input, first frame, settings"
+    nexus.attribute(epochs, "columns", "input, first frame, settings")
 
 
 def _frame_metadata(record: ObjectRecord) -> str:

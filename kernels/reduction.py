@@ -10,41 +10,31 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import logging
-import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-from ingest.crashpoints import crashpoint
-from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Catalog, Domain, FrameBatch, FrameScanner, LandingPad, StreamInfo
+from ingest.ports import BodyChange, Domain, FrameBatch, FrameScanner, StreamInfo
 from ingest.records import (
     BLOCK_BYTES,
-    CommitObject,
     FrameGeometry,
     FrameLedger,
     KernelEpoch,
     ObjectRecord,
-    PartialMember,
-    PartialOf,
 )
-from ingest.runs import run_of
-from kernels import product
-from kernels.attach import PRODUCT_PREFIX, Attachment, device_for, misfit
+from kernels.account import Account
+from kernels.attach import Attachment, device_for, misfit
+from kernels.conclusion import Conclusion, ConclusionHost
 from kernels.epochs import KernelPass, Outcome
-from kernels.formats import NotFrames
-from kernels.lane import TRANSIENT, Lane
+from kernels.formats import NotFrames, npy_cut
+from kernels.lane import Lane
 from kernels.layout.index import FrameIndex
 from kernels.layout.live import Later, LiveScan, sniff_live
 from kernels.layout.stored import NO_IMAGE, Found
-from kernels.lineage import Epoch, Input, Lineage
-from kernels.passes import Gone, Hopeless, PassContext, Postponed
+from kernels.passes import Hopeless, Postponed
 from kernels.ranges import Ranges
-from kernels.rawfilter.packed import pack
 from kernels.runs.gather import is_single
-from kernels.runs.names import KEY_BYTES_MAX, clashes, group_of
 from kernels.sharing import SharedBatch
 from kernels.verdicts import Verdicts
 
@@ -52,46 +42,33 @@ log = logging.getLogger("hiss.kernels")
 
 FRAMES_MAX = 1 << 26
 """Frames of one version (a verdict of each is kept in memory)."""
-PRODUCT_BYTES_MAX = 512 << 20
-STORE_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-"""Waits between attempts to store a product; then the sweep tries again later."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class ReductionHost(Protocol):
+class ReductionHost(ConclusionHost, Protocol):
     """The host, as its reductions see it."""
-
-    catalog: Catalog
-    pad: LandingPad
-    context: PassContext
 
     def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane: ...
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None: ...
-    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
-    async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None:
-        """The product stays owed; the sweep comes back to it."""
-        ...
-
     def revision(self, bucket: str) -> int:
         """Changes when the bucket's kernels, their metadata or their arrays do."""
         ...
 
-    def attached(self, bucket: str, name: str) -> Attachment | None:
-        """The kernel as it is attached now, if it can run."""
+    def current(self, bucket: str, name: str) -> Attachment | None:
+        """The kernel as it is attached now, also if it waits for something."""
+        ...
+
+    def unfit(self, info: StreamInfo, attachment: Attachment, reason: str) -> None:
+        """What was put for the kernel does not fit a stream that runs, and is not used for it."""
         ...
 
     def seen(self, bucket: str, geometry: FrameGeometry) -> None:
         """Frames of this layout came to the bucket."""
         ...
 
-    def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
     def catch_up(self, record: ObjectRecord, kernels: tuple[str, ...]) -> None: ...
-    def device(self, bucket: str, attachment: Attachment, geometry: FrameGeometry | None) -> str:
-        """What the kernel runs on, as lineage says it."""
-        ...
-
     def gather(
         self,
         record: ObjectRecord,
@@ -153,12 +130,12 @@ class Reduction:
         self._geometry: FrameGeometry | None = None
         self._index: FrameIndex | None = None
         self._scan: LiveScan | None = None
+        self._head = b""
         self._later = False
-        self._gaps: tuple[tuple[int, int], ...] = ()
         self._trouble: Hopeless | None = None
         # Kernels that filter the raw data decide alone what becomes of a frame.
         ruling = [row for row, attachment in enumerate(self.attachments) if attachment.raw != "all"]
-        self._verdicts = Verdicts(len(self.attachments), ruling or None)
+        self._account = Account(Verdicts(len(self.attachments), ruling or None))
         self._passes: dict[int, KernelPass] = {}
         """By row; not of kernels that wait for something."""
         self._waiting: dict[int, str] = {}
@@ -166,13 +143,8 @@ class Reduction:
         self._settings: dict[str, Sequence[tuple[int, Attachment]]] = {}
         self._revision = host.revision(info.bucket)
         self._when_stopped: Callable[[int], None] | None = None
-        self._truncated_bytes: int | None = None
         self._announced = Ranges()
-        self._received = 0
-        self._trailing_bytes = 0
-        self._prior: FrameLedger | None = None
         self._started_ns = time.time_ns()
-        self._amending = asyncio.Lock()
         self._unfinished = len(self.attachments)
         self._single: Single | None = None
         self._over = False
@@ -204,6 +176,9 @@ class Reduction:
             return found
         if self.settle(found) is None:
             return None
+        assert self._geometry is not None
+        # Of an .npy: its header.
+        self._head = bytes(head[: self._geometry.origin])
         self._opened()
         return self._geometry
 
@@ -250,7 +225,7 @@ class Reduction:
                 self._settings.get(attachment.name) or ((0, attachment),),
                 functools.partial(self._lane, found),
                 found,
-                self._verdicts,
+                self._account.verdicts,
                 row,
                 self.info.bucket,
                 self.info.key,
@@ -279,8 +254,12 @@ class Reduction:
             return
         self._revision = revision
         for kernel_pass in self._passes.values():
-            now = self._host.attached(self.info.bucket, kernel_pass.attachment.name)
-            if now is not None and self._geometry is not None and not misfit(now, self._geometry):
+            now = self._host.current(self.info.bucket, kernel_pass.attachment.name)
+            if now is None or self._geometry is None:
+                continue
+            if reason := now.owed or misfit(now, self._geometry):
+                self._host.unfit(self.info, now, reason)
+            else:
                 kernel_pass.change(now)
 
     @property
@@ -359,43 +338,32 @@ class Reduction:
             missing.remove(first, size)
         return list(missing)
 
-    def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
-        self._received = received
-        self._trailing_bytes = trailing_bytes
-        self._truncated_bytes = discarded_bytes
+    def cut_short(self, length: int) -> BodyChange | None:
+        return self._cut_short(length)
+
+    @_contained
+    def _cut_short(self, length: int) -> BodyChange | None:
         if self._scan is not None:
-            self._gaps = self._scan.gaps()
+            return self._scan.cut_short()
+        geometry = self._geometry
+        if geometry is None or geometry.count is None or not self._head:
+            return None
+        frames = max(0, length - geometry.origin) // geometry.frame_bytes
+        after = npy_cut(self._head, frames) if 1 < geometry.count > frames else None
+        return None if after is None else BodyChange(0, self._head, after)
+
+    def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
+        self._account.received = received
+        self._account.trailing_bytes = trailing_bytes
+        self._account.discarded_bytes = discarded_bytes
+        if self._scan is not None:
+            self._account.gaps = self._scan.gaps()
         return self._counts()
 
     def _counts(self) -> FrameLedger:
-        """The ledger as of now; its parts always add up to what was received."""
-        received, verdicts, prior = self._received, self._verdicts, self._prior
+        """The ledger as of now."""
         stops = [one.stopped_at for one in self._passes.values() if one.stopped_at is not None]
-        kept, dropped, replaced, after_stop = verdicts.kept, verdicts.dropped, verdicts.replaced, verdicts.after_stop
-        if prior is not None:
-            # Other kernels judged these frames before; what any of them kept stays kept.
-            kept, dropped = max(kept, prior.kept), min(dropped, prior.dropped)
-            replaced = min(max(replaced, prior.replaced), received - kept - dropped)
-            after_stop = min(max(after_stop, prior.after_stop), received - kept - dropped - replaced)
-            stops += [prior.stopped_at] if prior.stopped_at is not None else []
-        truncated = self._truncated_bytes is not None
-        declared = self._geometry.count if self._geometry is not None else None
-        # What was cut off behind a STOP is no gap: it was sent, and was not wanted.
-        missing = declared - received if declared is not None and not truncated else 0
-        return FrameLedger(
-            received=received,
-            kept=kept,
-            dropped=dropped,
-            replaced=replaced,
-            stored=received,
-            unreduced=max(0, received - kept - dropped - replaced - after_stop),
-            gaps=((received, missing),) if missing > 0 else self._gaps,
-            trailing_bytes=self._trailing_bytes,
-            stopped_at=min(stops, default=None),
-            after_stop=after_stop,
-            truncated=truncated,
-            discarded_bytes=self._truncated_bytes or 0,
-        )
+        return self._account.ledger(None if self._geometry is None else self._geometry.count, stops)
 
     def committed(self, record: ObjectRecord) -> None:
         if self._over:
@@ -420,10 +388,12 @@ class Reduction:
             self._end()
             return
         # Whatever the stream did not announce is read back, too.
-        self._lagging(0, self._received)
+        self._lagging(0, self._account.received)
+        frames = self._account.received
+        conclusion = Conclusion(self._host, self._geometry, frames, self._index, self._started_ns, self._counts)
         for row, attachment in enumerate(self.attachments):
             name = f"reduce {record.bucket}/{attachment.kernel.name}"
-            self._host.spawn(self._finish(row, record), name)
+            self._host.spawn(self._finish(conclusion, row, record), name)
 
     def aborted(self) -> None:
         """Also right after the end: then it changes nothing."""
@@ -463,182 +433,29 @@ class Reduction:
         ``partial``: other kernels' verdicts are in the ledger already."""
         self._settings = dict(settings)
         if record.ledger is not None and record.ledger.truncated:
-            self._truncated_bytes = record.ledger.discarded_bytes
+            self._account.discarded_bytes = record.ledger.discarded_bytes
         if self.settle(found.layout) is not None:
-            self._received = found.frames(record.length)
-            self._trailing_bytes = found.trailing_bytes
-            self._gaps = found.gaps
+            self._account.received = found.frames(record.length)
+            self._account.trailing_bytes = found.trailing_bytes
+            self._account.gaps = found.gaps
             ledger = record.ledger
             if partial and ledger is not None and ledger.kept + ledger.dropped + ledger.replaced > 0:
-                self._prior = ledger
+                self._account.prior = ledger
         self.committed(record)
 
     # -- the end of one kernel
 
-    async def _finish(self, row: int, record: ObjectRecord) -> None:
-        attachment = self.attachments[row]
-        name = attachment.kernel.name
-        try:
+    async def _finish(self, conclusion: Conclusion, row: int, record: ObjectRecord) -> None:
+        async def judged() -> Outcome:
             if self._trouble is not None:
                 raise self._trouble
             if row in self._waiting:
                 raise Postponed(self._waiting[row], waits=True)
-            outcome = await self._passes[row].finish(record, self._received, self.domain)
-            await self._store(attachment, record, outcome)
-            self._host.succeeded(record.bucket, attachment)
-        except Gone:
-            log.info("kernel %s: %s/%r was deleted or replaced before its product", name, record.bucket, record.key)
-        except Hopeless as trouble:
-            await self._give_up(attachment, record, trouble)
-        except Postponed as reason:
-            await self._host.postpone(record, name, reason)
-        except IngestError as error:
-            await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
-        except Exception as error:
-            log.exception("kernel %s over %s/%r failed", name, record.bucket, record.key)
-            await self._begin_anew(record, name, f"internal error: {type(error).__name__}", counted=True)
+            return await self._passes[row].finish(record, self._account.received, self.domain)
+
+        try:
+            await conclusion.conclude(self.attachments[row], record, judged)
         finally:
             self._unfinished -= 1
             if self._unfinished == 0:
                 self._end()
-
-    async def _give_up(self, attachment: Attachment, record: ObjectRecord, trouble: Hopeless) -> None:
-        """Format and compile errors are the answer to this version: the product says so. Others are failures."""
-        name = attachment.kernel.name
-        tally = self._host.context.tally
-        log.warning("kernel %s cannot reduce %s/%r: %s", name, record.bucket, record.key, trouble)
-        if trouble.kind in TRANSIENT:
-            await self._begin_anew(record, name, str(trouble), counted=trouble.kind == "internal")
-            return
-        tally.given_up(self._counts().unreduced)
-        if trouble.kind not in ("format", "compile"):
-            await self._say_failed(record, name, f"{trouble.kind}: {trouble}", give_up=True)
-            return
-        if trouble.kind == "format":
-            tally.error("format")
-        try:
-            await self._store(attachment, record, str(trouble))
-        except Gone:
-            return
-        except IngestError as error:
-            await self._host.postpone(record, name, Postponed(f"{type(error).__name__}: {error}"))
-        except Postponed as reason:
-            await self._host.postpone(record, name, reason)
-
-    async def _begin_anew(self, record: ObjectRecord, kernel: str, reason: str, *, counted: bool) -> None:
-        """Leave the product to the sweep; ``counted``: only so often, for it may be this version that breaks us."""
-        if counted:
-            self._host.context.tally.error("crash")
-            await self._say_failed(record, kernel, reason, give_up=False)
-        await self._host.postpone(record, kernel, Postponed(reason))
-
-    async def _say_failed(self, record: ObjectRecord, kernel: str, error: str, *, give_up: bool) -> None:
-        try:
-            if give_up:
-                await self._amend(record)
-            await self._host.catalog.reduction_failed(record.object_id, kernel, error[:1000], give_up=give_up)
-        except (Gone, StaleVersion, NoSuchKey, NoSuchBucket):
-            return
-        except IngestError as refusal:
-            # The reduction stays owed; the sweep comes back to it.
-            log.warning("kernel %s: the failure over %r was not recorded: %s", kernel, record.key, refusal)
-
-    async def _amend(self, record: ObjectRecord) -> FrameLedger:
-        async with self._amending:
-            ledger = self._counts()
-            try:
-                if ledger != record.ledger:
-                    await self._host.catalog.amend_ledger(record.object_id, ledger)
-            except (StaleVersion, NoSuchKey, NoSuchBucket):
-                raise Gone from None
-            return ledger
-
-    async def _store(self, attachment: Attachment, record: ObjectRecord, outcome: Outcome | str) -> None:
-        """The ledger first: a crash between the two leaves the product owed, and doing both again is harmless."""
-        ledger = await self._amend(record)
-        kernel = attachment.kernel
-        epochs = ((0, attachment),) if isinstance(outcome, str) else outcome.epochs
-        source = Input(
-            record,
-            self._geometry,
-            self._received,
-            tuple(Epoch(first_frame, number) for number, (first_frame, _) in enumerate(epochs)),
-            "" if self._index is None else self._index.description,
-        )
-        lineage = Lineage(
-            kernel=kernel,
-            match=attachment.match,
-            settings=tuple(settings.settings for _, settings in epochs),
-            inputs=(source,),
-            started_ns=self._started_ns,
-            ended_ns=time.time_ns(),
-            before=tuple(stage.kernel for stage in attachment.before),
-            device=self._host.device(
-                record.bucket, device_for(attachment, encoded=self._index is not None), self._geometry
-            ),
-        )
-        found: product.Findings | str
-        if isinstance(outcome, str):
-            found = outcome
-        else:
-            found = product.Findings(
-                state=outcome.state,
-                verdicts=outcome.verdicts,
-                ledger=ledger,
-                feedback_events=outcome.feedback_events,
-                unreadable=outcome.unreadable,
-                result=outcome.result,
-                rows=outcome.rows,
-                rows_left_out=outcome.rows_left_out,
-            )
-            if product.estimated_bytes(found) > PRODUCT_BYTES_MAX:
-                found = f"the product would be larger than {PRODUCT_BYTES_MAX} bytes"
-        body = await self._host.in_thread(lambda: product.build(lineage, found))
-        request = CommitObject(
-            bucket=record.bucket,
-            key=product_key(kernel.name, record.key),
-            object_id=secrets.token_bytes(16),
-            length=len(body),
-            etag="",
-            crc64nvme=0,
-            owner=record.owner,
-            extents=(),
-            headers={"content-type": product.CONTENT_TYPE},
-            metadata={
-                "hiss-kernel": kernel.name,
-                "hiss-kernel-sha256": kernel.sha256,
-                "hiss-source-object-id": record.object_id.hex(),
-            },
-            reduces=(record.object_id, kernel.name),
-            verdicts=b"" if isinstance(outcome, str) or attachment.raw == "all" else pack(outcome.verdicts),
-            partial=None if isinstance(found, str) else self._partial_of(record, [one for _, one in epochs]),
-        )
-        crashpoint("product-before")
-        await self._commit(request, body)
-        self._host.context.tally.product()
-
-    @staticmethod
-    def _partial_of(record: ObjectRecord, epochs: Sequence[Attachment]) -> PartialOf:
-        member = PartialMember(record.object_id)
-        return PartialOf(epochs[0].name, run_of(record.key), group_of(*epochs), (member,))
-
-    async def _commit(self, request: CommitObject, body: memoryview) -> None:
-        for wait_s in STORE_BACKOFF_S:
-            try:
-                await self._host.pad.store(request, body)
-                return
-            except (StaleVersion, NoSuchKey, NoSuchBucket):
-                raise Gone from None
-            except IngestError as error:
-                log.warning("a product was not stored (%s: %s); trying again", type(error).__name__, error)
-            await asyncio.sleep(wait_s)
-        raise Postponed("the product could not be stored")
-
-
-def product_key(kernel: str, key: bytes) -> bytes:
-    """``_products/<kernel>/<key>.nxs``; one too long, or like a run's product, is named by its SHA-256 under ``.long/``."""
-    prefix = PRODUCT_PREFIX + kernel.encode() + b"/"
-    plain = prefix + key + b".nxs"
-    if len(plain) <= KEY_BYTES_MAX and not clashes(key):
-        return plain
-    return prefix + b".long/" + hashlib.sha256(key).hexdigest().encode() + b".nxs"

@@ -27,7 +27,7 @@ from kernels.lineage import ArrayUse
 log = logging.getLogger("hiss.kernels")
 
 KERNELS_MAX = 64
-"""Kernels of one bucket; more are left out, with a warning."""
+"""Kernels of one bucket; another is refused, and what two workers admit at the same moment is left out, with a warning."""
 OBJECTS_MAX = 2000
 """Kernels and arrays of one bucket."""
 KERNELS_KEPT_MAX = 4096
@@ -211,7 +211,8 @@ class Registry:
             source = os.pread(domain.region_fds[loaded.region], loaded.length, loaded.offset)
         try:
             # Parsing a long source takes milliseconds: not on the loop that receives frames.
-            return attach(await asyncio.to_thread(admit, name, source), record.metadata)
+            attachment = attach(await asyncio.to_thread(admit, name, source), record.metadata)
+            return dataclasses.replace(attachment, submitted_ns=record.modified_ns)
         except KernelRefused as refusal:
             log.warning("kernel of bucket %s does not run: %s", record.bucket, refusal)
             return None

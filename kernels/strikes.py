@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-log = logging.getLogger("hiss.kernels")
+from kernels import published
 
 STRIKES_KEPT_MAX = 4096
 """Failing kernels remembered; the least recently failed is forgotten first."""
 FILE_PATTERN = "kernels-*.json"
-_FILE_BYTES_MAX = 8 << 20
 
 
 class Strike(msgspec.Struct, frozen=True):
@@ -48,8 +45,7 @@ class Strikes:
         self._elsewhere: frozenset[tuple[str, str]] = frozenset()
         """Disabled by the node's other workers."""
         self._times: dict[Path, int] = {}
-        self._writing: asyncio.Task[None] | None = None
-        self._stale = False
+        self._published = published.Published(file)
         if file is not None:
             for strike in read_all([file]):
                 self._known[strike.bucket, strike.sha256] = strike
@@ -94,38 +90,9 @@ class Strikes:
             self._elsewhere = frozenset((one.bucket, one.sha256) for one in read_all(times) if one.disabled)
 
     def _publish(self) -> None:
-        if self._file is None:
-            return
-        self._stale = True
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.get_running_loop().create_task(self._write(), name="write strikes")
-
-    async def _write(self) -> None:
-        while self._stale:
-            self._stale = False
-            document = msgspec.json.encode(list(self._known.values()))
-            try:
-                await asyncio.to_thread(_replace, self._file, document)
-            except OSError as error:
-                log.warning("%s was not written: %s", self._file, error)
-
-
-def _replace(file: Path | None, document: bytes) -> None:
-    assert file is not None
-    new = file.with_suffix(".new")
-    new.write_bytes(document)
-    os.replace(new, file)
+        self._published.put(list(self._known.values()))
 
 
 def read_all(files: Iterable[Path]) -> list[Strike]:
     """What the workers' files say; one that cannot be read is passed over."""
-    found: list[Strike] = []
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                found += msgspec.json.decode(opened.read(_FILE_BYTES_MAX), type=list[Strike])
-        except FileNotFoundError:
-            continue
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("%s was passed over: %s", file, error)
-    return found
+    return published.read_all(files, Strike)

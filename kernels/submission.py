@@ -22,7 +22,7 @@ from kernels.contract import Kernel, chain_geometries
 from kernels.formats import declared_geometry
 from kernels.gate import admit
 from kernels.offload.device import check_offload
-from kernels.registry import Registry
+from kernels.registry import KERNELS_MAX, Registry
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.standing import Verdict
 
@@ -70,6 +70,10 @@ class Submissions:
             layout = (np.dtype(declared.dtype).name, declared.shape) if declared is not None else None
             await asyncio.to_thread(check_offload, kernel, layout)
         others = await self._others(bucket)
+        if name not in others and len(others) >= KERNELS_MAX:
+            raise KernelRefused(
+                kernel.file, 1, f"the bucket has {len(others)} kernels, which is the most that run: remove one first"
+            )
         whole = chained(attachment, others | {name: attachment})
         await self._compile(whole, _reached(whole, layouts))
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ingest.counters import Counters
 from kernels.contract import DROP, KEEP, REPLACE, STOP
 
-ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused", "offload")
+ERROR_KINDS = ("crash", "timeout", "lie", "format", "compile", "refused", "offload", "misfit")
 
 
 class Tally:
@@ -28,6 +28,7 @@ class Tally:
         self._errors = {kind: counters.cell("hiss_kernel_errors_total", kind) for kind in ERROR_KINDS}
         self.sandboxes = counters.cell("hiss_kernel_sandboxes")
         self.disabled = counters.cell("hiss_kernels_disabled")
+        self.cores_failed = counters.cell("hiss_kernel_offload_fallbacks")
         self.lag = counters.cell("hiss_kernel_lag_frames")
 
     def judged(self, verdicts: npt.NDArray[np.uint8], *, live: bool) -> None:

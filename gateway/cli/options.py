@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,21 @@ Control = Annotated[
 Endpoint = Annotated[str, typer.Option("--endpoint", envvar="HISS_ENDPOINT", help="URL of the S3 port.")]
 AccessKey = Annotated[str, typer.Option("--access-key", envvar="HISS_ACCESS_KEY", help="Default: root's, with --data.")]
 CaFile = Annotated[Path | None, typer.Option("--ca", help="PEM file of the authority that signed the certificate.")]
+
+
+class Core(enum.StrEnum):
+    """What a kernel's results are compared with."""
+
+    CPU = "cpu"
+    MODEL = "model"
+    GHDL = "ghdl"
+
+
+def bucket_of(text: str) -> str:
+    """``BUCKET``, as people also write it: ``s3://BUCKET/``."""
+    return text.removeprefix("s3://").removesuffix("/")
+
+
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; see `hiss settings`.")
 ]

@@ -95,16 +95,16 @@ def _print_runs(runs: list[dict[str, Any]]) -> None:
         state = f"closed ({run['closed_by']})" if run["state"] == "closed" else "open"
         for product in run["products"] or [{}]:
             covered = (product.get("kernel", ""), product.get("members", ""), product.get("pending", ""))
-            rows.append((run["prefix"], state, *covered, product.get("failed", ""), product.get("error", "")))
+            why = ": ".join(filter(None, (product.get("error_key", ""), product.get("error", ""))))
+            rows.append((run["prefix"], state, *covered, product.get("failed", ""), why))
     print_table(("run", "state", "kernel", "members", "pending", "failed", "why"), rows)
 
 
 def parse_place(place: str) -> tuple[str, str]:
-    """``s3://bucket/prefix`` -> (bucket, prefix); raises CliError."""
-    scheme, _, rest = place.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    if scheme != "s3" or not bucket:
-        raise CliError(f"{place!r} is no place: write it as s3://BUCKET/PREFIX")
+    """``s3://bucket/prefix``, or without the scheme, -> (bucket, prefix); raises CliError."""
+    bucket, _, prefix = place.removeprefix("s3://").partition("/")
+    if not bucket or "://" in place.removeprefix("s3://"):
+        raise CliError(f"{place!r} is no place: write it as s3://BUCKET/PREFIX or BUCKET/PREFIX")
     return bucket, prefix
 
 
@@ -124,6 +124,9 @@ def _print(place: str, status: dict[str, Any]) -> None:
     if status["unfiltered"]:
         whole = [(one["key"], one["reason"]) for one in status["unfiltered"]]
         print_table(("raw data not filtered", "why"), whole[:_SHOWN_MAX])
+    if status["kernel_errors"]:
+        errors = [(one["kernel"], one["key"], one["reason"]) for one in status["kernel_errors"]]
+        print_table(("kernel trouble", "with", "why"), errors[:_SHOWN_MAX])
     if status["truncated"]:
         cuts = [(one["key"], one["stopped_at"], one["discarded_bytes"]) for one in status["truncated"]]
         print_table(("ended by a kernel's STOP", "at frame", "bytes not stored"), cuts[:_SHOWN_MAX])

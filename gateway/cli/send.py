@@ -58,6 +58,8 @@ def send(
     if len(paths) < 2:
         raise CliError("give at least one file and a place: hiss send FILE... s3://BUCKET/PREFIX")
     *files, place = paths
+    if "://" not in place and Path(place).exists():
+        raise CliError(f"{place} is a file: where is it to go? write the place as s3://BUCKET/PREFIX")
     bucket, prefix = parse_place(place)
     found = node.find(data, control=control, endpoint=endpoint, access_key=access_key, ca=ca)
     if not found.s3_url:

@@ -26,7 +26,7 @@ from gateway.control.feedback.ring import Filter
 from gateway.control.feedback.sse import SSE
 from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
-from gateway.control.kernels import kernels
+from gateway.control.kernels import kernels, notices_in
 from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
@@ -109,7 +109,12 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
     ) -> Response:
         require_read(user, bucket, prefix.encode())
         status = await run_status(
-            context.catalog, bucket, prefix.encode(), expect_objects=expect_objects, expect_bytes=expect_bytes
+            context.catalog,
+            bucket,
+            prefix.encode(),
+            expect_objects=expect_objects,
+            expect_bytes=expect_bytes,
+            notices=await notices_in(context.run_folder),
         )
         return Response(msgspec.json.encode(status), media_type="application/json")
 

@@ -15,6 +15,7 @@ import msgspec
 
 from ingest.ports import Catalog
 from ingest.records import ObjectRecord, ReductionCount
+from kernels import notices
 from kernels.strikes import FILE_PATTERN, Strike, read_all
 
 PREFIX = b"_kernels/"
@@ -50,14 +51,17 @@ class Kernel(msgspec.Struct, frozen=True):
     failed_products: int
     """Given up; their versions stay unreduced."""
     last_error: str
-    """Of an owed or failed product."""
+    """Of an owed or failed product; it begins with the key of the object."""
     failures: tuple[Failure, ...]
+    notices: tuple[str, ...] = ()
+    """What does not go as its submitter wanted, and disables nothing (kernels/notices.py)."""
 
 
 async def kernels(catalog: Catalog, bucket: str, run_folder: Path) -> list[Kernel]:
     """Raises NoSuchBucket, CatalogUnavailable."""
     rows, _ = await catalog.list_objects(bucket, prefix=PREFIX, limit=OBJECTS_MAX)
     counts = {count.kernel: count for count in await catalog.reduction_counts(bucket)}
+    noticed = await notices_in(run_folder)
     strikes = await asyncio.to_thread(lambda: read_all(sorted(run_folder.glob(FILE_PATTERN))))
     arrays: dict[str, list[str]] = {}
     sources: dict[str, ObjectRecord] = {}
@@ -76,13 +80,19 @@ async def kernels(catalog: Catalog, bucket: str, run_folder: Path) -> list[Kerne
             tuple(arrays.get(name, ())),
             counts.get(name, ReductionCount(name, 0, 0, "")),
             tuple(_failure(strike) for strike in strikes if (strike.bucket, strike.kernel) == (bucket, name)),
+            tuple(_noticed(one) for one in noticed if (one.bucket, one.kernel) == (bucket, name)),
         )
         for name, record in sources.items()
     ]
 
 
 def _kernel(
-    name: str, record: ObjectRecord, arrays: tuple[str, ...], count: ReductionCount, failures: tuple[Failure, ...]
+    name: str,
+    record: ObjectRecord,
+    arrays: tuple[str, ...],
+    count: ReductionCount,
+    failures: tuple[Failure, ...],
+    notices: tuple[str, ...],
 ) -> Kernel:
     metadata = record.metadata
     return Kernel(
@@ -98,9 +108,19 @@ def _kernel(
         arrays=arrays,
         owed_products=count.owed,
         failed_products=count.failed,
-        last_error=count.error,
+        last_error=f"{count.key.decode('utf-8', 'backslashreplace')}: {count.error}" if count.error else "",
         failures=failures,
+        notices=notices,
     )
+
+
+async def notices_in(run_folder: Path) -> list[notices.Notice]:
+    """Of all workers."""
+    return await asyncio.to_thread(lambda: notices.read(sorted(run_folder.glob(notices.FILE_PATTERN))))
+
+
+def _noticed(notice: notices.Notice) -> str:
+    return f"{notice.key}: {notice.error}" if notice.key else f"on the cpu, its core was wrong: {notice.error}"
 
 
 def _failure(strike: Strike) -> Failure:

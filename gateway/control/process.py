@@ -13,18 +13,21 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
 
+from gateway.control import patience
 from gateway.control.feedback import websocket
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 CONNECTIONS_MAX = 1024
+CONNECTIONS_SPARE = 64
+"""Kept free by closing idle ones."""
 FIRST_BYTE_TIMEOUT_S = 10.0
 TLS_HANDSHAKE_TIMEOUT_S = 20.0
 KEEP_ALIVE_S = 75
@@ -65,7 +68,7 @@ async def serve(
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALL_S * 1000))
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=patience.patient_protocol(CONNECTIONS_MAX - CONNECTIONS_SPARE),
         ws="websockets-sansio",
         ws_max_size=websocket.MESSAGE_BYTES_MAX,
         ws_ping_interval=websocket.PING_S,
@@ -129,22 +132,19 @@ class _TlsDoor:
         self._listener = listener
         self._tls = tls
         self._protocol = protocol
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        """Connections at their first bytes, oldest first."""
 
     def open(self) -> None:
         self._listener.setblocking(False)
-        self._start(self._accept())
+        self._accepting = asyncio.create_task(self._accept())
 
     async def close(self) -> None:
-        tasks = list(self._tasks)
+        tasks = [*self._tasks, *([self._accepting] if self._accepting is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _start(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -156,10 +156,13 @@ class _TlsDoor:
                     raise
                 await asyncio.sleep(_DESCRIPTOR_PAUSE_S)
                 continue
-            if len(self._tasks) > CONNECTIONS_MAX:
-                connection.close()
-                continue
-            self._start(self._admit(connection))
+            if len(self._tasks) >= CONNECTIONS_MAX - CONNECTIONS_SPARE:
+                oldest = next(iter(self._tasks))
+                del self._tasks[oldest]
+                oldest.cancel()
+            task = asyncio.create_task(self._admit(connection))
+            self._tasks[task] = None
+            task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     async def _admit(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -181,6 +184,9 @@ class _TlsDoor:
                     await loop.sock_sendall(connection, _PLAIN_ON_TLS)
         except (OSError, TimeoutError) as error:
             logger.debug("a connection ended before it began: %s", error)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
         connection.close()
 
 

@@ -28,6 +28,8 @@ class Product(msgspec.Struct, frozen=True):
     complete: bool
     error: str = ""
     """Why members failed; the first reason."""
+    error_key: str = ""
+    """The member that it says it of."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -54,7 +56,12 @@ async def list_runs(catalog: Catalog, bucket: str, prefix: bytes, after: bytes, 
 
 
 async def describe(catalog: Catalog, run: RunRecord) -> Run:
-    products = [await _product(catalog, product) for product in await catalog.run_products(run)]
+    known = list(await catalog.run_products(run))
+    named = {product.kernel for product in known}
+    # A kernel that has finished nothing yet has no product, only debts.
+    owing = [name for name in await catalog.kernels_owed_in_run(run.bucket, run.run) if name not in named]
+    known += [RunProductRecord(name, 1, 0, run) for name in owing]
+    products = [await _product(catalog, product) for product in known]
     return Run(
         prefix=_text(run.run),
         state="closed" if run.closed_ns else "open",
@@ -78,6 +85,7 @@ async def _product(catalog: Catalog, product: RunProductRecord) -> Product:
         failed=owed.failed,
         complete=bool(run.closed_ns) and owed.pending == 0 and product.stored >= product.changed,
         error=owed.failures[0][1] if owed.failures else "",
+        error_key=_text(owed.failures[0][0]) if owed.failures else "",
     )
 
 

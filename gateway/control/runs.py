@@ -8,10 +8,13 @@ reading back, no frame gap is named, no upload is unfinished, and what was annou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from ingest.ports import Catalog
 from ingest.records import FrameLedger, ObjectRecord
+from kernels.notices import MISFIT, Notice
 
 OBJECTS_MAX = 2_000_000
 """A run of more objects is not judged: ask for its parts."""
@@ -53,6 +56,15 @@ class Unfiltered(msgspec.Struct, frozen=True):
     reason: str
 
 
+class KernelError(msgspec.Struct, frozen=True):
+    """What a kernel could not do with an object (yet), or does with what was there before (a stream that runs)."""
+
+    kernel: str
+    key: str
+    reason: str
+    given_up: bool = False
+
+
 class Frames(msgspec.Struct):
     """Sums over the frame ledgers (ingest.records.FrameLedger)."""
 
@@ -92,6 +104,8 @@ class RunStatus(msgspec.Struct):
     unfiltered_objects: int = 0
     """At most NAMED_MAX are counted."""
     unfiltered: list[Unfiltered] = []
+    kernel_errors: list[KernelError] = []
+    """At most NAMED_MAX. They say nothing about whether the raw data are safe."""
     missing_objects: int = 0
     missing: list[Missing] = []
     complete: bool = True
@@ -99,7 +113,13 @@ class RunStatus(msgspec.Struct):
 
 
 async def run_status(
-    catalog: Catalog, bucket: str, prefix: bytes, *, expect_objects: int | None, expect_bytes: int | None
+    catalog: Catalog,
+    bucket: str,
+    prefix: bytes,
+    *,
+    expect_objects: int | None,
+    expect_bytes: int | None,
+    notices: Sequence[Notice] = (),
 ) -> RunStatus:
     """Raises NoSuchBucket, CatalogUnavailable."""
     await catalog.bucket(bucket)
@@ -121,6 +141,15 @@ async def run_status(
         Unfiltered(_text(key), reason) for key, reason in await catalog.filters_failed(bucket, prefix, NAMED_MAX)
     ]
     status.unfiltered_objects = len(status.unfiltered)
+    status.kernel_errors = [
+        KernelError(one.kernel, one.key, one.error)
+        for one in notices
+        if one.bucket == bucket and one.kind == MISFIT and one.key.startswith(_text(prefix))
+    ]
+    status.kernel_errors += [
+        KernelError(one.kernel, _text(one.key), one.error, one.given_up)
+        for one in await catalog.owed_with_reason(bucket, prefix, NAMED_MAX)
+    ]
     _judge(status, expect_objects, expect_bytes)
     return status
 

@@ -15,25 +15,34 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from gateway.supervisor.reaper import Reaper
+
 READY = b"R"
 
 
 class Child:
-    """Made by ``spawn``; ``wait`` must be awaited to the end exactly once."""
+    """``wait`` must be awaited to the end exactly once."""
 
-    def __init__(self, process: subprocess.Popen[bytes], ready_fd: int) -> None:
-        self._process = process
-        self._pidfd = os.pidfd_open(process.pid)
+    def __init__(self, pid: int, reaper: Reaper, ready_fd: int) -> None:
+        """``pid``: a child of this process that ``reaper`` knows. ``ready_fd``: our end of the pipe it reports on."""
+        self._reaper = reaper
+        self._pidfd = os.pidfd_open(pid)
         self._ready_fd: int | None = ready_fd
         self._over = False
-        self.pid = process.pid
+        self.pid = pid
         self.since_ns = time.time_ns()
 
     @classmethod
     def spawn(
-        cls, command: Sequence[str], *, pass_fds: Sequence[int], ready_fd: int, environ: Mapping[str, str]
+        cls,
+        command: Sequence[str],
+        reaper: Reaper,
+        *,
+        pass_fds: Sequence[int],
+        ready_fd: int,
+        environ: Mapping[str, str],
     ) -> Child:
-        """Start ``command``. ``ready_fd`` is our end of the pipe it reports on. Raises OSError.
+        """Start ``command``. Raises OSError.
 
         Call it from the main thread only: PR_SET_PDEATHSIG fires when the *thread* that spawned the child ends.
         """
@@ -45,7 +54,9 @@ class Child:
             env=dict(environ),
             process_group=0,
         )
-        return cls(process, ready_fd)
+        reaper.add(process.pid)
+        process.returncode = 0  # reaped by the reaper: Popen has nothing more to do
+        return cls(process.pid, reaper, ready_fd)
 
     async def ready(self, timeout_s: float) -> bool:
         """True once it said ready; False when it closed the pipe without (it died) or took too long."""
@@ -66,7 +77,7 @@ class Child:
         # Before it is reaped its pid cannot be anyone else's: the moment to clear up what it started and left.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
+        code = self._reaper.reap(self.pid)
         self._over = True
         os.close(self._pidfd)
         if self._ready_fd is not None:

@@ -24,11 +24,14 @@ import msgspec
 from gateway import boot
 from gateway.settings import Settings
 from gateway.supervisor import resources
+from gateway.supervisor.backoff import Backoff
 from gateway.supervisor.child import Child
 from gateway.supervisor.notify import notify, watchdog
+from gateway.supervisor.nursery import Birth, Nursery
+from gateway.supervisor.reaper import Reaper
 from gateway.supervisor.slot import Slot
 from gateway.supervisor.table import Role
-from ingest import clock
+from ingest import clock, crashpoints
 from ingest.counters import SUPERVISOR, Counters
 from ingest.paths import NodePaths
 
@@ -95,6 +98,8 @@ class Supervisor:
             (clock.create if self._settings.virtual_clock == "on" else clock.discard)(self._paths)
             self._write_ports()
             self._handle_signals()
+            self._reaper = Reaper()
+            self._nursery = Nursery(self._environ, self._reaper, self._settings.start_timeout_s)
             await self._serve()
         finally:
             self._release()
@@ -119,6 +124,7 @@ class Supervisor:
         finally:
             notify("STOPPING=1")
             await self._stop_roles()
+            await self._nursery.close()
             beat.cancel()
 
     async def _start_roles(self) -> None:
@@ -148,6 +154,7 @@ class Supervisor:
                 number,
                 self._spawner(role, number),
                 start_timeout_s=self._settings.start_timeout_s,
+                backoff=Backoff(cap_s=self._settings.restart_delay_max_s),
                 changed=self._write_processes,
                 restarted=cell.add,
             )
@@ -173,24 +180,28 @@ class Supervisor:
             return False
         return ready.result()
 
-    def _spawner(self, role: Role, number: int) -> Callable[[int], Child]:
+    def _spawner(self, role: Role, number: int) -> Callable[[int], Awaitable[Child]]:
         """What starts the next process of a slot, with the descriptors of the slot."""
 
-        def spawn(restarts: int) -> Child:
+        async def spawn(restarts: int) -> Child:
             ready_fd, report_fd = os.pipe2(os.O_CLOEXEC)
             told = self._boot(role, number, report_fd, restarts)
             boot_fd = boot.write(told)
             passed = [boot_fd, *told.descriptors()]
             if role.holds_lock:
                 passed.append(self._lock_fd)
-            environ = dict(self._environ)
-            if restarts:
-                # Who died at a crash point is followed by one that is to recover, not to die there again.
-                environ.pop("HISS_CRASHPOINT", None)
+            # Who died at a crash point is followed by one that is to recover, not to die there again.
+            armed = restarts == 0
             try:
-                return Child.spawn(
-                    role.command(role.name, boot_fd), pass_fds=passed, ready_fd=ready_fd, environ=environ
-                )
+                if role.command is None:
+                    name = f"{role.name}/{number}" if len(role.slots) > 1 else role.name
+                    birth = Birth(role.name, name, boot_fd, tuple(passed), armed)
+                    return Child(await self._nursery.bear(birth), self._reaper, ready_fd)
+                environ = dict(self._environ)
+                if not armed:
+                    environ.pop(crashpoints.VARIABLE, None)
+                command = role.command(role.name, boot_fd)
+                return Child.spawn(command, self._reaper, pass_fds=passed, ready_fd=ready_fd, environ=environ)
             except OSError:
                 os.close(ready_fd)
                 raise

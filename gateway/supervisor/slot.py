@@ -12,7 +12,7 @@ import enum
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from gateway.supervisor.backoff import Backoff
 from gateway.supervisor.child import Child
@@ -53,12 +53,12 @@ class Slot:
         self,
         role: str,
         number: int,
-        spawn: Callable[[int], Child],
+        spawn: Callable[[int], Awaitable[Child]],
         *,
         start_timeout_s: float,
+        backoff: Backoff,
         changed: Callable[[], None],
         restarted: Callable[[], None],
-        backoff: Backoff | None = None,
     ) -> None:
         self.role = role
         self.number = number
@@ -68,7 +68,7 @@ class Slot:
         self._start_timeout_s = start_timeout_s
         self._changed = changed
         self._restarted = restarted
-        self._backoff = backoff or Backoff()
+        self._backoff = backoff
         self._child: Child | None = None
         self._state = SlotState.STARTING
         self._since_ns = time.time_ns()
@@ -140,7 +140,7 @@ class Slot:
     async def _one_process(self) -> tuple[bool, str]:
         """Run one process to its end; whether it became ready, and how it ended."""
         try:
-            child = self._spawn(self.restarts)
+            child = await self._spawn(self.restarts)
         except OSError as error:
             self._last_exit = f"could not be started: {error}"
             return False, self._last_exit

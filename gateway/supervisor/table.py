@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 
 from gateway.settings import Settings
@@ -14,14 +13,9 @@ DRAIN_SLOT = 31
 ZYGOTE_SLOT = 35
 
 
-def role_command(role: str, boot_fd: int) -> list[str]:
-    """The command line of one child. ``-P``: the folder the operator stands in is no place to import from."""
-    return [sys.executable, "-P", "-m", "gateway.roles", role, "--boot-fd", str(boot_fd)]
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Role:
-    """One kind of process. ``command`` makes its command line from (role, boot fd)."""
+    """One kind of process."""
 
     name: str
     slots: tuple[int, ...]
@@ -37,7 +31,8 @@ class Role:
     """Whether each slot has arena regions and a span table."""
     holds_lock: bool = True
     """Whether it inherits the data folder's lock: no other node can start before this process is gone, too."""
-    command: Callable[[str, int], list[str]] = role_command
+    command: Callable[[str, int], list[str]] | None = None
+    """Makes a command line of its own from (role, boot fd); without one the nursery forks it."""
 
 
 def node_roles(settings: Settings) -> tuple[Role, ...]:

@@ -46,6 +46,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     OwedInRun,
+    OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
@@ -580,8 +581,17 @@ class CatalogClient:
     async def partials(self, bucket: str, run: bytes, kernel: str) -> Sequence[PartialRecord]:
         return await self._scan(lambda reader: reader.partials(bucket, run, kernel))
 
+    async def member_keys(self, partial: bytes) -> frozenset[bytes]:
+        return await self._scan(lambda reader: reader.member_keys(partial))
+
     async def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
         return await self._scan(lambda reader: reader.owed_in_run(bucket, run, kernel, limit))
+
+    async def kernels_owed_in_run(self, bucket: str, run: bytes) -> Sequence[str]:
+        return await self._scan(lambda reader: reader.kernels_owed_in_run(bucket, run))
+
+    async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
+        return await self._scan(lambda reader: reader.owed_with_reason(bucket, prefix, limit))
 
     async def drain_counts(self) -> DrainCounts:
         return await self._scan(Reader.drain_counts)

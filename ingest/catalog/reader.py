@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ingest import bucket_settings
 from ingest.catalog import rows, statements
+from ingest.catalog.schema import APART
 from ingest.catalog.versions import named_object
 from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload, NoSuchVersion
 from ingest.records import (
@@ -23,6 +24,7 @@ from ingest.records import (
     ListedObject,
     ObjectRecord,
     OwedInRun,
+    OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
@@ -36,6 +38,7 @@ from ingest.records import (
 
 LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
+DEBTS_LOOKED_AT = 10_000
 FAILURES_NAMED_MAX = 20
 _ANY_SEQUENCE = 2**63 - 1
 
@@ -364,9 +367,12 @@ class Reader:
         of = {"bucket": bucket, "run": run, "kernel": kernel}
         found = self._db.execute(statements.PARTIALS_OF_RUN, of).fetchall()
         return [
-            PartialRecord(object_id, group, since, members, bool(batch), key, length)
+            PartialRecord(object_id, group, since, members, bool(batch), batch == APART, key, length)
             for object_id, group, since, members, batch, key, length in found
         ]
+
+    def member_keys(self, partial: bytes) -> frozenset[bytes]:
+        return frozenset(key for (key,) in self._db.execute(statements.KEYS_OF_PARTIAL, {"of": partial}).fetchall())
 
     def owed_in_run(self, bucket: str, run: bytes, kernel: str, limit: int) -> OwedInRun:
         """Counts up to ``limit``."""
@@ -375,8 +381,19 @@ class Reader:
         failed = self._db.execute(statements.FAILED_IN_RUN, of | {"limit": limit}).fetchall()
         return OwedInRun(len(pending), len(failed), tuple(failed[:FAILURES_NAMED_MAX]), tuple(i for (i,) in pending))
 
+    def kernels_owed_in_run(self, bucket: str, run: bytes) -> list[str]:
+        of = {"bucket": bucket, "start": run, "end": key_after(run), "skip": len(run) + 1, "limit": DEBTS_LOOKED_AT}
+        return sorted({kernel for (kernel,) in self._db.execute(statements.KERNELS_OWED_IN_RUN, of).fetchall()})
+
+    def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> list[OwedProduct]:
+        of = {"bucket": bucket, "start": prefix, "end": key_after(prefix), "limit": limit}
+        found = self._db.execute(statements.FAILED_WITH_REASON, of).fetchall()
+        found += self._db.execute(statements.OWED_WITH_REASON, of).fetchall()
+        products = [OwedProduct(key, kernel, error, bool(given_up)) for key, kernel, error, given_up in found[:limit]]
+        return sorted(products, key=lambda one: (one.key, one.kernel))
+
     def reduction_counts(self, bucket: str) -> list[ReductionCount]:
-        groups: dict[str, list[tuple[int, str, int, int]]] = {}
+        groups: dict[str, list[tuple[int, str, int, int, bytes]]] = {}
         for kernel, *group in self._db.execute(statements.REDUCTION_COUNTS, {"bucket": bucket}).fetchall():
             groups.setdefault(kernel, []).append(tuple(group))
         return [_reduction_count(kernel, of_kernel) for kernel, of_kernel in sorted(groups.items())]
@@ -416,12 +433,12 @@ class Reader:
             yield (None if row is None else rows.object_record(row)), Extent(*place)
 
 
-def _reduction_count(kernel: str, groups: list[tuple[int, str, int, int]]) -> ReductionCount:
-    """``groups``: (given up, error, count, latest sequence)."""
-    failed = sum(count for given_up, _, count, _ in groups if given_up)
-    owed = sum(count for given_up, _, count, _ in groups if not given_up)
-    latest = max(((sequence, error) for _, error, _, sequence in groups if error), default=(0, ""))
-    return ReductionCount(kernel, owed, failed, latest[1])
+def _reduction_count(kernel: str, groups: list[tuple[int, str, int, int, bytes]]) -> ReductionCount:
+    """``groups``: (given up, error, count, latest sequence, a key)."""
+    failed = sum(count for given_up, _, count, _, _ in groups if given_up)
+    owed = sum(count for given_up, _, count, _, _ in groups if not given_up)
+    latest = max(((sequence, error, key) for _, error, _, sequence, key in groups if error), default=(0, "", b""))
+    return ReductionCount(kernel, owed, failed, latest[1], latest[2])
 
 
 def _common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes | None:

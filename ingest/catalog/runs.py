@@ -2,7 +2,8 @@
 
 In: what entries do to versions (``Index`` calls this). Out: rows of runs, run_products, partials and members. What always
 holds: a version's frames are in at most one partial of a kernel; a partial of many versions that lost one of them is
-deleted in the same transaction, and the others are owed again (or given up, where a raw filter has changed them). So
+deleted in the same transaction, and the others are owed again (or given up, where a raw filter has changed them), unless it
+has a state for each: then only that one is left out. So
 nobody ever merges a state with frames in it that are no longer stored, and nothing has to be repaired after a crash. Like
 the index it decides nothing and reads no clock.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from ingest.catalog import rows, statements
 from ingest.catalog.entries import ReductionsDeferred, RunClosed, RunStored
+from ingest.catalog.schema import APART
 from ingest.records import ObjectRecord, PartialOf, RunProductOf
 from ingest.runs import closes, run_of
 
@@ -73,6 +75,9 @@ class RunIndex:
                 statements.PUT_MEMBER,
                 {"object_id": member.object_id, "kernel": partial.kernel, "partial": record.object_id},
             )
+            if member.verdicts and self._db.execute(statements.FILTER, {"of": member.object_id}).fetchone() is not None:
+                said = {"object_id": member.object_id, "kernel": partial.kernel, "verdicts": member.verdicts}
+                self._db.execute(statements.PUT_VERDICTS, said)
         for old in partial.replaces:
             row = self._db.execute(statements.PARTIAL, {"of": old}).fetchone()
             if row is None:
@@ -94,7 +99,7 @@ class RunIndex:
                 "group_id": partial.group,
                 "since": since,
                 "members": count,
-                "batch": int(partial.batch),
+                "batch": APART if partial.apart else int(partial.batch),
             },
         )
         if partial.members:
@@ -106,6 +111,8 @@ class RunIndex:
         if row is None:
             return
         kernel, batch = row[2], row[6]
+        if batch == APART and self._cut_out(sequence, partial, gone):
+            return
         others = self._db.execute(statements.MEMBERS_OF_PARTIAL, {"of": partial}).fetchall()
         self._forget(sequence, partial)
         for (object_id,) in others:
@@ -113,6 +120,17 @@ class RunIndex:
                 self._owe_again(sequence, object_id, kernel)
         if batch:
             self._drop_object(sequence, partial)
+
+    def _cut_out(self, sequence: int, partial: bytes, gone: bytes) -> bool:
+        """The member counts no more, the others do; False where there is none."""
+        self._db.execute(statements.DELETE_MEMBER, {"of": gone, "of_partial": partial})
+        (left,) = self._db.execute(statements.COUNT_MEMBERS, {"of": partial}).fetchone()
+        if not left:
+            return False
+        self._db.execute(statements.SET_PARTIAL_MEMBERS, {"of": partial, "members": left})
+        row = self._db.execute(statements.PARTIAL, {"of": partial}).fetchone()
+        self.changed(sequence, row[0], row[1], row[2])
+        return True
 
     def _owe_again(self, sequence: int, object_id: bytes, kernel: str) -> None:
         found = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()

@@ -223,11 +223,12 @@ partials = Table(
     Column("group_id", Text, nullable=False),
     Column("since", BigInteger, nullable=False),
     Column("members", Integer, nullable=False),
-    _flag("batch"),
+    Column("batch", Integer, nullable=False),  # 0: of one version; 1: one state for many; APART: one state a member
     Index("partials_of_run", "bucket", "run", "kernel"),
     sqlite_with_rowid=False,
 )
 """Stored objects whose state is a part of a run's."""
+APART = 2
 
 noncurrent_kernels = Table(
     "noncurrent_kernels",

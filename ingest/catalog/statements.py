@@ -454,6 +454,7 @@ REDUCTION_COUNTS = _sql(
         reductions.c.error,
         sa.func.count(),
         sa.func.max(reductions.c.sequence),
+        sa.func.max(objects.c.key),
     )
     .select_from(reductions.join(objects, objects.c.object_id == reductions.c.object_id))
     .where(text("+objects.bucket = :bucket"))  # the debts are few, the objects are not: see OWED_IN_RUN
@@ -467,14 +468,20 @@ RELEASED = _sql(
     .limit(_one)
     .offset(_none)
 )
-_in_run = sa.and_(
+_below = sa.and_(
     objects.c.object_id == reductions.c.object_id,
     text("+objects.bucket = :bucket"),
     objects.c.key >= _p("start"),
     sa.or_(bindparam("end", type_=sa.LargeBinary).is_(None), objects.c.key < _p("end")),
+)
+_member = sa.and_(
+    _below,
     # Members of runs below this one are not its own.
     sa.func.instr(sa.func.substr(objects.c.key, bindparam("skip", type_=sa.Integer)), literal_column("x'2f'"))
     == literal_column("0"),
+)
+_in_run = sa.and_(
+    _member,
     reductions.c.kernel == _p("kernel"),
 )
 # CROSS JOIN in effect: the reductions are few, so they come first ("+" keeps SQLite from the index over keys).
@@ -485,6 +492,23 @@ OWED_IN_RUN = _sql(
     .limit(_limit)
     .offset(_none)
 )
+KERNELS_OWED_IN_RUN = _sql(
+    sa.select(reductions.c.kernel)
+    .select_from(reductions.join(objects, _member))
+    .where(reductions.c.given_up == literal_column("0"))
+    .limit(_limit)
+    .offset(_none)
+)
+"""Once for each debt; what is given up has a product of the run that says so."""
+_with_reason = (
+    sa.select(objects.c.key, reductions.c.kernel, reductions.c.error, reductions.c.given_up)
+    .select_from(reductions.join(objects, _below))
+    .where(reductions.c.error != literal_column("''"))
+    .limit(_limit)
+    .offset(_none)
+)
+OWED_WITH_REASON = _sql(_with_reason.where(reductions.c.given_up == literal_column("0")))
+FAILED_WITH_REASON = _sql(_with_reason.where(reductions.c.given_up == literal_column("1")))
 FAILED_IN_RUN = _sql(
     sa.select(objects.c.key, reductions.c.error)
     .select_from(reductions.join(objects, _in_run))
@@ -675,6 +699,13 @@ NOTED_KERNELS = _sql(
 FORGET_KERNELS = _sql(sa.delete(noncurrent_kernels).where(noncurrent_kernels.c.object_id == _p("of")))
 PARTIALS_OF_MEMBER = _sql(sa.select(members.c.partial).where(members.c.object_id == _p("object_id")))
 MEMBERS_OF_PARTIAL = _sql(sa.select(members.c.object_id).where(members.c.partial == _p("of")))
+KEYS_OF_PARTIAL = _sql(
+    sa.select(objects.c.key)
+    .select_from(members.join(objects, objects.c.object_id == members.c.object_id))
+    .where(members.c.partial == _p("of"))
+)
+DELETE_MEMBER = _sql(sa.delete(members).where(members.c.object_id == _p("of"), members.c.partial == _p("of_partial")))
+SET_PARTIAL_MEMBERS = _sql(sa.update(partials).where(partials.c.object_id == _p("of")).values(members=_p("members")))
 COUNT_MEMBERS = _sql(sa.select(sa.func.count()).select_from(members).where(members.c.partial == _p("of")))
 DELETE_MEMBERS = _sql(sa.delete(members).where(members.c.partial == _p("of")))
 MOVE_MEMBERS = _sql(sa.update(members).where(members.c.partial == _p("of")).values(partial=_p("to")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ingest.ports import StreamInfo
+from ingest.ports import BodyChange, StreamInfo
 from ingest.records import FrameGeometry
 from kernels.formats import NotFrames, declared_geometry, sniff
 from kernels.layout.cbor import CborStream
@@ -65,6 +65,9 @@ class LiveScan:
 
     def first_from(self, offset: int) -> int:
         return self._scanner.first_from(offset)
+
+    def cut_short(self) -> BodyChange | None:
+        return None if self._broken else self._scanner.cut_short()
 
     def gaps(self) -> tuple[tuple[int, int], ...]:
         return self._scanner.gaps()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
+from ingest.ports import BodyChange
 from ingest.records import FrameGeometry
 from kernels.decode.encoding import Encoding
-from kernels.formats import NPY_MAGIC, npy_geometry
+from kernels.formats import NPY_MAGIC, npy_cut, npy_geometry
 from kernels.layout.index import FrameIndex
 from kernels.layout.scanner import FOUND_MAX, Broken, Scanner, Steps
 
@@ -22,6 +23,16 @@ class NpyStream(Scanner):
         super().__init__(on_index)
         self._declared = declared
         self._stack_first = 0
+        self._stack_count = 0
+        self._head = b""
+        """Header of the array under way."""
+
+    def cut_short(self) -> BodyChange | None:
+        frames = self.frames - self._stack_first
+        if not self._head or self.position >= self._stack_end or self._stack_count < 2:
+            return None
+        after = npy_cut(self._head, frames)
+        return None if after is None else BodyChange(self._stack_start - len(self._head), self._head, after)
 
     def _parse(self) -> Steps:
         while True:
@@ -39,12 +50,13 @@ class NpyStream(Scanner):
             count = found.count or 0
             if index.count + count > FOUND_MAX:
                 raise Broken(f"more than {FOUND_MAX} frames in one object")
-            self._stack_first = index.count
+            self._stack_first, self._stack_count = index.count, count
             yield from self._payload(found.frame_bytes, count)
             self._item_over()
             self.settled = self.position
 
     def _header(self) -> Generator[None, None, FrameGeometry]:
+        self._head = b""
         head = yield from self._bytes(len(NPY_MAGIC))
         if head != NPY_MAGIC:
             if self.index is not None:
@@ -57,6 +69,7 @@ class NpyStream(Scanner):
             except ValueError as error:
                 raise Broken(f"array at byte {self.settled}: {error}") from None
             if isinstance(found, FrameGeometry):
+                self._head = head
                 return found
             head += yield from self._bytes(found - len(head))
 

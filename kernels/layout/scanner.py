@@ -13,6 +13,7 @@ import array
 import bisect
 from collections.abc import Callable, Generator
 
+from ingest.ports import BodyChange
 from kernels.layout.index import FrameIndex
 
 Steps = Generator[None, None, None]
@@ -91,6 +92,10 @@ class Scanner(abc.ABC):
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """Frames that are known to be missing: (number of the first, how many)."""
         return ()
+
+    def cut_short(self) -> BodyChange | None:
+        """No byte follows: what must be changed in those fed so that a reader of the format takes them; None: nothing."""
+        return None
 
     # -- for subclasses
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ingest.ports import KernelRefused
 from kernels.attach import Attachment, stages_of
 from kernels.contract import INTEGER_DTYPES, Kernel, Stage
+from kernels.notices import Notices
 from kernels.offload import ghdl
 from kernels.offload.build import build
 from kernels.offload.emit_numba import emit_numba
@@ -44,7 +45,6 @@ TRIED: tuple[Layout, ...] = (
 )
 """Layouts that a kernel is tried with where its metadata name none."""
 PLANS_MAX = 256
-FAILURES_MAX = 4096
 GHDL_TIMEOUT_S = 120.0
 GHDL_STATE_MAX = 70_000
 """State elements up to which a simulation reads them all out."""
@@ -106,15 +106,18 @@ def check_offload(kernel: Kernel, layout: Layout | None) -> None:
 
 
 class Plans:
-    """Of one worker. What differed stays on the cpu until another source is put."""
+    """Of one worker. What differed stays on the cpu until the kernel is submitted again."""
 
-    def __init__(self) -> None:
+    def __init__(self, notices: Notices) -> None:
         self._plans: dict[tuple[str, str, tuple[int, ...]], Plan | str] = {}
-        self._failures: dict[tuple[str, str], str] = {}
+        self._notices = notices
+
+    def _failure(self, bucket: str, attachment: Attachment) -> str:
+        return self._notices.core_failure(bucket, attachment.kernel.sha256, attachment.submitted_ns)
 
     async def plan(self, bucket: str, attachment: Attachment, dtype: str, shape: tuple[int, ...]) -> Plan | None:
         """None: it runs as it is; ``text`` then says why."""
-        if attachment.device != "fpga" or (bucket, attachment.kernel.sha256) in self._failures:
+        if attachment.device != "fpga" or self._failure(bucket, attachment):
             return None
         key = (attachment.kernel.sha256, dtype, shape)
         found = self._plans.get(key)
@@ -138,16 +141,13 @@ class Plans:
 
     def failed(self, bucket: str, attachment: Attachment, reason: str) -> None:
         """From now on the kernel runs on the cpu."""
-        self._failures[bucket, attachment.kernel.sha256] = reason
-        while len(self._failures) > FAILURES_MAX:
-            del self._failures[next(iter(self._failures))]
+        self._notices.core_failed(bucket, attachment.name, attachment.kernel.sha256, reason)
 
     def text(self, bucket: str, attachment: Attachment, dtype: str, shape: tuple[int, ...]) -> str:
         """What the kernel runs on, for the lineage."""
         if attachment.device == "cpu":
             return "cpu"
-        failure = self._failures.get((bucket, attachment.kernel.sha256))
-        if failure is not None:
+        if failure := self._failure(bucket, attachment):
             return f"cpu (fpga: {failure})"
         found = self._plans.get((attachment.kernel.sha256, dtype, shape))
         if isinstance(found, str):

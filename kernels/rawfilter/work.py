@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ingest import bucket_settings
 from ingest.crashpoints import crashpoint
-from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, ObjectOffline, StaleVersion
 from ingest.ports import Catalog, Domain, LandingPad
 from ingest.records import CommitObject, FilterJob, FrameGeometry, FrameLedger, ObjectRecord, RawVersion
 from kernels.attach import Attachment, epochs_of
@@ -111,7 +111,11 @@ class RawFilter:
             reason = str(error)
         except SandboxFailed as error:
             reason, again = str(error), error.kind == "unavailable" and job.attempts + 1 < ATTEMPTS_MAX
+        except ObjectOffline:
+            return await self._recall(record)
         except (IngestError, Postponed) as error:
+            if isinstance(error, Postponed) and error.recall:
+                return await self._recall(record)
             reason, again = f"{type(error).__name__}: {error}", job.attempts + 1 < ATTEMPTS_MAX
         except Exception as error:
             log.exception("the raw filter over %s/%r failed", record.bucket, record.key)
@@ -126,6 +130,14 @@ class RawFilter:
             log.warning("that a filter failed was not recorded: %s", error)
             again = True
         return not again
+
+    async def _recall(self, record: ObjectRecord) -> bool:
+        """It was drained and evicted before its filter's turn came: not the filter's failure, however long it takes."""
+        try:
+            await self._host.catalog.request_recall(record.object_id)
+        except IngestError as error:
+            log.warning("%s/%r was not recalled for its raw filter: %s", record.bucket, record.key, error)
+        return False
 
     async def _filter(self, job: FilterJob) -> int:
         """Bytes that are left of the version."""
@@ -203,10 +215,9 @@ class RawFilter:
                     [stage.kernel for stage in attachment.stages], (geometry.dtype, geometry.shape)
                 )
                 out = out_geometry(attachment.kernel, inputs[-1])
-        if frames == 1 and not job.verdicts and record.ledger is not None:
-            verdicts = _of_ledger(record.ledger, job)
-        else:
-            verdicts = {kernel: packed.unpack(row) for kernel, row in job.verdicts.items()}
+        verdicts = {kernel: packed.unpack(row) for kernel, row in job.verdicts.items()}
+        if frames == 1 and record.ledger is not None:
+            verdicts = _of_ledger(record.ledger, job) | verdicts
         decided = plan(verdicts, job.filters, geometry, frames, out)
         if decided is not None and decided.replaces and out is None:
             raise CannotFilter(f"kernel {decided.replaces} is not there any more, and its frames cannot be made again")
@@ -251,8 +262,8 @@ class RawFilter:
 
 
 def _of_ledger(ledger: FrameLedger, job: FilterJob) -> dict[str, npt.NDArray[np.uint8]]:
-    """The verdicts of a version of one frame, which its ledger counts (it has no product of its own). What the others said
-    is no verdict of a kernel that was given up."""
+    """The verdicts of a version of one frame as its ledger counts them, for kernels whose own are not known. What the others
+    said is no verdict of a kernel that was given up."""
     verdict = UNREDUCED
     if ledger.dropped:
         verdict = DROP

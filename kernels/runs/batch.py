@@ -5,13 +5,13 @@ or given up with a reason. What always holds: the stored state covers exactly th
 catalogue refuses some of them (deleted or replaced while the batch was judged), the others are judged again.
 
 Of kernels with floating-point sums each member has a state of its own (a ``Cell`` with one member), because the order
-of their merge is known only once the run closes; of all others one state holds the whole batch.
+of their merge is known only once the run closes; of kernels that filter raw data, too, because a filtered member cannot be
+judged again when another one goes; of all others one state holds the whole batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 import time
@@ -19,24 +19,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ingest.crashpoints import crashpoint
 from ingest.errors import IngestError, MembersGone, NoSuchBucket, NoSuchKey, StaleVersion
-from ingest.ports import Domain, FeedbackEvent, FrameBatch, LoadedBytes
-from ingest.records import CommitObject, FrameGeometry, ObjectRecord, PartialMember, PartialOf
+from ingest.ports import Domain, FrameBatch, LoadedBytes
+from ingest.records import CommitObject, PartialMember, PartialOf
 from kernels.attach import Attachment
-from kernels.contract import DROP, FRAME_COLUMN, REPLACE, merge
+from kernels.contract import DROP, REPLACE
 from kernels.lane import TRANSIENT, Lane, StateArrays
-from kernels.layout.index import FrameIndex
-from kernels.layout.placing import table_of_members
 from kernels.passes import Gone, Hopeless, LoadedBatch, Postponed, load, load_stored
+from kernels.rawfilter.packed import pack
 from kernels.runs import partial as partials
-from kernels.runs.ledger import OneFrame
+from kernels.runs.cell import Cell, Entry
 from kernels.runs.names import exact, partial_key
-from kernels.sandbox import Reply
-from kernels.scheduler import Run
-from kernels.wire import UNREADABLE
+from kernels.runs.stale import drop_stale
 
 if TYPE_CHECKING:
     from kernels.runs.gather import RunHost
@@ -49,162 +45,12 @@ MEMBERS_MAX = 1024
 """Bounds what one overwritten member costs: the others of its partial are judged again."""
 EACH_BYTES_MAX = 64 << 20
 """State of a batch whose members have one each (one member always fits)."""
+FILTERED_BYTES_MAX = 1 << 20
+"""State of a kernel that filters, to be stored once a member; a larger one is the batch's (and where one of its members
+goes, those that were filtered meanwhile fail)."""
 LOADS_MAX = 2
 """Frames of one batch being read back at once."""
 STORE_BACKOFF_S = (0.1, 0.5, 1.0, 2.0, 5.0)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Entry:
-    """A member on its way. ``verdict`` None: not judged in the state at hand."""
-
-    record: ObjectRecord
-    geometry: FrameGeometry
-    ledger: OneFrame
-    index: FrameIndex | None = None
-    """Where its frame is stored, if it is not plain."""
-    verdict: int | None = None
-    told: bool = False
-    rows: npt.NDArray[np.void] | None = None
-    gone: bool = False
-    """It is in no state here; who is to care for it knows."""
-
-
-class _Numbered:
-    """A frame under its number in a cell (``FrameBatch``)."""
-
-    __slots__ = ("_frame", "count", "first_frame", "offset", "position", "region")
-
-    def __init__(self, frame: FrameBatch, number: int) -> None:
-        self.region = frame.region
-        self.offset = frame.offset
-        self.first_frame = number
-        self.count = 1
-        self.position = frame.position
-        self._frame = frame
-
-    @property
-    def revoked(self) -> bool:
-        return self._frame.revoked
-
-    def dispatched(self) -> bool:
-        return self._frame.dispatched()
-
-    def release(self) -> None:
-        self._frame.release()
-
-
-class Cell:
-    """One stream of a lane, one state (``LaneClient``)."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.entries: list[Entry] = []
-        self.state: StateArrays | None = None
-        self.final = False
-        self._batch = batch
-        self._stream = batch.lane.join(self, alone=True, encoded=batch.encoded)
-
-    def add(self, entry: Entry, frame: FrameBatch | None) -> None:
-        number = len(self.entries)
-        self.entries.append(entry)
-        if frame is not None:
-            self._batch.lane.offer(self._stream, _Numbered(frame, number), live=True)
-        else:
-            self._batch.lane.lag(self._stream, number, 1)
-            self._batch.changed.set()
-
-    def finish(self) -> None:
-        self._batch.lane.finish(self._stream)
-
-    def leave(self) -> None:
-        self._batch.lane.leave(self._stream)
-
-    def take(self) -> int | None:
-        """The number of a member whose frame must be read back; it is being loaded from now on."""
-        head = self._batch.lane.load(self._stream, 1)
-        return None if head is None else head[0]
-
-    def loaded(self, frame: LoadedBatch) -> None:
-        self._batch.lane.offer(self._stream, frame, live=False)
-
-    def without(self, number: int) -> None:
-        self.entries[number].gone = True
-        self._batch.lane.forget(self._stream, number, 1)
-
-    # -- LaneClient
-
-    def table(self, run: Run) -> bytes:
-        if not self._batch.encoded:
-            return b""
-        members = []
-        for number, frame in enumerate(run.batches, run.first_frame):
-            index = self.entries[number].index
-            assert index is not None
-            members.append((number, index, frame))
-        return table_of_members(members)
-
-    def judged(self, run: Run, reply: Reply) -> None:
-        batch = self._batch
-        entries = self.entries[run.first_frame : run.first_frame + run.count]
-        if reply.feedback:
-            now_ns = time.time_ns()
-            events = [
-                FeedbackEvent(
-                    entry.record.bucket, entry.record.key, batch.kernel.name, 0, code, value, now_ns, run.live
-                )
-                for number, code, value in reply.feedback
-                if not (entry := self.entries[number]).told
-            ]
-            batch.feedback_events += len(events)
-            batch.host.context.feedback.publish(events)
-        if not all(entry.told for entry in entries):
-            batch.dropped_rows += reply.dropped_rows
-        for entry, verdict in zip(entries, reply.verdicts.tolist(), strict=True):
-            entry.told = True
-            # Stored bytes that cannot be decoded: known once, never judged.
-            entry.verdict = None if verdict == UNREADABLE else verdict
-        if reply.rows is not None:
-            self._take_rows(reply.rows)
-        if reply.dropped_feedback:
-            batch.host.context.tally.feedback_dropped(reply.dropped_feedback)
-        batch.host.context.tally.judged(reply.verdicts, live=run.live)
-
-    def _take_rows(self, rows: npt.NDArray[np.void]) -> None:
-        numbers, starts = np.unique(rows[FRAME_COLUMN], return_index=True)
-        for number, table in zip(numbers.tolist(), np.split(rows, starts[1:]), strict=True):
-            table = table.copy()
-            table[FRAME_COLUMN] = 0
-            self.entries[number].rows = table
-
-    def stopped(self, frame: int) -> None:
-        """Never called: each member is a stream of its own."""
-
-    def restarted(self) -> None:
-        """Of an ordered kernel: its members were announced again by ``voided``."""
-        self.state = None
-
-    def voided(self, first: int, count: int) -> None:
-        for entry in self.entries[first : first + count]:
-            entry.verdict = None
-            entry.rows = None
-
-    def merge(self, state: StateArrays) -> None:
-        if self.state is None:
-            self.state = state
-            return
-        for spec in self._batch.kernel.state:
-            merge(spec, self.state[spec.name], state[spec.name])
-
-    def banked(self, final: bool) -> None:
-        if final:
-            self.final = True
-            self._batch.changed.set()
-
-    def lagged(self) -> None:
-        self._batch.changed.set()
-
-    def refused(self, kind: str, reason: str) -> None:
-        self._batch.refuse(kind, reason)
 
 
 class Batch:
@@ -239,10 +85,12 @@ class Batch:
         self._done = done
         self._replaces = replaces
         # An ordered kernel has one state whatever it sums: its order is decided before it begins.
-        self._each = not exact(self.kernel) and not self.kernel.ordered
+        size = sum(spec.size_bytes for spec in self.kernel.state)
+        apart = not exact(self.kernel) or (attachment.raw != "all" and size <= FILTERED_BYTES_MAX)
+        self._apart = apart and not self.kernel.ordered
+        self._each = self._apart and size > 0
         self._members_max = MEMBERS_MAX
         if self._each:
-            size = sum(spec.size_bytes for spec in self.kernel.state)
             self._members_max = max(1, min(MEMBERS_MAX, EACH_BYTES_MAX // size))
         self._cells: list[Cell] = []
         self._entries: list[Entry] = []
@@ -409,9 +257,11 @@ class Batch:
             return []
         for entry in entries:
             entry.ledger.record(self.kernel.name, entry.verdict)
-        body = await self.host.in_thread(lambda: memoryview(partials.encode(self._partial())))
+        await drop_stale(self.host.catalog, self.kernel.name, self.run, [entry.record for entry in entries])
+        partial = await self.host.in_thread(self._partial)
+        body = await self.host.in_thread(lambda: memoryview(partials.encode(partial)))
         try:
-            await self._commit(body, entries)
+            await self._commit(partial, body, entries)
         except MembersGone as refusal:
             gone = set(str(refusal).split())
             left = [entry for entry in entries if entry.record.object_id.hex() not in gone]
@@ -428,7 +278,7 @@ class Batch:
         self.host.succeeded(entries[0].record.bucket, self.attachment)
         return []
 
-    async def _commit(self, body: memoryview, entries: list[Entry]) -> None:
+    async def _commit(self, partial: partials.Partial, body: memoryview, entries: list[Entry]) -> None:
         first = entries[0].record
         for wait_s in (*STORE_BACKOFF_S, None):
             object_id = secrets.token_bytes(16)
@@ -446,16 +296,20 @@ class Batch:
                     kernel=self.kernel.name,
                     run=self.run,
                     group=self.group,
-                    members=tuple(PartialMember(entry.record.object_id, entry.ledger.ledger()) for entry in entries),
+                    members=tuple(self._named(entry) for entry in entries),
                     replaces=self._replaces,
                     batch=True,
+                    apart=self._apart,
                 ),
             )
             crashpoint("partial-before")
+            if self.host.handover.keeps(first.bucket, self.run, self.kernel.name):
+                self.host.handover.give(object_id, partial)
             try:
                 await self.host.pad.store(request, body)
                 return
             except (StaleVersion, NoSuchKey, NoSuchBucket):
+                self.host.handover.take(object_id)
                 raise
             except IngestError as error:
                 # Where the outcome is unknown and it was stored, the next attempt is told that nothing is owed.
@@ -463,6 +317,12 @@ class Batch:
                 if wait_s is None:
                     raise
             await asyncio.sleep(wait_s)
+
+    def _named(self, entry: Entry) -> PartialMember:
+        verdicts = b""
+        if self.attachment.raw != "all" and entry.verdict is not None:
+            verdicts = pack(np.array([entry.verdict], np.uint8))
+        return PartialMember(entry.record.object_id, entry.ledger.ledger(), verdicts)
 
     def _partial(self) -> partials.Partial:
         """In a thread. Members and their states in key order."""

@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ingest.errors import IngestError
 from ingest.ports import Catalog, Domain, FrameBatch, LandingPad
@@ -25,11 +25,15 @@ from kernels.lane import Lane, LaneKey
 from kernels.layout.index import FrameIndex
 from kernels.layout.placing import batch_members_max
 from kernels.passes import PassContext, Postponed
-from kernels.runs.batch import Batch, Entry
+from kernels.runs.batch import Batch
+from kernels.runs.cell import Entry
+from kernels.runs.handover import Handover
 from kernels.runs.ledger import OneFrame
 from kernels.runs.names import group_of
 
 log = logging.getLogger("hiss.kernels")
+
+T = TypeVar("T")
 
 ENTRIES_MAX = 1 << 16
 """Members of all batches at once; further ones stay owed until the sweep comes back to them."""
@@ -44,10 +48,11 @@ class RunHost(Protocol):
     catalog: Catalog
     pad: LandingPad
     context: PassContext
+    handover: Handover
 
     def lane(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, domain: Domain) -> Lane: ...
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None: ...
-    async def in_thread(self, work: Callable[[], memoryview]) -> memoryview: ...
+    async def in_thread(self, work: Callable[[], T]) -> T: ...
     async def postpone(self, record: ObjectRecord, kernel: str, reason: Postponed) -> None: ...
     def succeeded(self, bucket: str, attachment: Attachment) -> None: ...
     async def single(self, record: ObjectRecord, domain: Domain) -> tuple[FrameGeometry | None, FrameIndex | None]:

@@ -44,10 +44,18 @@ async def load_group(
 ) -> Group:
     wanted = {one.object_id for one in listed}
     group = known
-    if group is None or not group.total.members.keys() <= wanted:
+    if group is None or not group.total.members.keys() <= wanted or any(_lost(one, group) for one in listed):
         group = None
     for one in sorted(listed, key=lambda each: each.since):
         if group is not None and one.object_id in group.total.members:
+            continue
+        handed = host.handover.take(one.object_id)
+        if group is not None and handed is not None:
+            # The states of a group have one origin.
+            part = msgspec.structs.replace(handed, origin=group.origin)
+            if one.apart and len(part.members) != one.members:
+                part = part.only(group.kernel, await host.catalog.member_keys(one.object_id))
+            await asyncio.to_thread(group.total.add, one.object_id, part)
             continue
         body = await _body(host, bucket, one)
         if group is None:
@@ -58,6 +66,12 @@ async def load_group(
         await asyncio.to_thread(group.total.add, one.object_id, part)
     assert group is not None, name
     return group
+
+
+def _lost(one: PartialRecord, group: Group) -> bool:
+    """Whether a partial with a state a member is not what it was when it was read."""
+    known = group.total.members.get(one.object_id)
+    return one.apart and known is not None and len(known) != one.members
 
 
 async def read_partial(host: RunHost, bucket: str, one: PartialRecord, kernel: Kernel, origin: Origin) -> Partial:
@@ -79,7 +93,10 @@ async def _partial(
     host: RunHost, bucket: str, one: PartialRecord, body: bytearray, kernel: Kernel, origin: Origin
 ) -> Partial:
     if one.batch:
-        return await asyncio.to_thread(partials.decode, body)
+        found = await asyncio.to_thread(partials.decode, body)
+        if not one.apart or len(found.members) == one.members:
+            return found
+        return found.only(kernel, await host.catalog.member_keys(one.object_id))
     record = await host.catalog.by_id(one.object_id)
     try:
         object_id = bytes.fromhex(record.metadata["hiss-source-object-id"])

@@ -29,6 +29,7 @@ from ingest.records import (
 )
 from kernels.runs import merge, ordered, product
 from kernels.runs import partial as partials
+from kernels.runs.batch import EACH_BYTES_MAX
 from kernels.runs.conclude import conclude
 from kernels.runs.gather import RunHost
 from kernels.runs.groups import Group, load_group, read_partial
@@ -101,7 +102,7 @@ class RunKeeper:
 
     async def _keep(self, due: RunProductRecord) -> None:
         run = due.run
-        if owner(run.bucket, run.run, due.kernel, self._workers) != self._slot:
+        if not self._host.handover.keeps(run.bucket, run.run, due.kernel):
             return
         identity = (run.bucket, run.run, due.kernel)
         kept = self._kept.setdefault(identity, _Kept())
@@ -110,9 +111,12 @@ class RunKeeper:
             return
         try:
             final = await self._refresh(due, kept)
-        except (NoSuchKey, StaleVersion):
-            final = False  # the run changed while it was read: it is due again
+        except (NoSuchKey, StaleVersion) as error:
+            # The run changed while it was read: it is due again.
+            log.info("run %r of %s changed while its product was made: %r", run.run, due.kernel, error)
+            final = False
         except NoSuchBucket:
+            log.info("run %r of %s went with its bucket", run.run, due.kernel)
             final = True
         except IngestError as error:
             log.warning("the product of run %r was not stored: %s", run.run, error)
@@ -278,11 +282,14 @@ class RunKeeper:
         if group.kernel.ordered or len(small) < (2 if everything else COMPACT_FROM):
             return
         chosen: list[PartialRecord] = []
-        members = 0
+        members = size_bytes = 0
         for one in small:
-            if members + one.members > COMPACT_MEMBERS:
+            if one.apart is not small[0].apart:
+                continue
+            if members + one.members > COMPACT_MEMBERS or (one.apart and size_bytes + one.length > EACH_BYTES_MAX):
                 break
             members += one.members
+            size_bytes += one.length
             chosen.append(one)
         if len(chosen) < 2:
             return
@@ -306,7 +313,12 @@ class RunKeeper:
             extents=(),
             headers={"content-type": partials.CONTENT_TYPE},
             partial=PartialOf(
-                due.kernel, due.run.run, name, replaces=tuple(one.object_id for one in chosen), batch=True
+                due.kernel,
+                due.run.run,
+                name,
+                replaces=tuple(one.object_id for one in chosen),
+                batch=True,
+                apart=chosen[0].apart,
             ),
         )
         await self._host.pad.store(request, body)

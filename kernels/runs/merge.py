@@ -2,7 +2,8 @@
 
 Exact kernels (integers, min, max, or) merge in any order, each partial once, as it comes. Floating-point sums depend on the
 order, so theirs are merged anew each time, one member after the other in the order of their keys: whatever was retried,
-overwritten or judged late, the same members give the same bits.
+overwritten or judged late, the same members give the same bits. An ordered kernel over objects of one frame has one state
+for all of them, which is merged behind those (``kernels/offline/replay`` does the same).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from ingest.records import FrameGeometry
 from kernels.contract import Kernel, merge
 from kernels.runs.names import exact
-from kernels.runs.partial import Member, Partial, StateArrays
+from kernels.runs.partial import MEMBER_BYTES, Member, Partial, StateArrays
 
 
 def initial(kernel: Kernel) -> StateArrays:
@@ -32,15 +33,19 @@ def fold(kernel: Kernel, into: StateArrays, partial: Partial) -> None:
 
 
 def in_key_order(kernel: Kernel, partials: Collection[Partial]) -> StateArrays:
-    """Every member's own state merged by key (bytewise). Partials must have one state a member."""
+    """Every member's own state merged by key (bytewise); then the states that an ordered kernel brought through several
+    members, which can only be taken whole. Raises BadPartial."""
     total = initial(kernel)
     for arrays, number in _by_key(kernel, partials):
         for spec in kernel.state:
             merge(spec, total[spec.name], arrays[spec.name][number])
+    for partial in sorted((one for one in partials if not one.each), key=lambda one: one.members[0].key):
+        fold(kernel, total, partial)
     return total
 
 
 def _by_key(kernel: Kernel, partials: Collection[Partial]) -> Iterator[tuple[StateArrays, int]]:
+    """Of partials with a state for each member."""
     places = [
         (member.key, partial.arrays(kernel), number)
         for partial in partials
@@ -52,7 +57,8 @@ def _by_key(kernel: Kernel, partials: Collection[Partial]) -> Iterator[tuple[Sta
 
 
 def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
-    """One partial in the place of several of the same group: members in key order. Raises BadPartial."""
+    """One partial in the place of several of the same group, all or none of which have a state a member: members in key
+    order. Raises BadPartial."""
     found = list(partials)
     order = sorted(
         ((member.key, at, number) for at, one in enumerate(found) for number, member in enumerate(one.members)),
@@ -60,7 +66,8 @@ def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
     )
     members = tuple(found[at].members[number] for _, at, number in order)
     state: StateArrays
-    if exact(kernel):
+    apart = all(one.each for one in found)
+    if not apart:
         state = initial(kernel)
         for one in found:
             fold(kernel, state, one)
@@ -73,7 +80,7 @@ def join(kernel: Kernel, partials: Collection[Partial]) -> Partial:
         origin=found[0].origin,
         members=members,
         state={name: array.tobytes() for name, array in state.items()},
-        each=not exact(kernel),
+        each=apart,
         started_ns=min(one.started_ns for one in found),
         ended_ns=max(one.ended_ns for one in found),
         feedback_events=sum(one.feedback_events for one in found),
@@ -170,7 +177,7 @@ class Total:
         kept = sum(len(data) for one in self._partials.values() for data in one.state.values())
         return (
             sum(array.nbytes for array in self._state.values())
-            + 400 * members
+            + MEMBER_BYTES * members
             + kept
             + sum(len(one.rows) for one in self._rows.values())
         )

@@ -64,3 +64,12 @@ def exact(kernel: Kernel) -> bool:
 def owner(bucket: str, run: bytes, kernel: str, workers: int) -> int:
     """The worker that keeps the product: every process computes the same."""
     return zlib.crc32(b"\0".join((bucket.encode(), kernel.encode(), run))) % workers
+
+
+def product_key(kernel: str, key: bytes) -> bytes:
+    """``_products/<kernel>/<key>.nxs``; one too long, or like a run's product, is named by its SHA-256 under ``.long/``."""
+    prefix = PRODUCT_PREFIX + kernel.encode() + b"/"
+    plain = prefix + key + b".nxs"
+    if len(plain) <= KEY_BYTES_MAX and not clashes(key):
+        return plain
+    return prefix + b".long/" + hashlib.sha256(key).hexdigest().encode() + b".nxs"

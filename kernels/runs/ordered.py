@@ -15,7 +15,8 @@ from ingest.records import FrameGeometry, ObjectRecord, PartialRecord, RunProduc
 from kernels.attach import Attachment
 from kernels.layout.index import FrameIndex
 from kernels.layout.placing import batch_members_max
-from kernels.runs.batch import Batch, Entry
+from kernels.runs.batch import Batch
+from kernels.runs.cell import Entry
 from kernels.runs.gather import RunHost
 from kernels.runs.groups import read_members
 from kernels.runs.ledger import OneFrame, prior_of

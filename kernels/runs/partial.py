@@ -31,6 +31,10 @@ FORMAT = 1
 CONTENT_TYPE = "application/x-hiss-partial"
 
 
+MEMBER_BYTES = 400
+"""Memory that a member takes, about."""
+
+
 class BadPartial(ValueError):
     """The bytes are no partial of this kernel."""
 
@@ -122,16 +126,20 @@ class Origin(msgspec.Struct, frozen=True):
         )
 
 
-def origin_of(attachment: Attachment) -> Origin:
-    values = tuple(
+def origin_of(attachment: Attachment, *later: Attachment) -> Origin:
+    """``later``: settings that held from some frame on."""
+    stages = tuple(Stage(stage.name, stage.kernel.source) for stage in attachment.stages)
+    return Origin(attachment.match, stages, tuple(map(_values, (attachment, *later))), attachment.device)
+
+
+def _values(attachment: Attachment) -> tuple[StageValues, ...]:
+    return tuple(
         StageValues(
             dict(stage.params),
             {name: ArrayOrigin(use.key, use.object_id, use.crc64nvme) for name, use in stage.arrays.items()},
         )
         for stage in attachment.stages
     )
-    stages = tuple(Stage(stage.name, stage.kernel.source) for stage in attachment.stages)
-    return Origin(attachment.match, stages, (values,), attachment.device)
 
 
 class Partial(msgspec.Struct, frozen=True):
@@ -149,6 +157,11 @@ class Partial(msgspec.Struct, frozen=True):
     rows_left_out: int = 0
     format: int = FORMAT
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes, about."""
+        return sum(map(len, self.state.values())) + len(self.rows) + MEMBER_BYTES * len(self.members)
+
     def table(self, kernel: Kernel) -> npt.NDArray[np.void] | None:
         """The rows, in the order of the members; None where the kernel has none. Raises BadPartial."""
         if kernel.rows is None:
@@ -160,6 +173,21 @@ class Partial(msgspec.Struct, frozen=True):
         if len(table) != sum(member.rows for member in self.members):
             raise BadPartial("its rows are not those of its members")
         return table
+
+    def only(self, kernel: Kernel, keys: frozenset[bytes]) -> Partial:
+        """What is left of one with a state a member once others than ``keys`` have gone. Raises BadPartial."""
+        stay = [number for number, member in enumerate(self.members) if member.key in keys]
+        arrays, table = self.arrays(kernel), self.table(kernel)
+        if table is not None:
+            ends = np.cumsum([member.rows for member in self.members])
+            parts = np.split(table, ends[:-1])
+            table = np.concatenate([table[:0], *(parts[number] for number in stay)])
+        return msgspec.structs.replace(
+            self,
+            members=tuple(self.members[number] for number in stay),
+            state=state_bytes({name: array[stay] for name, array in arrays.items()}),
+            rows=b"" if table is None else table.tobytes(),
+        )
 
     def arrays(self, kernel: Kernel) -> StateArrays:
         """Read-only views of ``state``. Raises BadPartial."""
@@ -201,30 +229,52 @@ def from_product(data: bytes | bytearray, record: ObjectRecord, kernel: Kernel, 
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
             entry = file["entry"]
-            state = {spec.name: np.asarray(entry["state"][spec.name][()], spec.dtype) for spec in kernel.state}
-            counts = {name: int(entry["frames"][name][()]) for name in ("received", "kept", "dropped", "replaced")}
-            verdicts = entry["verdicts"][()]
-            gaps = tuple((int(first), int(count)) for first, count in entry["frames/gaps"][()])
-            events = int(entry["frames/feedback_events"][()])
-            left_out = int(entry["frames/rows_left_out"][()])
-            rows = _table(entry, kernel)
-            epochs = tuple((int(first), int(number)) for _, first, number in entry["source/epochs"][()])
+            return of_version(
+                record,
+                kernel,
+                origin,
+                state={spec.name: np.asarray(entry["state"][spec.name][()], spec.dtype) for spec in kernel.state},
+                verdicts=entry["verdicts"][()],
+                frames=int(entry["frames/received"][()]),
+                gaps=tuple((int(first), int(count)) for first, count in entry["frames/gaps"][()]),
+                epochs=tuple((int(first), int(number)) for _, first, number in entry["source/epochs"][()]),
+                rows=_table(entry, kernel),
+                feedback_events=int(entry["frames/feedback_events"][()]),
+                rows_left_out=int(entry["frames/rows_left_out"][()]),
+            )
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise BadPartial(str(error)) from None
+
+
+def of_version(
+    record: ObjectRecord,
+    kernel: Kernel,
+    origin: Origin,
+    *,
+    state: StateArrays,
+    verdicts: npt.NDArray[np.uint8],
+    frames: int,
+    gaps: tuple[tuple[int, int], ...],
+    epochs: tuple[tuple[int, int], ...],
+    rows: npt.NDArray[np.void] | None,
+    feedback_events: int,
+    rows_left_out: int,
+) -> Partial:
+    """What was found in one version, as a partial of its run. ``rows``: None, or ordered by frame. Raises BadPartial."""
     for spec in kernel.state:
         if state[spec.name].shape != spec.shape:
             raise BadPartial(f"state {spec.name} is {state[spec.name].shape}, not {spec.shape}")
     member = member_of(
         record,
         record.geometry,
-        frames=counts["received"],
+        frames=frames,
         kept=int(np.count_nonzero((verdicts == KEEP) | (verdicts == STOP))),
         dropped=int(np.count_nonzero(verdicts == DROP)),
         replaced=int(np.count_nonzero(verdicts == REPLACE)),
         unreduced=int(np.count_nonzero(verdicts == UNREDUCED)),
         after_stop=int(np.count_nonzero(verdicts == AFTER_STOP)),
         gaps=gaps,
-        rows=len(rows),
+        rows=0 if rows is None else len(rows),
         epochs=epochs,
     )
     each = {name: array[np.newaxis] for name, array in state.items()}
@@ -235,9 +285,9 @@ def from_product(data: bytes | bytearray, record: ObjectRecord, kernel: Kernel, 
         each=True,
         started_ns=record.modified_ns,
         ended_ns=record.modified_ns,
-        feedback_events=events,
-        rows=rows.tobytes(),
-        rows_left_out=left_out,
+        feedback_events=feedback_events,
+        rows=b"" if rows is None else rows.tobytes(),
+        rows_left_out=rows_left_out,
     )
 
 
@@ -256,9 +306,9 @@ def source_of(data: bytes | bytearray) -> tuple[bytes, FrameGeometry]:
     return key, FrameGeometry(dtype, sizes, origin, frame_bytes)
 
 
-def _table(entry: h5py.Group, kernel: Kernel) -> npt.NDArray[np.void]:
+def _table(entry: h5py.Group, kernel: Kernel) -> npt.NDArray[np.void] | None:
     if kernel.rows is None:
-        return np.zeros(0, np.dtype([("frame", "<i8")]))
+        return None
     group = entry["rows"]
     names = kernel.rows.dtype.names or ()
     table = np.zeros(len(group[names[0]]), kernel.rows.dtype)

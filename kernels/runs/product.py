@@ -14,7 +14,6 @@ In: a ``RunFindings``. Out: its bytes. What is different from an object's produc
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 
 import h5py
@@ -24,10 +23,12 @@ import numpy.typing as npt
 from ingest.records import OwedInRun, RunRecord
 from kernels import nexus, product, provenance
 from kernels.contract import Kernel
-from kernels.lineage import Epoch, Input, Lineage, environment, location
+from kernels.lineage import Epoch, Input, Lineage, location
 from kernels.runs.partial import Member, Origin
 
 CONTENT_TYPE = "application/x-hdf5"
+MEMBER_BYTES = 2000
+"""What a member takes in the file, about: its rows of /entry/members and /entry/source, and in the provenance."""
 _COUNTS = ("frames", "kept", "dropped", "replaced", "unreduced", "after_stop")
 
 
@@ -72,9 +73,10 @@ def sums_of(members: Sequence[Member]) -> dict[str, int]:
 
 def build(findings: RunFindings) -> memoryview:
     """The file. Blocks for as long as gzip takes."""
-    target = io.BytesIO()
-    with h5py.File(target, "w", libver=("v110", "v110"), track_order=False) as file:
-        entry = _entry(file, f"{findings.kernel.name} over {location(findings.run.bucket, findings.run.run)[5:]}")
+
+    def fill(root: h5py.Group) -> None:
+        title = f"{findings.kernel.name} over {location(findings.run.bucket, findings.run.run)[5:]}"
+        entry = product.write_entry(root, title)
         nexus.text(entry, "start_time", nexus.time_text(findings.started_ns))
         nexus.text(entry, "end_time", nexus.time_text(findings.ended_ns))
         _state(entry, findings)
@@ -82,28 +84,23 @@ def build(findings: RunFindings) -> memoryview:
         _frames(entry, findings)
         _members(entry, findings.members)
         provenance.write(entry, _lineage(findings))
-    return target.getbuffer()
+
+    arrays = [*findings.state.values(), *(findings.result or {}).values()]
+    arrays += [findings.rows] if findings.rows is not None else []
+    return nexus.build(fill, sum(array.nbytes for array in arrays) + MEMBER_BYTES * len(findings.members))
 
 
 def build_failure(run: RunRecord, kernel: str, owed: OwedInRun, as_of: int) -> memoryview:
     """A run whose members all failed: the product says why there is no state."""
-    target = io.BytesIO()
-    with h5py.File(target, "w", libver=("v110", "v110"), track_order=False) as file:
-        entry = _entry(file, f"{kernel} over {location(run.bucket, run.run)[5:]}")
+
+    def fill(root: h5py.Group) -> None:
+        entry = product.write_entry(root, f"{kernel} over {location(run.bucket, run.run)[5:]}")
         reasons = sorted({reason for _, reason in owed.failures})
         nexus.text(entry, "error", "; ".join(reasons) or "no member was reduced")
         group = nexus.group(entry, "run", "NXcollection")
         _about(group, run, "closed" if run.closed_ns else "open", owed, as_of)
-    return target.getbuffer()
 
-
-def _entry(file: h5py.File, title: str) -> h5py.Group:
-    file.attrs["NX_class"] = "NXroot"
-    file.attrs["default"] = "entry"
-    file.attrs["creator"] = f"hiss {environment().hiss}"
-    entry = nexus.group(file, "entry", "NXentry")
-    nexus.text(entry, "title", title)
-    return entry
+    return nexus.build(fill, 0)
 
 
 def _state(entry: h5py.Group, findings: RunFindings) -> None:
@@ -113,7 +110,7 @@ def _state(entry: h5py.Group, findings: RunFindings) -> None:
         rows = findings.rows[: len(objects)]
         product.write_rows(entry, findings.kernel.rows, rows, objects)
     if plots:
-        entry.attrs["default"] = plots[0]
+        nexus.attribute(entry, "default", plots[0])
 
 
 def _run(entry: h5py.Group, findings: RunFindings) -> None:
@@ -146,7 +143,7 @@ def _frames(entry: h5py.Group, findings: RunFindings) -> None:
         nexus.number(group, "received" if name == "frames" else name, findings.sums[name])
     gaps = [(number, first, count) for number, member in enumerate(findings.members) for first, count in member.gaps]
     dataset = nexus.array(group, "gaps", np.array(gaps, np.int64).reshape(-1, 3))
-    dataset.attrs["columns"] = "member, first frame, frames missing"
+    nexus.attribute(dataset, "columns", "member, first frame, frames missing")
     nexus.number(group, "feedback_events", findings.feedback_events)
     nexus.number(group, "rows_left_out", findings.rows_left_out)
 

@@ -162,6 +162,9 @@ async def copy_object(call: Call) -> Response:
         )
         return await committed(call, stream, request, condition)
 
+    if (array := kernels.array_name(call.key)) is not None:
+        head = await _head_of(call, source)
+        await kernels.check_array(call, array, head, record.length)
     if kernel is not None:
         text = await _source_text(call, source)
         await kernels.check(call, kernel, text, dict(metadata))
@@ -249,6 +252,11 @@ async def _bytes_of(call: Call, source: Source, start: int, stop: int) -> AsyncI
     async with await open_version(call, source.record, source.settings, start, stop) as reader:
         async for chunk in reader.chunks(call.limits.copy_chunk_bytes):
             yield chunk
+
+
+async def _head_of(call: Call, source: Source) -> bytes:
+    stop = min(source.record.length, kernels.ARRAY_HEAD_BYTES)
+    return b"".join([bytes(chunk) async for chunk in _bytes_of(call, source, 0, stop)])
 
 
 async def _source_text(call: Call, source: Source) -> bytes:

@@ -13,12 +13,14 @@ from xml.etree.ElementTree import Element
 
 from ingest.errors import NoSuchKey, NoSuchUpload, PreconditionFailed
 from ingest.records import (
+    NULL_VERSION,
     BucketRecord,
     CommitPart,
     CompletedPart,
     CompleteUpload,
     LifetimeClass,
     ObjectRecord,
+    ObjectState,
     PartRecord,
     UploadRecord,
 )
@@ -206,6 +208,8 @@ async def complete_multipart_upload(call: Call) -> Response:
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
     )
+    if (array := kernels.array_name(call.key)) is not None:
+        await kernels.check_array(call, array, await _head(call, upload, parts, length), length)
     try:
         record = await call.catalog.complete_upload(request)
     except PreconditionFailed as error:
@@ -213,6 +217,28 @@ async def complete_multipart_upload(call: Call) -> Response:
     if host is not None and reductions:
         host.catch_up(record, reductions)
     return _completed(call, bucket, record)
+
+
+async def _head(call: Call, upload: UploadRecord, parts: list[PartRecord], length: int) -> bytes:
+    """The first bytes of what the parts are about to become: they are on disk already."""
+    stop = min(length, kernels.ARRAY_HEAD_BYTES)
+    unborn = ObjectRecord(
+        bucket=call.bucket_name,
+        key=call.key,
+        version_id=NULL_VERSION,
+        object_id=bytes.fromhex(upload.upload_id),
+        sequence=0,
+        state=ObjectState.BUFFERED,
+        length=length,
+        stored_length=length,
+        etag="",
+        crc64nvme=0,
+        modified_ns=0,
+        owner=upload.owner,
+        extents=tuple(extent for part in parts for extent in part.extents),
+    )
+    async with await call.node.data.open_reader(unborn, 0, stop) as reader:
+        return b"".join([bytes(chunk) async for chunk in reader.chunks(call.limits.copy_chunk_bytes)])
 
 
 async def _completed_before(call: Call) -> ObjectRecord:

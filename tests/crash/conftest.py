@@ -1,14 +1,10 @@
-"""The crash tests' own plugin: makes ``harness`` (and ``powercut``) importable and gives every random test its seed."""
+"""The crash tests' own plugin: gives every random test its seed."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import msgspec
 import numpy as np
 import pytest
 from awscrt import checksums
-from harness import MIB, S3, Body, Judge, Load, Node, running, until
 
 from ingest import clock
 from ingest.catalog.client import CatalogClient
@@ -24,6 +23,7 @@ from ingest.crashpoints import POINTS
 from ingest.errors import CatalogError
 from ingest.lifecycle import Lifecycle, Rule, When
 from ingest.records import ObjectState
+from tests.crash.harness import MIB, S3, Body, Judge, Load, Node, running, until
 
 EVICTING = {"evict_high": "0.05", "evict_low": "0.0"}
 """More than 51 MiB are evicted as soon as they are archived."""
@@ -48,7 +48,7 @@ class Scene:
         draft.write_text(point)
         draft.rename(self._flag)
         try:
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 120
             while self._flag.exists():
                 assert time.monotonic() < deadline, f"nothing passed {point}\n{self.node.tail()}"
                 with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ class Scene:
         for number, key in enumerate(keys):
             if number % 5 != 1:
                 self.delete("disk", key)
-        until(lambda: not self._flag.exists(), "compaction", 8)
+        until(lambda: not self._flag.exists(), "compaction")
 
     def buffer_fills(self) -> None:
         for number in range(8):
@@ -109,7 +109,7 @@ class Scene:
 
     def recalls(self) -> None:
         self.buffer_fills()
-        until(self._evicted, "something is evicted", 20)
+        until(self._evicted, "something is evicted")
         for bucket, key in self._evicted():
             self.get(bucket, key)
 
@@ -155,8 +155,8 @@ FULL: dict[str, Callable[[Scene], None]] = {
     "recall-written": Scene.recalls,
 }
 
-PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before"}
-"""Points of the kernel room: below, and in tests/kernels/test_runs.py."""
+PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before", "cut-mended"}
+"""Points of the kernel room: below, in tests/kernels/test_runs.py and tests/gateway/test_stop.py."""
 
 
 @contextlib.contextmanager

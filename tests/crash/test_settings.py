@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.crash.harness import S3, Node, _sign, running, until
+from tests.crash.harness import S3, Node, running, sign, until
 
 BUCKET = "disk"
 SHAPE = (64, 128)
@@ -42,7 +42,7 @@ def put(node: Node, key: str, body: bytes, metadata: dict[str, str], *, until_ha
     """A PUT with metadata; ``until_half`` is called when half of the body is sent."""
     connection = http.client.HTTPConnection("127.0.0.1", node.port(), timeout=40)
     headers = {f"x-amz-meta-{name}": value for name, value in metadata.items()}
-    signed = _sign("PUT", f"/{BUCKET}/{key}", "", {"host": f"127.0.0.1:{connection.port}", **headers})
+    signed = sign("PUT", f"/{BUCKET}/{key}", "", {"host": f"127.0.0.1:{connection.port}", **headers})
     connection.putrequest("PUT", f"/{BUCKET}/{key}", skip_host=True)
     for name, value in {**signed, "content-length": str(len(body))}.items():
         connection.putheader(name, value)

@@ -9,14 +9,22 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Judge, Load, Node, running
+
+from tests.crash.harness import Judge, Load, Node, running, until
 
 ROLES = ("worker", "catalogue", "drain", "control")
 
 
+def begin(load: Load) -> None:
+    """On however slow a machine: something is acknowledged before anyone dies."""
+    before = load.acknowledged
+    load.start()
+    until(lambda: load.acknowledged > before + 20, "the load is on")
+
+
 def storm(node: Node, load: Load, rng: random.Random, kills: tuple[str, ...]) -> None:
     """Load, with the kills one after the other in it; everything is judged after the last."""
-    load.start()
+    begin(load)
     try:
         for role in kills:
             time.sleep(rng.uniform(0.15, 0.6))
@@ -30,7 +38,7 @@ def storm(node: Node, load: Load, rng: random.Random, kills: tuple[str, ...]) ->
 
 def outage(node: Node, load: Load, rng: random.Random) -> None:
     """Load, and the whole node dies in it."""
-    load.start()
+    begin(load)
     time.sleep(rng.uniform(0.3, 0.9))
     node.kill_all()
     load.stop()
@@ -57,7 +65,6 @@ def test_any_process_may_die_at_any_moment(tmp_path: Path, seed: int) -> None:
         load = Load(node, seed)
         for _ in range(3):
             storm(node, load, rng, tuple(rng.sample(ROLES, 2)))
-        assert load.acknowledged > 50, "the load did nothing"
         finish(node, load)
 
 
@@ -67,7 +74,6 @@ def test_the_whole_node_may_die_at_any_moment(tmp_path: Path, seed: int) -> None
         load = Load(node, seed + 1)
         for _ in range(3):
             outage(node, load, rng)
-        assert load.acknowledged > 50, "the load did nothing"
         finish(node, load)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import ipaddress
 import json
 import os
 import signal
@@ -16,6 +18,10 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from gateway.cli import main
 from kernels.offline import zygote
@@ -82,7 +88,7 @@ time.sleep(60)
 """
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -> Any:
     """Poll until ``condition`` gives something true, and return it; fails with ``what`` at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -139,7 +145,7 @@ class LittleNode:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -189,8 +195,10 @@ class RealNode:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self._keys: dict[str, str] = {}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
         sizes = ("--set", "arena_region_bytes=16MiB", "--set", "arena_bytes=64MiB", "--set", "buffer_bytes=1GiB")
+        sizes += ("--set", "restart_delay_max_s=0.2")
         command = [*self._launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.data_dir)]
         command += [
             "--host",
@@ -236,14 +244,17 @@ class RealNode:
                     return httpx.get(self.url("control") + "/v1/health", verify=False, timeout=5).status_code == 200
             return False
 
-        until(answers, "the node is healthy", 60)
+        until(answers, "the node is healthy", 120)
 
     def hiss(self, *arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command against this node."""
         return run_hiss(*arguments, "--data", str(self.data_dir), environ=environ)
 
     def keys(self) -> dict[str, str]:
-        return dict(json.loads(self.hiss("user", "show-root", "--json").stdout))
+        """Of root; asked once in a life of the node: a command takes a second."""
+        if not self._keys:
+            self._keys = dict(json.loads(self.hiss("user", "show-root", "--json").stdout))
+        return self._keys
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -324,3 +335,29 @@ def quick(here: Callable[..., Ran], warm_zygote: str, monkeypatch: pytest.Monkey
     """As ``here``, without seconds of warming a fork server up for every command."""
     monkeypatch.setattr(zygote, "private_zygote", lambda: contextlib.nullcontext(warm_zygote))
     return here
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hiss test")])
+    now = datetime.datetime.now(datetime.UTC)
+    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(alternative, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return folder / "cert.pem", folder / "key.pem"

@@ -172,7 +172,8 @@ def test_nobody_there_is_said(hiss: Hiss, file: Path) -> None:
     ("arguments", "complaint"),
     [
         (["/no/file", "s3://b/p"], "/no/file is not a file"),
-        (["FILE", "b/p"], "'b/p' is no place"),
+        (["FILE", "http://b/p"], "'http://b/p' is no place"),
+        (["FILE", "FILE"], "is a file: where is it to go?"),
         (["FILE", "FILE", "s3://b/p"], "another file of that name"),
         (["FILE", "s3://b/p", "--frames", "1024"], "write it as DTYPE,SHAPE"),
         (["FILE", "s3://b/p", "--wait"], "--wait asks the control API"),

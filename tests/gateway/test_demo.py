@@ -74,7 +74,7 @@ def test_killed_it_takes_its_node_along(tmp_path: Path, poll: Poll) -> None:
     running = demo(folder=tmp_path)
     poll(lambda: list(tmp_path.glob("*/data/run/ports.json")), "the node starts")
     running.kill()
-    running.communicate(timeout=10)
+    running.communicate(timeout=60)
     poll(lambda: not processes_of(tmp_path), "the node stops", 60)
 
 

@@ -18,6 +18,9 @@ import pytest
 import tifffile
 
 from gateway.cli.kernel import plots
+from kernels.offload import device
+from kernels.offload.emit_numba import emit_numba
+from tests.kernels.offload import samples
 
 Hiss = Callable[..., Any]
 
@@ -134,6 +137,13 @@ def test_a_file_is_read_as_a_node_reads_it(quick: Hiss, tmp_path: Path, form: st
     assert done.code == 0, done.err
     assert done.json["state"]["total"]["values"] == [int(large[:3].sum(dtype=np.int64))]
     assert ("bslz4" in done.json["read_as"]) == (form == "bslz4")
+    decoding = done.json["decoding_bytes_per_s_a_core"]
+    assert (decoding is not None) == (form != "raw")
+    kernel = done.json["kernel_bytes_per_s_a_core"]
+    if decoding is None:
+        assert kernel == done.json["bytes_per_s_a_core"]
+    else:
+        assert kernel is None or kernel > done.json["bytes_per_s_a_core"]
 
 
 def test_a_real_cbf(quick: Hiss, tmp_path: Path) -> None:
@@ -273,3 +283,34 @@ def test_a_line_as_png_and_as_text() -> None:
 def test_nothing_to_see_is_drawn_too(values: np.ndarray) -> None:
     assert plots.text("x", values)
     assert unpacked(plots.png("x", values)).size
+
+
+def test_the_core_is_compared_with_the_kernel(peer: Callable[[str], str], quick: Hiss, tmp_path: Path) -> None:
+    peer("ghdl")
+    kernel, file = tmp_path / "hits.py", tmp_path / "frames.npy"
+    kernel.write_text(samples.THRESHOLD)
+    np.save(file, np.random.default_rng(2).integers(0, 40, (12, 8, 12)).astype(np.uint16))
+    arguments = ("--frames", str(file), "--seconds", "0", "--no-plot", "--json")
+    done = quick("kernel", "check", str(kernel), *arguments, "--device", "ghdl")
+    assert done.code == 0, done.err
+    assert done.json["device"] == {
+        "model": "equal to the cpu on 12 frames",
+        "ghdl": "the simulated VHDL is equal to the cpu on 8 frames",
+    }
+    assert quick("kernel", "check", str(kernel), *arguments).json["device"] == {}
+
+
+def test_a_core_that_differs_is_an_error(quick: Hiss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        device, "emit_numba", lambda offload: emit_numba(offload).replace("np.uint16(63)", "np.uint16(30)")
+    )
+    kernel, file = tmp_path / "hits.py", tmp_path / "frames.npy"
+    kernel.write_text(samples.THRESHOLD)
+    np.save(file, np.random.default_rng(2).integers(0, 40, (3, 8, 12)).astype(np.uint16))
+    arguments = ("--frames", str(file), "--seconds", "0", "--device", "model")
+    done = quick("kernel", "check", str(kernel), *arguments)
+    assert done.code == 1
+    assert "the model of the core and the cpu differ in state.histogram" in done.err
+    kernel.write_text(samples.THRESHOLD.replace("v = frame[y, x]", "v = frame[y, x] * 0.5"))
+    done = quick("kernel", "check", str(kernel), *arguments)
+    assert (done.code, "hits.py:9: device fpga: an FPGA core works in integers" in done.err) == (2, True)

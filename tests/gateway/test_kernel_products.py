@@ -152,6 +152,59 @@ def test_the_product_of_a_run_is_computed_again_over_its_members(reproduce: Hiss
     assert (done.json["inputs"], done.json["frames"]) == (7, 11)
 
 
+SEQUENCE = """\
+ORDERED = True
+STATE = {"last": ("float64", (1,), "sum"), "turns": ("int64", (1,), "sum"), "trace": ("float64", (1,), "sum")}
+ROWS = {"trace": "float64"}
+
+
+def frame(frame, params, state, index, out, feedback):
+    total = np.float64(frame.sum())
+    state.turns[0] += total < state.last[0]
+    state.trace[0] = state.trace[0] * 0.75 + total / 3.0
+    state.last[0] = total
+    append(feedback, state.trace[0])
+    return KEEP
+"""
+
+
+def test_an_ordered_run_is_computed_again_in_the_order_of_its_keys(
+    reproduce: Hiss, bucket: Bucket, poll: Poll, tmp_path: Path
+) -> None:
+    answer = bucket.call("PUT", "_kernels/sequence.py", SEQUENCE.encode())
+    assert answer.status_code == 200, answer.text
+    order = np.random.default_rng(3).permutation(12)
+    for number in order:
+        bucket.put(f"run/{number:02}.raw", frames(1, seed=number))
+    bucket.call("PUT", "run/_SUCCESS")
+
+    def whole() -> bytes | None:
+        answer = bucket.call("GET", "_products/sequence/run/_run.nxs")
+        found = answer.content if answer.status_code == 200 else None
+        return found if found is not None and len(read(found).inputs) == 12 else None
+
+    product = poll(whole, "the run's product", 60)
+    trace, expected = 0.0, []
+    for number in range(12):
+        trace = trace * 0.75 + float(frames(1, seed=number).sum()) / 3.0
+        expected.append(trace)
+    recorded = read(product)
+    assert recorded.rows is not None
+    assert recorded.rows["trace"].tolist() == expected
+    place = f"s3://{bucket.name}/_products/sequence/run/_run.nxs"
+    done = reproduce(place, "--json")
+    assert (done.code, done.json["differences"]) == (0, []), done.out + done.err
+    assert (done.json["inputs"], done.json["frames"]) == (12, 12)
+
+    # In another order it would have been another result, and the comparison sees it.
+    file = tmp_path / "altered.nxs"
+    file.write_bytes(product)
+    with h5py.File(file, "r+") as opened:
+        opened["entry/state/trace"][0] = np.nextafter(expected[-1], np.inf)
+    done = reproduce(str(file), "--json")
+    assert (done.code, [one["what"] for one in done.json["differences"]]) == (1, ["state/trace"])
+
+
 def test_what_is_no_product_is_named(reproduce: Hiss, bucket: Bucket, tmp_path: Path, poll: Poll) -> None:
     file = tmp_path / "file.nxs"
     file.write_bytes(b"not HDF5")
@@ -198,7 +251,7 @@ class Watching:
 
     def interrupt(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         assert self.process.stderr is not None
         return code, self.process.stderr.read()
 

@@ -33,7 +33,7 @@ def test_the_folder_proves_itself(peer: Callable[[str], str], kernel: Path, tmp_
     np.save(tmp_path / "frames.npy", frames)
     folder = tmp_path / "hits"
     params = ("--params", '{"low": 20}', "--frames", str(tmp_path / "frames.npy"))
-    done = vhdl(str(kernel), "-o", str(folder), "--shape", "8x12", "--json", *params)
+    done = vhdl(str(kernel), "-o", str(folder), "--json", *params)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["said"]["simulation"] == "bit-exact with the kernel on 2 frame(s)"
@@ -74,6 +74,7 @@ def test_a_refusal_names_the_line(kernel: Path, tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (("--shape", "8by12"), "write it as ROWSxCOLUMNS"),
+        ((), "of which frames? give --shape ROWSxCOLUMNS, or --frames FILE.npy"),
         (("--shape", "8x12", "--dtype", "float32"), "frames of float32 are not offloaded"),
         (("--shape", "8x12", "--params", '{"high": 1}'), "is not in PARAMS"),
     ],

@@ -42,6 +42,7 @@ from ingest.records import (
 from kernels.clearance import Clearance
 from kernels.host import KernelHost
 from kernels.standing import Standing, Verdict
+from tests.kernels.hostile import Launch, launching
 from tests.kernels.hosting import Node, limits
 from tests.kernels.sandboxes import Start, starting
 
@@ -358,7 +359,7 @@ def aps_frames(data_folder: Path) -> np.ndarray:
         return np.ascontiguousarray(file["entry/data/frames"][:])
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
     """Poll until ``condition()`` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -438,6 +439,12 @@ def region() -> Iterator[Regions]:
 @pytest.fixture
 async def start(zygote_socket: str, region: Regions, until: Callable[..., object]) -> AsyncIterator[Start]:
     async with starting(zygote_socket, region, until) as begin:
+        yield begin
+
+
+@pytest.fixture
+async def launch(zygote_socket: str, region: Regions, until: Callable[..., object]) -> AsyncIterator[Launch]:
+    async with launching(zygote_socket, region, until) as begin:
         yield begin
 
 

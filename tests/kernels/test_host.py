@@ -409,7 +409,7 @@ async def test_a_submission_that_passes(node: Node) -> None:
 async def test_a_product_that_cannot_be_stored_now_stays_owed(
     node: Node, frames: np.ndarray, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernels.reduction.STORE_BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr("kernels.conclusion.STORE_BACKOFF_S", (0.0, 0.0))
     full = [BufferFull("full")] * 3
 
     def before_store(_: CommitObject) -> None:

@@ -13,7 +13,7 @@ from ingest.records import FrameGeometry, FrameLedger, ObjectRecord, ObjectState
 from kernels.contract import Kernel, ParamSpec, StateSpec
 from kernels.lineage import Input, Lineage, StageSettings
 from kernels.product import Findings, build
-from kernels.reduction import product_key
+from kernels.runs.names import product_key
 from kernels.verdicts import UNREDUCED, Verdicts
 
 SOURCE = "def frame(frame, params, state, index, out, feedback):\n    return KEEP  # µ\n"

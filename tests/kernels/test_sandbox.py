@@ -247,7 +247,9 @@ async def test_compile_errors_name_the_line(start: Start, lines: list[str], reas
 async def test_a_kernel_that_raises_names_the_frame(start: Start) -> None:
     sandbox = await start(HEAD + "    return KEEP if frame[index, 0] == 0 else DROP\n")
     frames = np.zeros((12, 8, 8), "<u2")
-    with pytest.raises(SandboxFailed, match=r"frame 8: k\.py:2: IndexError: index is out of bounds") as caught:
+    with pytest.raises(
+        SandboxFailed, match=r"frame 8: k\.py:2: IndexError: index is out of bounds in frame\[index, 0\]"
+    ) as caught:
         await sandbox.run(batch(frames))
     assert caught.value.kind == "crash"
     assert not sandbox.alive
@@ -378,6 +380,18 @@ async def test_self_test_holds(privilege: str, request: pytest.FixtureRequest) -
     assert report.holds
     assert report.outcomes["socket"] == "killed"
     assert report.outcomes["kernel"] == "computed"
+
+
+async def test_what_takes_long_computes_in_idle_time_only(start: Start, until: Callable[..., Any]) -> None:
+    """An endless loop must not cost the streams of others."""
+    sandbox = await start(ENDLESS, limits=SandboxLimits(batch_timeout_s=300, populate=False))
+
+    running = asyncio.ensure_future(sandbox.run(batch(np.zeros((1, 8, 8), "<u2"))))
+    await until(lambda: os.sched_getscheduler(sandbox.pid) == os.SCHED_IDLE)
+    assert not running.done()
+    await sandbox.close()
+    with pytest.raises(SandboxFailed):
+        await running
 
 
 async def test_sandboxes_hold_no_privilege(start: Start) -> None:

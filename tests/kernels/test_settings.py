@@ -7,6 +7,7 @@ import io
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from ingest.errors import BufferFull
 from ingest.ports import KernelRefused
 from ingest.records import FrameLedger
-from kernels import registry
+from kernels import notices, registry
 from kernels.sandbox import SandboxLimits
 from tests.kernels.hosting import BUCKET, Node
 
@@ -331,6 +332,43 @@ async def test_new_parameters_hold_from_a_frame_on(node: Node, frames: np.ndarra
         assert file["entry/source/epochs"][:].tolist() == [[0, 0, 0], [0, 10, 1], [0, 20, 2]]
     said = {event.frame: event.value for event in node.feedback.events}
     assert [said[frame] for frame in (0, 9, 10, 19, 20, 39)] == [3, 3, 7, 7, 9, 9]
+
+
+@pytest.mark.parametrize("bad", ["shape", "no npy"])
+async def test_an_array_that_does_not_fit_a_running_stream_is_an_error_that_shows(
+    make_node: MakeNode, frames: np.ndarray, until: Until, tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    """The stream goes on with the array of before; a good one, put later, ends the trouble."""
+    strikes = tmp_path / "kernels-00.json"
+
+    def shown() -> list[tuple[str, str, str]]:
+        return [(one.kernel, one.kind, one.key) for one in notices.read([notices.file_beside(strikes) or strikes])]
+
+    async with make_node(strikes_file=strikes) as node:
+        node.put_array("masked", "mask", np.ones((8, 12), np.uint8))
+        node.attach("masked", MASKED)
+        stream = await node.open(b"a.raw", frames)
+        stream.sniff()
+        stream.offer(0, 10)
+        before = node.host.revision(BUCKET)
+        if bad == "shape":
+            node.put_array("masked", "mask", np.ones((8, 13), np.uint8))
+        else:
+            node.store.put(BUCKET, b"_kernels/masked/mask.npy", b"this is no array")
+        await until(lambda: node.host.revision(BUCKET) != before)
+        stream.offer(10, 10)
+        await until(lambda: shown() == [("masked", "misfit", "a.raw")])
+        assert node.count("hiss_kernel_errors_total", "misfit") == 1
+        assert "what arrives in b'a.raw' is judged with what was there before" in caplog.text
+        before = node.host.revision(BUCKET)
+        node.put_array("masked", "mask", np.ones((8, 12), np.uint8))
+        await until(lambda: node.host.revision(BUCKET) != before)
+        stream.offer(20, 20)
+        await until(lambda: shown() == [])
+        stream.commit()
+        await until(lambda: node.has_product("masked", b"a.raw"))
+        with node.product("masked", b"a.raw") as file:
+            assert file["entry/state/sum"][0] == frames.sum(dtype=np.int64)
 
 
 async def test_epochs_survive_a_dead_worker(make_node: MakeNode, frames: np.ndarray, until: Until) -> None:

@@ -82,3 +82,32 @@ def test_what_is_no_array_is_refused(raw: Raw, code_of: Code, bucket: str) -> No
     assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
     assert "hits/mask.npy:1: not a .npy file" in answer.text
     assert raw("HEAD", f"/{bucket}/_kernels/hits/mask.npy").status_code == 404
+
+
+def test_an_array_is_checked_however_it_comes(raw: Raw, code_of: Code, s3: Any, bucket: str) -> None:
+    """In parts (what SDKs do with large files) and as a copy."""
+    good, bad = npy(np.arange(2_000_000, dtype=np.float32)), b"\x89PNG\r\n" * 1_000_000
+    key = "_kernels/hits/flat.npy"
+
+    def in_parts(body: bytes) -> str:
+        upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        parts = []
+        for number, start in enumerate(range(0, len(body), 5 << 20), 1):
+            part = s3.upload_part(
+                Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=body[start : start + (5 << 20)]
+            )
+            parts.append({"PartNumber": number, "ETag": part["ETag"]})
+        s3.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+        return upload
+
+    with pytest.raises(s3.exceptions.ClientError, match=r"not a \.npy file") as refused:
+        in_parts(bad)
+    assert refused.value.response["Error"]["Code"] == "InvalidKernel"
+    assert raw("HEAD", f"/{bucket}/{key}").status_code == 404
+    in_parts(good)
+    assert s3.get_object(Bucket=bucket, Key=key)["Body"].read() == good
+    s3.put_object(Bucket=bucket, Key="bad", Body=bad)
+    answer = raw("PUT", f"/{bucket}/{key}", headers={"x-amz-copy-source": f"{bucket}/bad"})
+    assert (answer.status_code, code_of(answer)) == (400, "InvalidKernel")
+    s3.copy_object(Bucket=bucket, Key="_kernels/hits/mask.npy", CopySource=f"{bucket}/{key}")
+    assert s3.get_object(Bucket=bucket, Key="_kernels/hits/mask.npy")["Body"].read() == good

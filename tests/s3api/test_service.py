@@ -18,7 +18,7 @@ Raw = Callable[..., httpx.Response]
 Code = Callable[[httpx.Response], str]
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """An answer is counted just after its last byte is out: give the node that moment."""
     deadline = time.monotonic() + timeout_s
     while not true():

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gateway.cli.kernel.trial import Trial
     from kernels.contract import Stage
     from kernels.offline.body import Body
+    from kernels.offload.device import Plan
 
 VALUES_SHOWN_MAX = 16
 ROWS_SHOWN = 5
@@ -50,6 +51,9 @@ def check(
         list[str] | None,
         typer.Option("--after", metavar="FILE|NAME", help="The kernel before it; repeatable, in order."),
     ] = None,
+    device: Annotated[
+        options.Core, typer.Option(help="Compare with the FPGA core's model, or with the simulated VHDL as well.")
+    ] = options.Core.CPU,
     most: Annotated[int, typer.Option("--max-frames", min=1, help="How many frames are judged.")] = 1000,
     seconds: Annotated[float, typer.Option(min=0.0, max=600.0, help="How long its speed is measured.")] = 1.0,
     png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Write the plot there.")] = None,
@@ -65,14 +69,15 @@ def check(
         stages = _stages(chain, parse_params(params), arrays or ())
         body = _body(frames, {"frame-dtype": dtype, "frame-shape": shape, "frame-dataset": dataset})
         try:
-            trial = _tried(chain, stages, body, min(most, body.frames), seconds)
+            plan = _planned(chain, body) if device is not options.Core.CPU else None
+            trial, said = _tried(chain, stages, body, min(most, body.frames), seconds, plan, device)
         finally:
             body.close()
     except Refused as refusal:
         if as_json:
             refusal.print_json()
         raise
-    _report(chain, body, trial, png, plot=plot, as_json=as_json)
+    _report(chain, body, trial, said, png, plot=plot, as_json=as_json)
 
 
 def _stages(chain: Sequence[Given], params: Mapping[str, int | float], arrays: Sequence[str]) -> list[Stage]:
@@ -118,14 +123,35 @@ def _body(file: Path, metadata: Mapping[str, str]) -> Body:
     return body
 
 
-def _tried(chain: Sequence[Given], stages: Sequence[Stage], body: Body, frames: int, seconds: float) -> Trial:
+def _planned(chain: Sequence[Given], body: Body) -> Plan:
+    from gateway.cli.kernel.device import planned
+
+    if len(chain) > 1:
+        raise CliError("--device: a kernel that comes after another runs on the cpu")
+    return planned(chain[-1], body)
+
+
+def _tried(
+    chain: Sequence[Given],
+    stages: Sequence[Stage],
+    body: Body,
+    frames: int,
+    seconds: float,
+    plan: Plan | None,
+    device: options.Core,
+) -> tuple[Trial, dict[str, str]]:
+    """With what the comparison with the core says."""
     from gateway.cli.kernel import trial
+    from gateway.cli.kernel.device import compared
     from kernels.offline.zygote import NoZygote, private_zygote
     from kernels.sandbox import SandboxFailed
 
     try:
         with private_zygote() as socket:
-            return asyncio.run(trial.run(socket, stages, body, frames, seconds))
+            tried = asyncio.run(trial.run(socket, stages, body, frames, seconds))
+            if plan is None:
+                return tried, {}
+            return tried, asyncio.run(compared(socket, plan, stages[-1], body, tried.found, device))
     except KernelRefused as refusal:
         of = next((given for given in chain if given.kernel.file == refusal.file), chain[-1])
         raise Refused.of(refusal, of.text) from None
@@ -151,7 +177,16 @@ def _failed(kind: str, message: str, chain: Sequence[Given]) -> CliError:
 # -- the report
 
 
-def _report(chain: Sequence[Given], body: Body, trial: Trial, png: Path | None, *, plot: bool, as_json: bool) -> None:
+def _report(
+    chain: Sequence[Given],
+    body: Body,
+    trial: Trial,
+    said: dict[str, str],
+    png: Path | None,
+    *,
+    plot: bool,
+    as_json: bool,
+) -> None:
     from gateway.cli.kernel import plots
 
     found = trial.found
@@ -161,7 +196,7 @@ def _report(chain: Sequence[Given], body: Body, trial: Trial, png: Path | None, 
             png.write_bytes(plots.png(name, values))
         except OSError as error:
             raise CliError(f"--png {png}: {error.strerror}") from None
-    document = describe(chain, body, trial)
+    document = {**describe(chain, body, trial), "device": said}
     if as_json:
         print_json({**document, "plot": name, "png": str(png) if png else None})
         return
@@ -203,6 +238,8 @@ def describe(chain: Sequence[Given], body: Body, trial: Trial) -> dict[str, Any]
         "cautions": list(trial.cautions),
         "compile_s": round(trial.compile_s, 3),
         "bytes_per_s_a_core": round(trial.bytes_per_s),
+        "decoding_bytes_per_s_a_core": _rate(trial.decoding_bytes_per_s),
+        "kernel_bytes_per_s_a_core": _rate(trial.kernel_bytes_per_s),
         "cores_for_40_gbps": math.ceil(LINE_BYTES_PER_S / trial.bytes_per_s),
         "timed_bytes": trial.timed_frames * body.frame_bytes,
         "timed_frames": trial.timed_frames,
@@ -236,6 +273,23 @@ def _number(value: Any) -> Any:
     return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
+def _rate(bytes_per_s: float | None) -> int | None:
+    return None if bytes_per_s is None else round(bytes_per_s)
+
+
+def _parts(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where frames are decoded: how much of the time is the kernel's."""
+    decoding, kernel = document["decoding_bytes_per_s_a_core"], document["kernel_bytes_per_s_a_core"]
+    if decoding is None:
+        return []
+    alone = "too fast to tell beside it" if kernel is None else f"{human_rate(kernel)} a core"
+    share = min(1.0, document["bytes_per_s_a_core"] / decoding)
+    return [
+        ("of this, decoding", f"{share:.0%} of the time: {human_rate(decoding)} a core"),
+        ("the kernel alone", alone),
+    ]
+
+
 def _few(timed_bytes: int) -> str:
     """On a node small frames go to the sandbox many at a time, here no more than there are."""
     enough = timed_bytes >= TIMED_BYTES_ENOUGH
@@ -256,9 +310,12 @@ def _print(document: dict[str, Any]) -> None:
             f", code {code}: {count}" for code, count in feedback["by_code"].items()
         ) + (f", {feedback['dropped']} dropped" if feedback["dropped"] else "")),
         ("speed", f"{human_rate(document['bytes_per_s_a_core'])} a core (median of {document['timed_passes']} passes over "
-                  f"{document['timed_frames']} frames)"),
+                  f"{document['timed_frames']} frames)"
+                  + (", decoding included" if document["decoding_bytes_per_s_a_core"] is not None else "")),
+        *_parts(document),
         ("40 Gbps", f"needs {document['cores_for_40_gbps']} cores" + _few(document["timed_bytes"])),
     ]  # fmt: skip
+    facts += [(f"core ({name})", sentence) for name, sentence in document["device"].items()]
     facts += [("caution", caution) for caution in document["cautions"]]
     for name, value in facts:
         print(f"{name:32} {value}")

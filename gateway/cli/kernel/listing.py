@@ -34,6 +34,7 @@ def list_kernels(
     if library:
         _list_library(as_json)
         return
+    bucket = options.bucket_of(bucket)
     if not bucket:
         raise CliError("which bucket? hiss kernel list BUCKET, or hiss kernel list --library")
     found = node.find(data, control=control, endpoint=endpoint, access_key=access_key, ca=ca)

@@ -32,6 +32,8 @@ class Submitted:
     refusal: str
     missing_before: str = ""
     """The kernel that ``after`` names, where the bucket has none of that name."""
+    left_out: bool = False
+    """The bucket has more kernels than run."""
 
     @property
     def missing_arrays(self) -> list[str]:
@@ -50,10 +52,12 @@ class Submitted:
 
     @property
     def state(self) -> tuple[str, str]:
-        """(refused | disabled | waiting | failing | running, why)."""
+        """(refused | left out | disabled | waiting | failing | running, why). What does not go as it was wanted fails."""
         failure = self.failure
         if self.kernel is None:
             return "refused", self.refusal
+        if self.left_out:
+            return "left out", "the bucket has more kernels than run: remove others, or this one"
         if failure is not None and failure["disabled"]:
             return "disabled", f"failed {failure['count']} times in a row: {failure['error']}; submit another source"
         if self.missing_arrays:
@@ -63,6 +67,8 @@ class Submitted:
             return "waiting", f"for kernel {self.missing_before}, whose out are its frames: `hiss kernel submit`"
         if failure is not None:
             return "failing", failure["error"]
+        if self.row.get("notices"):
+            return "failing", self.row["notices"][0]
         return "running", self.row["last_error"]
 
     def document(self) -> dict[str, Any]:
@@ -74,10 +80,14 @@ class Submitted:
 
 def submitted(found: node.Node, s3: S3, bucket: str, name: str = "") -> list[Submitted]:
     """Every kernel of the bucket, or the one of that name. Raises CliError, Missing when there is none of that name."""
+    from kernels.registry import KERNELS_MAX
+
     rows = found.ask("/v1/kernels", bucket=bucket)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "failures" in row for row in rows):
         raise CliError("/v1/kernels: the answer is not one that is known here; are node and hiss of one version?")
     names = {row["name"] for row in rows}
+    # As the node lists them: by key.
+    left_out = set(sorted(names, key=lambda one: f"{one}.py")[KERNELS_MAX:])
     if name:
         rows = [row for row in rows if row["name"] == name]
         if not rows:
@@ -88,14 +98,14 @@ def submitted(found: node.Node, s3: S3, bucket: str, name: str = "") -> list[Sub
             source = s3.get(bucket, f"_kernels/{row['name']}.py", most_bytes=SOURCE_BYTES_MAX).body
         except Missing:  # removed meanwhile
             continue
-        kernels.append(_read(row, source, names))
+        kernels.append(_read(row, source, names, row["name"] in left_out))
     return kernels
 
 
-def _read(row: dict[str, Any], source: bytes, names: set[str]) -> Submitted:
+def _read(row: dict[str, Any], source: bytes, names: set[str], left_out: bool) -> Submitted:
     before = row["after"] if row["after"] and row["after"] not in names else ""
     try:
-        return Submitted(row["name"], row, source, admitted(row["name"], source).kernel, "", before)
+        return Submitted(row["name"], row, source, admitted(row["name"], source).kernel, "", before, left_out)
     except CliError as refusal:
         return Submitted(row["name"], row, source, None, str(refusal).splitlines()[0], before)
 

@@ -61,6 +61,7 @@ def submit(
     as_json: options.Json = False,
 ) -> None:
     """Submit a kernel to a bucket: from the next frame on it runs. Exit code 2 with file, line and reason if refused."""
+    bucket = options.bucket_of(bucket)
     try:
         given = load(what, name, constants or ())
         values = parse_params(params)

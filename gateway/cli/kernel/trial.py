@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kernels.contract import Stage
+from kernels.gate import admit
+from kernels.layout.index import FrameIndex
 from kernels.offline.body import Body
 from kernels.offline.memory import Window, window_bytes
 from kernels.offline.runner import Found, Runner
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 LINE_BYTES_PER_S = 5e9
 """40 Gbps."""
+_SHARE_MIN = 0.02
+_LOOKS_AT_NOTHING = b"""
+def frame(frame, params, state, index, out, feedback):
+    return KEEP
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,8 +40,19 @@ class Trial:
     compile_s: float
     cautions: tuple[str, ...]
     bytes_per_s: float
+    """Of frames as the kernel sees them, by everything it takes: decoding, kernel, the round trip to the sandbox."""
     timed_frames: int
     passes: int
+    decoding_bytes_per_s: float | None = None
+    """The same with a kernel that looks at nothing; None for frames that are not encoded."""
+
+    @property
+    def kernel_bytes_per_s(self) -> float | None:
+        """What is left of the time is the kernel's. None where that is too little to tell."""
+        if self.decoding_bytes_per_s is None:
+            return self.bytes_per_s
+        seconds = 1 / self.bytes_per_s - 1 / self.decoding_bytes_per_s
+        return 1 / seconds if seconds > _SHARE_MIN / self.bytes_per_s else None
 
 
 async def run(zygote_socket: str, stages: Sequence[Stage], body: Body, frames: int, seconds: float) -> Trial:
@@ -48,9 +66,25 @@ async def run(zygote_socket: str, stages: Sequence[Stage], body: Body, frames: i
             rate, timed, passes = await runner.rate(body, _timed(found, frames), seconds)
         finally:
             await runner.close()
+        decoding = await _decoding(zygote_socket, body, window, timed, seconds) if _is_encoded(body) else None
     finally:
         window.close()
-    return Trial(frames, found, result, runner.compile_s, runner.cautions, rate, timed, passes)
+    return Trial(frames, found, result, runner.compile_s, runner.cautions, rate, timed, passes, decoding)
+
+
+def _is_encoded(body: Body) -> bool:
+    return isinstance(body.layout, FrameIndex) and bool(body.layout.encoding.filters)
+
+
+async def _decoding(zygote_socket: str, body: Body, window: Window, frames: int, seconds: float) -> float:
+    """Bytes of decoded frames a second."""
+    stages = [Stage(admit("decoding", _LOOKS_AT_NOTHING))]
+    runner = await Runner.start(zygote_socket, stages, body.dtype, body.shape, window)
+    try:
+        rate, _, _ = await runner.rate(body, frames, seconds)
+    finally:
+        await runner.close()
+    return rate
 
 
 def _timed(found: Found, frames: int) -> int:

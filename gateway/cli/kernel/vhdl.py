@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,8 +37,12 @@ SIMULATION_S = 600.0
 def vhdl(
     what: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A kernel file, or the name of a shipped kernel.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; made if it is not there.")],
-    shape: Annotated[str, typer.Option(metavar="512x1030", help="Of a frame: rows x columns, or pixels.")],
-    dtype: Annotated[str, typer.Option(help="Of a pixel: uint8, uint16, uint32, int16, int32.")] = "uint16",
+    shape: Annotated[
+        str, typer.Option(metavar="512x1030", help="Of a frame: rows x columns, or pixels; default: that of --frames.")
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option(help="Of a pixel: uint8, uint16, uint32, int16, int32; default: that of --frames, or uint16.")
+    ] = "",
     params: Annotated[str, typer.Option(metavar="JSON", help="Parameters for the vectors.")] = "",
     frames: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="Frames for the vectors; default: random.")
@@ -54,7 +59,9 @@ def vhdl(
     from kernels.offload.ir import Refusal
 
     given = load(what)
-    sizes = _shape(shape)
+    found = _opened(frames) if frames is not None else None
+    dtype = dtype or (found.dtype.name if found is not None else "uint16")
+    sizes = _shape(shape) if shape else _shape_of(found)
     try:
         values = resolve_params(given.kernel, parse_params(params))
         offload = build(given.kernel, dtype, sizes)
@@ -65,7 +72,7 @@ def vhdl(
         if as_json:
             refused.print_json()
         raise refused from None
-    pixels = _frames(frames, dtype, sizes)
+    pixels = _made(dtype, sizes) if found is None else _given(frames, found, dtype, sizes)
     expected = _expected(given, pixels, values)
     said: dict[str, str] = {}
     try:
@@ -104,26 +111,50 @@ def _shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def _frames(file: Path | None, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+def _opened(file: Path) -> npt.NDArray[np.generic]:
     import numpy as np
 
-    count = max(1, min(VECTOR_FRAMES, VECTOR_PIXELS_MAX // int(np.prod(shape))))
-    if file is None:
-        bounds = np.iinfo(dtype)
-        rng = np.random.default_rng(1)
-        made = rng.integers(bounds.min, bounds.max, (count, *shape), dtype=dtype, endpoint=True)
-        # Small values too: thresholds and histograms have little to do with the full range.
-        made[1:] //= 1 << max(0, bounds.bits - 6)
-        return made
     try:
         found: npt.NDArray[np.generic] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise CliError(f"{file}: {error}") from None
+    return found
+
+
+def _shape_of(frames: npt.NDArray[np.generic] | None) -> tuple[int, ...]:
+    """As a node reads an .npy: three dimensions are frames of two, fewer are one frame."""
+    if frames is None:
+        raise CliError("of which frames? give --shape ROWSxCOLUMNS, or --frames FILE.npy")
+    if not 1 <= frames.ndim <= 3:
+        raise CliError(f"--frames holds an array of {frames.shape}: give the --shape of a frame")
+    return frames.shape[1:] if frames.ndim == 3 else frames.shape
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return max(1, min(VECTOR_FRAMES, VECTOR_PIXELS_MAX // math.prod(shape)))
+
+
+def _made(dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    import numpy as np
+
+    bounds = np.iinfo(dtype)
+    rng = np.random.default_rng(1)
+    made = rng.integers(bounds.min, bounds.max, (_count(shape), *shape), dtype=dtype, endpoint=True)
+    # Small values too: thresholds and histograms have little to do with the full range.
+    made[1:] //= 1 << max(0, bounds.bits - 6)
+    return made
+
+
+def _given(
+    file: Path | None, found: npt.NDArray[np.generic], dtype: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.generic]:
+    import numpy as np
+
     if found.shape == shape:
         found = found[np.newaxis]
     if found.dtype != np.dtype(dtype) or found.shape[1:] != shape:
         raise CliError(f"{file} holds {found.dtype} of {found.shape}, not frames of {dtype} {shape}")
-    return np.array(found[:count])
+    return np.array(found[: _count(shape)])
 
 
 def _expected(given: Given, frames: npt.NDArray[np.generic], values: dict[str, int | float]) -> Expected:

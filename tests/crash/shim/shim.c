@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,6 +46,10 @@ static int log_fd = -1;
 static uint64_t calls;
 
 
+static void forked(void) {
+    calls = (uint64_t)getpid() << 32;
+}
+
 __attribute__((constructor)) static void begin(void) {
     root = getenv("HISS_TEST_SHIM_ROOT");
     log_path = getenv("HISS_TEST_SHIM_LOG");
@@ -56,7 +61,8 @@ __attribute__((constructor)) static void begin(void) {
         log_fd = fcntl(fd, F_DUPFD_CLOEXEC, 900);
         syscall(SYS_close, fd);
     }
-    calls = (uint64_t)getpid() << 32;
+    forked();
+    pthread_atfork(NULL, NULL, forked);
 }
 
 static int watched(const char *path) {

@@ -72,13 +72,21 @@ class ControlNode:
         await self.catalog.put_user(UserRecord(keys[0].lower(), keys[0], keys[0], sealed, tuple(grants), **fields))
         return keys
 
-    async def put(self, bucket: str, key: bytes, length: int = 100, ledger: FrameLedger | None = None) -> ObjectRecord:
+    async def put(
+        self,
+        bucket: str,
+        key: bytes,
+        length: int = 100,
+        ledger: FrameLedger | None = None,
+        reductions: tuple[str, ...] = (),
+    ) -> ObjectRecord:
         """Commit an object whose bytes nobody will read."""
         extent = Extent(0, 0, 0, 1, 4096 * secrets.randbelow(1 << 40), length)
         return await self.catalog.commit(
             CommitObject(
                 bucket=bucket, key=key, object_id=secrets.token_bytes(16), length=length, etag="0" * 32 + "-1",
                 crc64nvme=7, owner="root", extents=(extent,), ledger=ledger,
+                reductions=reductions,
             )
         )  # fmt: skip
 

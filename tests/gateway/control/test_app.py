@@ -185,7 +185,7 @@ async def test_kernels_of_a_bucket(node: Any) -> None:
     assert {name: kernel[name] for name in ("name", "match", "raw", "after", "arrays")} == {
         "name": "hits", "match": "run*", "raw": "all", "after": "flat", "arrays": ["mask"],
     }  # fmt: skip
-    assert (kernel["owed_products"], kernel["failed_products"], kernel["last_error"]) == (2, 1, "crash: frame 3")
+    assert (kernel["owed_products"], kernel["failed_products"], kernel["last_error"]) == (2, 1, "run/c: crash: frame 3")
     (failure,) = kernel["failures"]
     assert (failure["sha256"], failure["count"], failure["disabled"]) == ("ab" * 32, 3, True)
     assert failure["error"] == "timeout: frame 3"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from ingest.records import FrameLedger, UploadRecord
+from kernels.notices import Notices, file_beside
 
 RUN = "/v1/runs/status?bucket=scan&prefix=run1/"
 
@@ -106,3 +108,40 @@ async def test_a_run_larger_than_the_limit_is_not_judged_safe(scan: Any, monkeyp
         await scan.archive(await scan.put("scan", b"run1/%d" % number, 1))
     status = await ask(scan)
     assert (status["complete"], status["safe_to_clear"], status["objects"]) == (False, False, 4)
+
+
+async def test_what_kernels_could_not_do_is_named_with_its_object(scan: Any) -> None:
+    """A kernel that has finished nothing yet is shown, too."""
+    async with scan.client() as client:
+        await scan.put("scan", b"run1/a", reductions=("hits", "total"))
+        record = await scan.put("scan", b"run1/b", reductions=("hits",))
+        await scan.put("scan", b"run1/deeper/c", reductions=("deep",))
+        runs = {one["prefix"]: one for one in (await client.get("/v1/runs?bucket=scan")).json()["runs"]}
+        shown = {one["kernel"]: (one["members"], one["pending"], one["failed"]) for one in runs["run1/"]["products"]}
+        assert shown == {"hits": (0, 2, 0), "total": (0, 1, 0)}
+        assert [one["kernel"] for one in runs["run1/deeper/"]["products"]] == ["deep"]
+        await scan.catalog.reduction_failed(record.object_id, "hits", "crash: frame 3", give_up=True)
+        status = await ask(scan)
+        trouble = [(one["kernel"], one["key"], one["reason"], one["given_up"]) for one in status["kernel_errors"]]
+        assert trouble == [("hits", "run1/b", "crash: frame 3", True)]
+        (run,) = (await client.get("/v1/runs?bucket=scan&prefix=run1/&limit=1")).json()["runs"]
+        hits = next(one for one in run["products"] if one["kernel"] == "hits")
+        assert (hits["failed"], hits["error"], hits["error_key"]) == (1, "crash: frame 3", "run1/b")
+
+
+async def test_an_array_that_does_not_fit_a_running_stream_is_shown(scan: Any) -> None:
+    notices = Notices(file_beside(scan.paths.strikes_file(0)))
+    notices.misfit("scan", "flat", "ab", "flat has the shape (8, 13)", b"run1/a", 1)
+    notices.misfit("scan", "other", "ab", "mask is missing", b"run2/a", 1)
+
+    async def errors() -> list[Any]:
+        return [(one["kernel"], one["key"], one["reason"]) for one in (await ask(scan))["kernel_errors"]]
+
+    async with asyncio.timeout(10):
+        while not (found := await errors()):  # noqa: ASYNC110  # written by a thread: only asking tells
+            await asyncio.sleep(0.01)
+    assert found == [("flat", "run1/a", "flat has the shape (8, 13)")]
+    notices.changed("scan", 2)
+    async with asyncio.timeout(10):
+        while await errors():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

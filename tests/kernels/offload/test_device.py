@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 
 from ingest.ports import KernelRefused
+from kernels import notices
 from kernels.offload import device
 from kernels.offload import ghdl as simulator
 from kernels.offload.emit_numba import emit_numba
@@ -19,6 +23,7 @@ from tests.kernels.hosting import BUCKET, Node
 from tests.kernels.offload import samples
 
 Until = Callable[..., object]
+MakeNode = Callable[..., contextlib.AbstractAsyncContextManager[Node]]
 
 FLOATS = """
 STATE = {"n": ("int64", (1,), "sum")}
@@ -113,6 +118,35 @@ async def test_a_core_that_is_wrong_is_noticed_and_costs_nothing_but_time(
     assert node.count("hiss_kernel_offload_compared_total") == 0
     assert "the offload failed, it runs on the cpu from now on" in caplog.text
     assert len(node.feedback.events) == 2 * len(frames), "the instrument hears of each frame once"
+
+
+async def test_a_wrong_core_is_remembered_by_the_next_worker_until_the_kernel_is_submitted_again(
+    make_node: MakeNode, tmp_path: Path, until: Until, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    strikes = tmp_path / "kernels-00.json"
+    with monkeypatch.context() as wrong:
+        wrong.setattr(
+            device, "emit_numba", lambda offload: emit_numba(offload).replace("np.uint16(63)", "np.uint16(30)")
+        )
+        async with make_node(strikes_file=strikes) as node:
+            node.attach("threshold", samples.THRESHOLD, device="fpga")
+            (await reduced(node, b"run/a.raw", frames_of(), until)).close()
+            await until(lambda: notices.read([tmp_path / "notices-00.json"]))
+            await until(lambda: node.count("hiss_kernel_offload_fallbacks") == 1)
+    caplog.clear()
+    async with make_node(strikes_file=strikes) as node:
+        assert "kernel threshold in bucket scan42 stays on the cpu: frame 0" in caplog.text
+        node.attach("threshold", samples.THRESHOLD, device="fpga")
+        place = (BUCKET, b"_kernels/threshold.py")
+        node.store.objects[place] = msgspec.structs.replace(node.store.objects[place], modified_ns=1)
+        with await reduced(node, b"run/b.raw", frames_of(), until) as file:
+            assert check_product(file, frames_of()).startswith("cpu (fpga: frame 0")
+        await until(lambda: node.count("hiss_kernel_offload_fallbacks") == 1)
+        node.attach("threshold", samples.THRESHOLD, device="fpga")
+        with await reduced(node, b"run/c.raw", frames_of(), until) as file:
+            assert check_product(file, frames_of()) == "fpga model (sampled frames equal to cpu)"
+        await until(lambda: node.count("hiss_kernel_offload_fallbacks") == 0)
+        await until(lambda: not notices.read([tmp_path / "notices-00.json"]))
 
 
 async def test_frames_that_no_core_takes_run_on_the_cpu_and_the_product_says_why(node: Node, until: Until) -> None:

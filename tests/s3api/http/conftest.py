@@ -174,7 +174,7 @@ class Running:
 Start = Callable[..., Any]
 
 
-async def wait_until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+async def wait_until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     """Poll for what has no event to wait for."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
