@@ -17,6 +17,7 @@ from bench.figure import MIB, Bench, Figure, Rounds
 from bench.kernel_cases import KERNEL_CASES
 from bench.load import Plan
 from bench.run_cases import RUN_CASES
+from bench.small_cases import SMALL_CASES
 from bench.wire import Connection, Endpoint, head
 
 LARGE_BYTES = 64 * MIB
@@ -155,6 +156,7 @@ CASES: dict[str, Callable[[Bench], Figure]] = {
     "put-1m-1": put_small(1),
     "put-1m-8": put_small(8),
     "get-warm": get_large,
+    **SMALL_CASES,
     **{f"feedback-{case.name.lower()}": feedback(case) for case in FEEDBACK_CASES},
     "resident": resident,
     **KERNEL_CASES,

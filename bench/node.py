@@ -116,9 +116,19 @@ class Node:
 
 @contextlib.contextmanager
 def running(folder: Path, *settings: str) -> Iterator[Node]:
-    """A node on free ports, in a fresh folder under ``folder``; its log is DIR/serve.log."""
+    """A node on free ports, in a fresh folder under ``folder`` that is removed afterwards; its log is DIR/serve.log."""
     data = Path(tempfile.mkdtemp(prefix="hiss-bench-", dir=folder))
-    access, secret = "bench", secrets.token_urlsafe(24)
+    try:
+        with started(data, secrets.token_urlsafe(24), *settings) as node:
+            yield node
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def started(data: Path, secret: str, *settings: str) -> Iterator[Node]:
+    """A node on the folder ``data``, which stays; ``secret`` is root's, the same each time."""
+    access = "bench"
     environment = {**os.environ, "HISS_ROOT_ACCESS_KEY": access, "HISS_ROOT_SECRET_KEY": secret}
     command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(data), "--host", "127.0.0.1"]
     command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0"]
@@ -137,7 +147,6 @@ def running(folder: Path, *settings: str) -> Iterator[Node]:
             process.kill()
             process.wait()
         log.close()
-        shutil.rmtree(data, ignore_errors=True)
 
 
 def _ready(data: Path, process: subprocess.Popen[bytes]) -> dict[str, int]:
