@@ -156,7 +156,9 @@ class LifecycleScanner:
                 return
             # The current version of a key goes as a client's delete does it; any other, and a marker, is named.
             named = None if place.current and not record.delete_marker else record.version_id
-            request = DeleteObject(record.bucket, record.key, named, object_id=record.object_id)
+            request = DeleteObject(
+                record.bucket, record.key, named, object_id=record.object_id, if_noncurrent=not place.current
+            )
             (outcome,) = await self._catalog.delete([request])
         except CatalogUnavailable:
             raise

@@ -76,7 +76,9 @@ def _row(figure: Figure) -> str:
     else:
         text += f"  (wanted at most {figure.wanted:g})"
     if figure.cpu_s_per_gb is not None:
-        text += f"  {figure.cpu_s_per_gb:.2f} CPU-s/GB (wanted at most {figure.cpu_s_per_gb_wanted:g})"
+        text += f"  {figure.cpu_s_per_gb:.2f} CPU-s/GB"
+    if figure.cpu_s_per_gb_wanted is not None:
+        text += f" (wanted at most {figure.cpu_s_per_gb_wanted:g})"
     return f"{text}  {figure.note}".rstrip()
 
 

@@ -1,7 +1,7 @@
 """The ceilings: servers that do nothing but move bytes, and the disk's own rate.
 
-``python -m bench.bare receiver`` takes PUT bodies straight into a pre-faulted pool and discards them; ``sendfile`` answers every
-GET with one cached file. Both print their port. They are what Python with uvloop can reach on this machine, not a product.
+``python -m bench.bare receiver [CERT KEY]`` takes PUT bodies straight into a pre-faulted pool and discards them; ``sendfile``
+answers every GET with one cached file. Both print their port. They are what Python with uvloop can reach here, not a product.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -62,10 +63,10 @@ class Receiver(asyncio.BufferedProtocol):
             self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")  # type: ignore[attr-defined]
 
 
-async def _receive(listener: socket.socket) -> None:
+async def _receive(listener: socket.socket, tls: ssl.SSLContext | None) -> None:
     memory = mmap.mmap(-1, POOL_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     Receiver.pool = memoryview(memory)
-    server = await asyncio.get_running_loop().create_server(Receiver, sock=listener)
+    server = await asyncio.get_running_loop().create_server(Receiver, sock=listener, ssl=tls)
     print(listener.getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -131,7 +132,11 @@ def disk_bytes_per_s(folder: Path, size_bytes: int, flush_bytes: int) -> float:
 def main() -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     if sys.argv[1] == "receiver":
-        uvloop.run(_receive(listener))
+        tls = None
+        if len(sys.argv) > 2:
+            tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            tls.load_cert_chain(sys.argv[2], sys.argv[3])
+        uvloop.run(_receive(listener, tls))
     else:
         _sendfile(listener, sys.argv[2])
 

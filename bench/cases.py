@@ -17,6 +17,8 @@ from bench.figure import MIB, Bench, Figure, Rounds
 from bench.kernel_cases import KERNEL_CASES
 from bench.load import Plan
 from bench.run_cases import RUN_CASES
+from bench.small_cases import SMALL_CASES
+from bench.tls_case import put_tls
 from bench.wire import Connection, Endpoint, head
 
 LARGE_BYTES = 64 * MIB
@@ -150,9 +152,11 @@ def resident(bench: Bench) -> Figure:
 CASES: dict[str, Callable[[Bench], Figure]] = {
     "put-memory": put_large_memory,
     "put-disk": put_large_disk,
+    "put-tls": put_tls,
     "put-1m-1": put_small(1),
     "put-1m-8": put_small(8),
     "get-warm": get_large,
+    **SMALL_CASES,
     **{f"feedback-{case.name.lower()}": feedback(case) for case in FEEDBACK_CASES},
     "resident": resident,
     **KERNEL_CASES,

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -74,8 +75,8 @@ class Node:
 
     def metric(self, name: str) -> float:
         """Sum of a metric's series, from /metrics."""
-        url = f"http://127.0.0.1:{self.ports['control']}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        url = f"{'https' if self.endpoint.ca else 'http'}://127.0.0.1:{self.ports['control']}/metrics"
+        with urllib.request.urlopen(url, timeout=10, context=_trust(self.endpoint.ca)) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
 
@@ -116,9 +117,20 @@ class Node:
 
 @contextlib.contextmanager
 def running(folder: Path, *settings: str) -> Iterator[Node]:
-    """A node on free ports, in a fresh folder under ``folder``; its log is DIR/serve.log."""
+    """A node on free ports, in a fresh folder under ``folder`` that is removed afterwards; its log is DIR/serve.log."""
     data = Path(tempfile.mkdtemp(prefix="hiss-bench-", dir=folder))
-    access, secret = "bench", secrets.token_urlsafe(24)
+    try:
+        with started(data, secrets.token_urlsafe(24), *settings) as node:
+            yield node
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def started(data: Path, secret: str, *settings: str, ca: str = "") -> Iterator[Node]:
+    """A node on the folder ``data``, which stays; ``secret`` is root's, the same each time. ``ca``: it speaks TLS, with this
+    certificate."""
+    access = "bench"
     environment = {**os.environ, "HISS_ROOT_ACCESS_KEY": access, "HISS_ROOT_SECRET_KEY": secret}
     command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(data), "--host", "127.0.0.1"]
     command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0"]
@@ -127,8 +139,8 @@ def running(folder: Path, *settings: str) -> Iterator[Node]:
     log = (data / "serve.log").open("wb")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        ports = _ready(data, process)
-        yield Node(data, process, Endpoint("127.0.0.1", ports["s3"], access, secret), ports)
+        ports = _ready(data, process, ca)
+        yield Node(data, process, Endpoint("127.0.0.1", ports["s3"], access, secret, ca), ports)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -137,18 +149,22 @@ def running(folder: Path, *settings: str) -> Iterator[Node]:
             process.kill()
             process.wait()
         log.close()
-        shutil.rmtree(data, ignore_errors=True)
 
 
-def _ready(data: Path, process: subprocess.Popen[bytes]) -> dict[str, int]:
+def _trust(ca: str) -> ssl.SSLContext | None:
+    return ssl.create_default_context(cafile=ca) if ca else None
+
+
+def _ready(data: Path, process: subprocess.Popen[bytes], ca: str) -> dict[str, int]:
+    scheme = "https" if ca else "http"
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         with contextlib.suppress(OSError, ValueError, KeyError):
             ports = json.loads((data / "run" / "ports.json").read_text())
-            url = f"http://127.0.0.1:{ports['control']}/v1/health"
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            url = f"{scheme}://127.0.0.1:{ports['control']}/v1/health"
+            with urllib.request.urlopen(url, timeout=5, context=_trust(ca)) as answer:
                 if answer.status == 200:
                     return {name: int(ports[name]) for name in ("s3", "control", "dav")}
         time.sleep(0.1)

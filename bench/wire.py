@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import ssl
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
@@ -16,12 +17,13 @@ from botocore.credentials import Credentials
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to send, and as whom. ``access_key`` empty: heads are not signed (bare servers)."""
+    """Where to send, and as whom. ``access_key`` empty: heads are not signed (bare servers). ``ca``: TLS, trusting this file."""
 
     host: str
     port: int
     access_key: str = ""
     secret_key: str = ""
+    ca: str = ""
 
 
 class _HeadSigner(S3SigV4Auth):  # type: ignore[misc]
@@ -41,7 +43,7 @@ def head(endpoint: Endpoint, method: str, path: str, length: int, headers: dict[
     if method in ("PUT", "POST"):
         fields["Content-Length"] = str(length)
     if endpoint.access_key:
-        url = f"http://{endpoint.host}:{endpoint.port}{path}"
+        url = f"{'https' if endpoint.ca else 'http'}://{endpoint.host}:{endpoint.port}{path}"
         request = AWSRequest(method, url, headers=fields)
         _HeadSigner(Credentials(endpoint.access_key, endpoint.secret_key), "s3", "us-east-1").add_auth(request)
         fields = dict(request.headers.items())
@@ -55,6 +57,9 @@ class Connection:
     def __init__(self, endpoint: Endpoint) -> None:
         self.socket = socket.create_connection((endpoint.host, endpoint.port), timeout=60)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if endpoint.ca:
+            context = ssl.create_default_context(cafile=endpoint.ca)
+            self.socket = context.wrap_socket(self.socket, server_hostname=endpoint.host)
         self._buffer = bytearray(1 << 20)
 
     def send(self, request_head: bytes, body: memoryview | None = None) -> None:

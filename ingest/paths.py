@@ -110,8 +110,12 @@ class NodePaths:
         """Where the process that writes to ``epics`` or ``tango`` targets listens."""
         return self.run / f"{scheme}.sock"
 
+    def segment_name(self, slot: int, segment: int) -> str:
+        """As text: joining paths is a twentieth of the cost of a small GET."""
+        return f"{self.root}/segments/{slot:02d}/{segment:06d}.seg"
+
     def segment_file(self, slot: int, segment: int) -> Path:
-        return self.segments / f"{slot:02d}" / f"{segment:06d}.seg"
+        return Path(self.segment_name(slot, segment))
 
     def create(self) -> None:
         """Make what is missing. A new folder is on disk on return: what is flushed inside it must not vanish with it."""

@@ -78,7 +78,7 @@ class SegmentReader:
 
     async def _lock(self, paths: NodePaths, extent: Extent) -> tuple[int, str]:
         key = (extent.slot, extent.segment)
-        path = str(paths.segment_file(extent.slot, extent.segment))
+        path = paths.segment_name(extent.slot, extent.segment)
         if key in self._fds:
             return self._fds[key], path
         try:

@@ -423,6 +423,8 @@ class DeleteObject(msgspec.Struct, frozen=True):
     if_match: str = ""
     object_id: bytes = b""
     """Delete this version only: one that replaced it meanwhile stays, even with the same bytes."""
+    if_noncurrent: bool = False
+    """Not if it is the newest version of its key (again)."""
     marker_id: bytes = b""
     """Of the delete marker, if there is to be one; made by the catalogue's client, so that a delete can be sent again."""
     bypass_governance: bool = False

@@ -135,16 +135,17 @@ class Versions:
         wanted = request.version_id or NULL_VERSION
         found = self._named(request.bucket, request.key, wanted, newest)
         shown = request.version_id or ""
+        current = newest is not None and found is not None and found.sequence == newest.sequence
         if found is None or (request.object_id and found.object_id != request.object_id):
             if request.if_match:
                 raise PreconditionFailed("If-Match")
             return Deleted(existed=False, version_id=shown)
+        if current and request.if_noncurrent:
+            return Deleted(existed=False, version_id=shown)
         _check_match(request, found)
         if versioning.lock_of(bucket) is not None and not request.lost:
             self._check_lock(found, now_ns, bypass=request.bypass_governance)
-        uncovers = None
-        if kind is not Versioning.OFF and newest is not None and found.sequence == newest.sequence:
-            uncovers = self._below(request)
+        uncovers = self._below(request) if current and kind is not Versioning.OFF else None
         return e.ObjectDeleted(found.sequence, request.key, Deleted(True, shown, bool(found.delete_marker)), uncovers)
 
     def _below(self, request: DeleteObject) -> int | None:
@@ -159,6 +160,8 @@ class Versions:
         before = self._db.execute(statements.BY_ID, {"object_id": request.marker_id}).fetchone()
         if before is not None:
             return Deleted(True, rows.object_record(before).version_id, True)
+        if request.object_id and (newest is None or newest.object_id != request.object_id):
+            return Deleted(existed=False)
         if request.object_id and (newest is None or newest.object_id != request.object_id):
             return Deleted(existed=False)
         if request.if_match:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import enum
+import functools
 import hashlib
 import hmac
 import time
@@ -227,6 +228,7 @@ def _malformed(presigned: bool, reason: str) -> S3Error:
     return S3Error(code, f"The authorization is malformed; {reason}.")
 
 
+@functools.lru_cache(maxsize=256)
 def _credential(text: str, *, presigned: bool) -> tuple[str, str, str]:
     if len(text) > CREDENTIAL_MAX_CHARS:
         raise _malformed(presigned, "the Credential is too long")
@@ -244,6 +246,7 @@ def _credential(text: str, *, presigned: bool) -> tuple[str, str, str]:
     return access_key, date, region
 
 
+@functools.lru_cache(maxsize=256)
 def _signed_headers(text: str, *, presigned: bool) -> tuple[str, ...]:
     names = tuple(text.split(";"))
     if len(names) > SIGNED_HEADERS_MAX:
@@ -262,6 +265,7 @@ def _basic_date(http_date: str) -> str:
     return time.strftime("%Y%m%dT%H%M%SZ", parsed)
 
 
+@functools.lru_cache(maxsize=64)
 def timestamp_s(timestamp: str) -> int | None:
     """Seconds since the epoch of ``YYYYMMDDTHHMMSSZ``; None when it is not one."""
     digits = timestamp[:8] + timestamp[9:15]

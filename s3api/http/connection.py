@@ -24,7 +24,15 @@ from s3api.http.head import Head, find_head_end, parse_head
 from s3api.http.inbox import Inbox
 from s3api.http.message import FileBody, HttpError, Request, Response
 from s3api.http.pace import Pace
-from s3api.http.send import BODILESS, CONTINUE, FileSender, response_head, send_file_encrypted, send_iterated
+from s3api.http.send import (
+    BODILESS,
+    CONTINUE,
+    FileSender,
+    response_head,
+    send_file_encrypted,
+    send_iterated,
+    send_small_file,
+)
 
 if TYPE_CHECKING:
     from s3api.http.listener import Server
@@ -412,6 +420,8 @@ class HttpConnection(asyncio.BufferedProtocol):
             wire = response_head(response, length=body.length, chunked=False, close=close)
             if bodiless or not body.length:
                 self.write(wire)
+            elif body.length <= self.limits.small_send_bytes:
+                await send_small_file(self, wire, body)
             elif self.server.secure:
                 await send_file_encrypted(self, wire, body)
             else:

@@ -51,6 +51,8 @@ class HttpLimits:
     """Most bytes of one read."""
     send_window_bytes: int = 2 * MIB
     """Most bytes of one sendfile; the unit of the residency probe."""
+    small_send_bytes: int = 64 * KIB
+    """A stored body up to this long is read into memory and goes out in one write with its head."""
     tls_window_bytes: int = 256 * KIB
     """Bytes of a file read and encrypted at a time on a TLS connection."""
 

@@ -30,6 +30,7 @@ async def delete_object(call: Call) -> Response:
     condition = write_condition(call.request.headers)
     if condition.if_none_match:
         raise S3Error("NotImplemented", "If-None-Match on a delete means nothing")
+    await _may_compare(call, call.key, condition.if_match)
     bypass = await may_bypass(call, call.key)
     request = DeleteObject(call.bucket_name, call.key, wanted, condition.if_match, bypass_governance=bypass)
     (outcome,) = await call.catalog.delete([request])
@@ -41,6 +42,12 @@ async def delete_object(call: Call) -> Response:
     if outcome.delete_marker:
         headers.append(("x-amz-delete-marker", "true"))
     return Response(204, headers)
+
+
+async def _may_compare(call: Call, key: bytes, etag: str) -> None:
+    """An ETag that holds or does not tells something of the object. Raises AccessDenied."""
+    if etag and etag != "*":
+        await call.authorise("s3:GetObject", call.bucket_name, key)
 
 
 def _shows_versions(bucket: BucketRecord) -> bool:
@@ -96,6 +103,7 @@ async def _request(call: Call, element: Element, *, bypass: bool) -> DeleteObjec
     check_version_id(version_id)
     await call.authorise("s3:DeleteObjectVersion" if version_id else "s3:DeleteObject", call.bucket_name, key)
     etag = xml.text(element, "ETag", "").strip('"')
+    await _may_compare(call, key, etag)
     return DeleteObject(call.bucket_name, key, version_id, etag, bypass_governance=bypass)
 
 

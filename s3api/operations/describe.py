@@ -13,7 +13,7 @@ from ingest import versioning
 from ingest.bucket_settings import BucketSettings
 from ingest.records import BucketRecord, ObjectRecord, ObjectState, Versioning
 from ingest.storage_class import STANDARD, needs_restore, restored, restoring
-from s3api import checksums, times
+from s3api import checksums, times, xml
 from s3api.call import Call, Limits
 from s3api.errors import S3Error
 from s3api.http.message import Headers
@@ -67,6 +67,16 @@ def storage_class(record: ObjectRecord, settings: BucketSettings, now_ns: int) -
     if record.attributes.storage_class == STANDARD and is_cold(record, settings, now_ns):
         return "GLACIER"
     return record.attributes.storage_class
+
+
+def restore_status(record: ObjectRecord, now_ns: int) -> xml.Value:
+    """What a listing says of a restore, if it is asked; None where there is none."""
+    if restoring(record):
+        return [("IsRestoreInProgress", True)]
+    if restored(record, now_ns):
+        until = times.iso(record.attributes.restored_until_ns)
+        return [("IsRestoreInProgress", False), ("RestoreExpiryDate", until)]
+    return None
 
 
 def _lifecycle_headers(call: Call, record: ObjectRecord, settings: BucketSettings) -> list[tuple[str, str]]:

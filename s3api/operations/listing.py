@@ -15,9 +15,9 @@ from ingest.records import ListedObject, ObjectRecord
 from s3api import times, xml
 from s3api.call import Call
 from s3api.errors import S3Error
-from s3api.http.message import Response
+from s3api.http.message import Headers, Response
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import storage_class
+from s3api.operations.describe import restore_status, storage_class
 
 _TOKEN_VERSION = b"1"
 
@@ -79,6 +79,7 @@ class Page:
         self._settings = settings
         self._now_ns = call.catalog.now_ns()
         self._with_owner = with_owner
+        self._with_restore = _wants_restore_status(call.request.headers)
 
     def entries(self) -> list[tuple[str, xml.Value]]:
         contents: list[tuple[str, xml.Value]] = []
@@ -103,7 +104,16 @@ class Page:
         if self._with_owner:
             entry.append(("Owner", owner_of(record)))
         entry.append(("StorageClass", storage_class(record, self._settings, self._now_ns)))
+        if self._with_restore:
+            entry.append(("RestoreStatus", restore_status(record, self._now_ns)))
         return entry
+
+
+def _wants_restore_status(headers: Headers) -> bool:
+    names = {name.strip() for name in headers.get("x-amz-optional-object-attributes").split(",")} - {""}
+    if names - {"RestoreStatus"}:
+        raise S3Error("InvalidArgument", "Invalid attribute name specified.")
+    return bool(names)
 
 
 async def _page(call: Call, after: bytes, *, with_owner: bool) -> Page:

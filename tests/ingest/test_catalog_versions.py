@@ -152,6 +152,17 @@ async def test_conditions_look_at_what_is_current(client: CatalogClient, commit_
     assert (await client.commit(commit_of("run", b"k", if_none_match="*"))).version_id != "null"
 
 
+async def test_a_delete_may_name_what_it_was_decided_for(client: CatalogClient, commit_of: CommitOf) -> None:
+    """As lifecycle rules do: nothing is deleted or hidden that is not what the rule saw."""
+    await client.create_bucket("run", "root", documents=ENABLED)
+    one, two = [await client.commit(commit_of("run", b"k")) for _ in range(2)]
+    assert not (await delete(client, b"k", object_id=one.object_id)).existed
+    assert not (await delete(client, b"k", two.version_id, object_id=two.object_id, if_noncurrent=True)).existed
+    assert await shown(client, b"k") == [(two.version_id, False), (one.version_id, False)]
+    assert (await delete(client, b"k", one.version_id, object_id=one.object_id, if_noncurrent=True)).existed
+    assert (await delete(client, b"k", object_id=two.object_id)).delete_marker
+
+
 async def test_products_have_one_version(client: CatalogClient, commit_of: CommitOf) -> None:
     await client.create_bucket("run", "root", documents=versioning.with_lock())
     for _ in range(2):

@@ -170,10 +170,14 @@ def test_life_of_an_object_of_the_archive(cold: tuple[NodeThread, Any, str]) -> 
     request = {"Days": 2, "GlacierJobParameters": {"Tier": "Bulk"}}
     assert s3.restore_object(**of, RestoreRequest=request)["ResponseMetadata"]["HTTPStatusCode"] == 202
     assert s3.head_object(**of)["Restore"] == 'ongoing-request="true"'
+    asked = {"Bucket": bucket, "OptionalObjectAttributes": ["RestoreStatus"]}
+    assert s3.list_objects_v2(**asked)["Contents"][0]["RestoreStatus"] == {"IsRestoreInProgress": True}
+    assert "RestoreStatus" not in s3.list_objects_v2(Bucket=bucket)["Contents"][0]
     assert refused(s3.get_object, **of) == (403, "InvalidObjectState")
     assert refused(s3.restore_object, **of, RestoreRequest=request) == (409, "RestoreAlreadyInProgress")
     assert [record.object_id for record in node.run(node.catalog.recalls(10))] == [object_id]
     node.run(node.catalog.recalled(object_id, extents))
+    assert s3.list_objects_v2(**asked)["Contents"][0]["RestoreStatus"]["RestoreExpiryDate"]
     restored = read(s3, **of)
     assert restored["StorageClass"] == "GLACIER"
     today = datetime.datetime.fromtimestamp(node.catalog.now_ns() / 1e9, datetime.UTC).date()

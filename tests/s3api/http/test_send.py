@@ -138,13 +138,35 @@ async def test_a_silent_peer_in_a_file_is_dropped(start, stored, until):
 
 
 async def test_a_file_shorter_than_promised_breaks_the_connection(start, stored, caplog):
+    """A long one when what there is has gone out, a small one before anything has."""
     running = await start()
     fd, contents = stored
-    file_body(running, Piece(fd, 9 * MIB - 100, 200))
+    file_body(running, Piece(fd, 9 * MIB - 100_000, 200_000))
     _head, body = split(await running.exchange(FILE))
-    assert body == contents[-100:]
+    assert body == contents[-100_000:]
     assert "could not be sent" in caplog.text
+    caplog.clear()
+    file_body(running, Piece(fd, 9 * MIB - 100, 200))
+    assert await running.exchange(FILE) == b""
+    assert "could not be sent" in caplog.text
+    assert running.handler.closed == 2
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_small_file_of_several_pieces(start, stored, server_tls, client_tls, cold, secure):
+    running = await start(tls=server_tls if secure else None)
+    fd, contents = stored
+    file_body(running, Piece(fd, 3, 5000), Piece(fd, 8 * MIB, 0), Piece(fd, 5 * MIB + 1, 40_000))
+    if cold:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=client_tls if secure else None)
+    writer.write(FILE)
+    head, body = split(await asyncio.wait_for(reader.read(), 10))
+    assert b"Content-Length: 45000\r\n" in head + b"\r\n"
+    assert body == contents[3:5003] + contents[5 * MIB + 1 :][:40_000]
     assert running.handler.closed == 1
+    writer.close()
 
 
 @pytest.mark.parametrize("cold", [False, True])
