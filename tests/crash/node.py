@@ -7,6 +7,7 @@ is ended by ``end``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gateway.boot import die_with_parent
 from ingest.catalog import rows
 from ingest.catalog.reader import Reader
 from ingest.paths import NodePaths
@@ -66,7 +68,13 @@ class Node:
             command += ["--set", f"{name}={value}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**environ, **ROOT, **self.environ}
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**environ, **ROOT, **self.environ},
+                # A node never outlives the tests, however these end.
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
 
     def status(self) -> dict[str, Any]:

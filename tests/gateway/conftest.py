@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from gateway.boot import die_with_parent
 from gateway.cli import main
 from kernels.offline import zygote
 
@@ -216,7 +219,9 @@ class RealNode:
         ]
         command += ["--users", str(self.users_file)]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+            # A node never outlives the tests, however these end.
+            ends_with_us = functools.partial(die_with_parent, os.getpid())
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=ends_with_us)
 
     def again(self) -> None:
         """Start it anew on the same folder."""
@@ -290,6 +295,8 @@ def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         if node.process.poll() is None:
             node.process.kill()
             node.process.wait()
+        # Its segments are gigabytes; its log stays.
+        shutil.rmtree(node.data_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
