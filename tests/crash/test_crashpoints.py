@@ -181,7 +181,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def test_every_point_has_its_test() -> None:
-    assert {*PLAIN, *FULL, *PRODUCTS, "lifecycle-before"} == set(POINTS)
+    # The last: tests/archive/test_drain_crash.py.
+    assert {*PLAIN, *FULL, *PRODUCTS, "lifecycle-before", "aside-named"} == set(POINTS)
 
 
 @pytest.mark.parametrize("point", PLAIN)
