@@ -1,12 +1,13 @@
 """The node key: what the secrets of users are encrypted with at rest (AES-256-GCM, NIST SP 800-38D).
 
-In: DATA/node.key, 32 random bytes that only the owner may read. Out: sealed secrets for ``UserRecord.secret`` and back.
+In: DATA/node.key, 32 random bytes that only the owner may read. Out: sealed secrets for ``AccessKey.secret`` and back.
 A sealed secret is bound to its user and access key: copied to another user's record it does not open. Without the key
 file no secret can be read; back it up with the folder, apart from catalogue back-ups.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from pathlib import Path
@@ -14,7 +15,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ingest.records import UserRecord
+from ingest.records import AccessKey, UserRecord
+from s3api.auth.sessions import SessionSealer
 
 _KEY_BYTES = 32
 _NONCE_BYTES = 12
@@ -28,6 +30,7 @@ class NodeKeyError(Exception):
 class NodeKey:
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
+        self._derived = hmac.digest(key, b"hiss-session-tokens", "sha256")
 
     @classmethod
     def load(cls, path: Path) -> NodeKey:
@@ -77,9 +80,13 @@ class NodeKey:
         except (InvalidTag, ValueError):
             raise NodeKeyError(f"the secret of user {user_id!r} was not sealed with this node's key") from None
 
-    def open_secret(self, user: UserRecord) -> str:
-        """The secret key of a user record: what ``s3api.auth.users.CatalogUsers`` asks for."""
-        return self.open(user.secret, user_id=user.user_id, access_key=user.access_key)
+    def open_secret(self, user: UserRecord, key: AccessKey) -> str:
+        """The secret key of one of the user's pairs: what ``s3api.auth.users.CatalogUsers`` asks for."""
+        return self.open(key.secret, user_id=user.user_id, access_key=key.access_key)
+
+    def sealer(self) -> SessionSealer:
+        """Makes and opens temporary keys, with a key of their own that is derived from this one."""
+        return SessionSealer(self._derived)
 
 
 def _bound_to(user_id: str, access_key: str) -> bytes:

@@ -95,6 +95,18 @@ class Settings(BaseSettings):
     tls_key: Absolute | None = _setting(None, "path", "PEM private key; needs tls_cert.")
     domain: str = _setting("", "host name", "Serve buckets as BUCKET.domain too (virtual-host style).")
     region: str = _setting("us-east-1", "name", "S3 region the node answers as; signatures name it.")
+    any_region: bool = _setting(
+        False, "yes or no", "Take signatures that name another region, not only the node's (then: which one is right)."
+    )
+    allow_sigv2: bool = _setting(True, "yes or no", "Take requests signed with Signature Version 2 (HMAC-SHA1).")
+    object_ownership: Literal["BucketOwnerEnforced", "BucketOwnerPreferred", "ObjectWriter"] = _setting(
+        "BucketOwnerEnforced",
+        "name",
+        "Ownership of buckets that do not say: BucketOwnerEnforced switches access control lists off, as on AWS.",
+    )
+    block_public_access: bool = _setting(
+        False, "yes or no", "Block public policies and lists in every bucket, whatever the bucket says."
+    )
 
     workers: int = _setting(
         None, "processes", "Worker processes.", low=1, high=31, computed="cores, at most 8, as memory allows"

@@ -1,31 +1,21 @@
-"""Users of a node: the root key pair, users.toml, and their way into the catalogue with secrets sealed.
+"""Users of a node: the root key pair, and the way of users into the catalogue with their secrets sealed.
 
-In: HISS_ROOT_ACCESS_KEY / HISS_ROOT_SECRET_KEY or DATA/root-credentials.json, and a users.toml like::
-
-    [[user]]
-    id = "p11-daq"
-    name = "DAQ of beamline P11"
-    access_key = "P11DAQ"
-    secret_key = "…"                       # or secret_key_file = "/run/secrets/p11"
-    grants = ["write:scan*", "read:calib:dark/"]   # ACCESS:BUCKET[:PREFIX]; BUCKET is a glob
-
-Out: ``UserRecord``s in the catalogue. What always holds: a secret in the clear is never written, logged or shown in a
-``repr``; users that left users.toml are disabled, users made with ``hiss user add`` are left alone.
+In: HISS_ROOT_ACCESS_KEY / HISS_ROOT_SECRET_KEY or DATA/root-credentials.json, and what users.toml says (users_file.py). Out:
+``UserRecord``s in the catalogue. What always holds: a secret in the clear is never written, logged or shown in a
+``repr``; access keys, canonical ids and e-mail addresses are one user's each; users that left users.toml are disabled, users made
+with ``hiss user add`` are left alone.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import logging
 import os
 import re
 import secrets
-import stat
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
@@ -33,17 +23,21 @@ from gateway.node_key import NodeKey, NodeKeyError
 from gateway.supervisor.resources import write_atomically
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
-from ingest.records import Grant, UserRecord
-
-logger = logging.getLogger(__name__)
+from ingest.records import AccessKey, Grant, UserRecord
+from s3api.auth.policy.language import MalformedPolicy, parse
+from s3api.auth.users import ANONYMOUS_ID
 
 ROOT_ID = "root"
 ACCESS_LEVELS = ("read", "write", "admin")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _ACCESS_KEY = re.compile(r"[A-Za-z0-9._-]{3,128}")
 _SECRET_MIN, _SECRET_MAX = 8, 256
-_GRANTS_MAX = 256
-_USERS_MAX = 10_000
+KEYS_MAX = 8
+POLICIES_MAX = 16
+_EMAIL = re.compile(r"[^\s@]+@[^\s@]+")
+_EMAIL_MAX = 254
+_CANONICAL_ID = re.compile(r"[0-9A-Fa-f]{64}")
+_POLICY_NAME = re.compile(r"[A-Za-z0-9+=,.@_-]{1,128}")
 
 
 class UsersError(ValueError):
@@ -57,31 +51,25 @@ class KeyPair:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyEntry:
+    """A key pair as users.toml gives it."""
+
+    pair: KeyPair
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class FileUser:
     """A user as users.toml gives it, checked."""
 
     user_id: str
     display_name: str
-    keys: KeyPair
+    keys: tuple[KeyEntry, ...]
     grants: tuple[Grant, ...]
     enabled: bool
-
-
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    id: str
-    access_key: str
-    name: str = ""
-    secret_key: str = ""
-    secret_key_file: str = ""
-    grants: list[str] = []
-    enabled: bool = True
-
-    def __repr__(self) -> str:
-        return f"_Entry({self.id!r})"
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    user: list[_Entry] = []
+    email: str = ""
+    canonical_id: str = ""
+    policies: Mapping[str, str] = field(default_factory=dict)
 
 
 def new_keys(access_key: str | None = None) -> KeyPair:
@@ -105,96 +93,93 @@ def grant_text(grant: Grant) -> str:
     return f"{grant.access}:{grant.bucket}" + (f":{grant.prefix}" if grant.prefix else "")
 
 
-def check_identity(user_id: str, keys: KeyPair) -> None:
+def check_identity(user_id: str, *pairs: KeyPair) -> None:
     """Raises UsersError for an id or a key pair that cannot be used."""
     if not _ID.fullmatch(user_id):
         raise UsersError(f"user id {user_id!r}: allowed are 1 to 64 letters, digits and ._@-, a letter or digit first")
-    if not _ACCESS_KEY.fullmatch(keys.access_key):
-        raise UsersError(f"user {user_id!r}: access key: allowed are 3 to 128 letters, digits and ._-")
-    if not _SECRET_MIN <= len(keys.secret_key) <= _SECRET_MAX or not keys.secret_key.isprintable():
-        raise UsersError(
-            f"user {user_id!r}: secret key: allowed are {_SECRET_MIN} to {_SECRET_MAX} printable characters"
-        )
+    if user_id == ANONYMOUS_ID:
+        raise UsersError(f"user id {user_id!r}: means everybody who does not sign")
+    for keys in pairs:
+        if not _ACCESS_KEY.fullmatch(keys.access_key):
+            raise UsersError(f"user {user_id!r}: access key: allowed are 3 to 128 letters, digits and ._-")
+        if not _SECRET_MIN <= len(keys.secret_key) <= _SECRET_MAX or not keys.secret_key.isprintable():
+            raise UsersError(
+                f"user {user_id!r}: secret key: allowed are {_SECRET_MIN} to {_SECRET_MAX} printable characters"
+            )
+    names = [keys.access_key for keys in pairs]
+    if len(set(names)) < len(names):
+        raise UsersError(f"user {user_id!r}: an access key is there twice")
+    if len(pairs) > KEYS_MAX:
+        raise UsersError(f"user {user_id!r}: has {len(pairs)} key pairs; allowed are {KEYS_MAX}")
+
+
+def check_profile(user_id: str, email: str, canonical_id: str, policies: Mapping[str, str]) -> None:
+    """Raises UsersError for an e-mail address, a canonical id or an identity policy that cannot be used."""
+    if email and (len(email) > _EMAIL_MAX or not _EMAIL.fullmatch(email)):
+        raise UsersError(f"user {user_id!r}: {email!r} is no e-mail address")
+    if canonical_id and not _CANONICAL_ID.fullmatch(canonical_id):
+        raise UsersError(f"user {user_id!r}: canonical id: write 64 hex digits")
+    if len(policies) > POLICIES_MAX:
+        raise UsersError(f"user {user_id!r}: has {len(policies)} policies; allowed are {POLICIES_MAX}")
+    for name, document in policies.items():
+        if not _POLICY_NAME.fullmatch(name):
+            raise UsersError(f"user {user_id!r}: policy {name!r}: a name is 1 to 128 letters, digits and +=,.@_-")
+        try:
+            parse(document)
+        except MalformedPolicy as error:
+            raise UsersError(f"user {user_id!r}: policy {name!r}: {error}") from None
+
+
+def sealed(key: NodeKey, user_id: str, pair: KeyPair, *, enabled: bool = True, created_ns: int = 0) -> AccessKey:
+    """A key pair for the catalogue."""
+    secret = key.seal(pair.secret_key, user_id=user_id, access_key=pair.access_key)
+    return AccessKey(pair.access_key, secret, enabled, created_ns)
 
 
 def make_record(
     key: NodeKey,
     user_id: str,
-    keys: KeyPair,
-    *,
+    *pairs: KeyPair,
     display_name: str = "",
     grants: Sequence[Grant] = (),
     enabled: bool = True,
     root: bool = False,
+    email: str = "",
+    canonical_id: str = "",
+    policies: Mapping[str, str] | None = None,
 ) -> UserRecord:
-    """A record with its secret sealed; raises UsersError for an identity that cannot be used."""
-    check_identity(user_id, keys)
+    """A record with its secrets sealed; raises UsersError for what cannot be used."""
+    check_identity(user_id, *pairs)
+    check_profile(user_id, email, canonical_id, policies or {})
     return UserRecord(
         user_id=user_id,
         display_name=display_name or user_id,
-        access_key=keys.access_key,
-        secret=key.seal(keys.secret_key, user_id=user_id, access_key=keys.access_key),
+        keys=tuple(sealed(key, user_id, pair) for pair in pairs),
         grants=tuple(grants),
         enabled=enabled,
         root=root,
+        email=email,
+        canonical_id=canonical_id.lower(),
+        policies=dict(policies or {}),
     )
 
 
-def read_file(path: Path) -> list[FileUser]:
-    """Parse and check a users.toml; raises UsersError that names the file and the user."""
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            content = file.read()
-        entries = msgspec.toml.decode(content, type=_File).user
-    except OSError as error:
-        raise UsersError(f"{path}: cannot be read: {error.strerror}") from None
-    except msgspec.ValidationError as error:
-        raise UsersError(f"{path}: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UsersError(f"{path}: is not TOML: {error}") from None
-    if len(entries) > _USERS_MAX:
-        raise UsersError(f"{path}: names {len(entries)} users; allowed are {_USERS_MAX}")
-    if mode & 0o077 and any(entry.secret_key for entry in entries):
-        logger.warning("%s holds secret keys and others may read it (mode %04o); run chmod 600", path, mode)
-    try:
-        users = [_checked(entry) for entry in entries]
-        _refuse_twins(users)
-    except UsersError as error:
-        raise UsersError(f"{path}: {error}") from None
-    return users
-
-
-def _checked(entry: _Entry) -> FileUser:
-    if entry.id == ROOT_ID:
-        raise UsersError(f"user {ROOT_ID!r}: its keys come from HISS_ROOT_ACCESS_KEY and HISS_ROOT_SECRET_KEY")
-    if bool(entry.secret_key) == bool(entry.secret_key_file):
-        raise UsersError(f"user {entry.id!r}: give either secret_key or secret_key_file")
-    secret = entry.secret_key
-    if entry.secret_key_file:
-        try:
-            secret = Path(entry.secret_key_file).read_text().strip()
-        except (OSError, UnicodeDecodeError):
-            raise UsersError(f"user {entry.id!r}: secret_key_file {entry.secret_key_file!r} cannot be read") from None
-    keys = KeyPair(entry.access_key, secret)
-    check_identity(entry.id, keys)
-    if len(entry.grants) > _GRANTS_MAX:
-        raise UsersError(f"user {entry.id!r}: has {len(entry.grants)} grants; allowed are {_GRANTS_MAX}")
-    try:
-        grants = tuple(parse_grant(text) for text in entry.grants)
-    except UsersError as error:
-        raise UsersError(f"user {entry.id!r}: {error}") from None
-    return FileUser(entry.id, entry.name, keys, grants, entry.enabled)
-
-
-def _refuse_twins(users: Sequence[FileUser]) -> None:
-    ids: set[str] = set()
-    access_keys: set[str] = set()
-    for user in users:
-        if user.user_id in ids or user.keys.access_key in access_keys:
-            raise UsersError(f"user {user.user_id!r}: its id or its access key is there twice")
-        ids.add(user.user_id)
-        access_keys.add(user.keys.access_key)
+def refuse_twins(record: UserRecord, others: Iterable[UserRecord]) -> None:
+    """Raises UsersError where another user has one of the record's access keys, its canonical id or its e-mail address."""
+    names = {pair.access_key for pair in record.keys}
+    for other in others:
+        if other.user_id == record.user_id:
+            continue
+        if taken := names & {pair.access_key for pair in other.keys}:
+            raise UsersError(
+                f"user {record.user_id!r}: access key {min(taken)} belongs to user {other.user_id!r} already"
+            )
+        if record.canonical_id == other.canonical_id:
+            raise UsersError(f"user {record.user_id!r}: its canonical id belongs to user {other.user_id!r} already")
+        if record.email and record.email.lower() == other.email.lower():
+            raise UsersError(
+                f"user {record.user_id!r}: {record.email} is the address of user {other.user_id!r} already"
+            )
 
 
 def root_keys(paths: NodePaths, key: NodeKey, environ: Mapping[str, str] | None = None) -> tuple[KeyPair, bool]:
@@ -229,6 +214,53 @@ def stored_root_keys(paths: NodePaths, key: NodeKey) -> KeyPair | None:
     return KeyPair(access_key, key.open(sealed, user_id=ROOT_ID, access_key=access_key))
 
 
+def _record_of(key: NodeKey, user: FileUser) -> UserRecord:
+    record = make_record(
+        key,
+        user.user_id,
+        *(entry.pair for entry in user.keys),
+        display_name=user.display_name,
+        grants=user.grants,
+        enabled=user.enabled,
+        email=user.email,
+        canonical_id=user.canonical_id,
+        policies=user.policies,
+    )
+    keys = zip(record.keys, user.keys, strict=True)
+    return msgspec.structs.replace(
+        record, keys=tuple(msgspec.structs.replace(pair, enabled=entry.enabled) for pair, entry in keys)
+    )
+
+
+def _refuse_taken(wanted: Sequence[UserRecord], others: Sequence[UserRecord]) -> None:
+    """As ``refuse_twins`` for all of a file's users, in time that grows with their number only."""
+    holders = {name: record for record in others for name in _names(record)}
+    for record in wanted:
+        for name in _names(record):
+            if name in holders:
+                refuse_twins(record, [holders[name]])
+
+
+def _names(record: UserRecord) -> list[str]:
+    """Everything of a user that no other may have."""
+    names = [f"key:{pair.access_key}" for pair in record.keys]
+    names.append(f"canonical:{record.canonical_id}")
+    if record.email:
+        names.append(f"email:{record.email.lower()}")
+    return names
+
+
+def names_twice(records: Iterable[UserRecord]) -> UserRecord | None:
+    """A record that has a name of an earlier one."""
+    seen: set[str] = set()
+    for record in records:
+        names = _names(record)
+        if not seen.isdisjoint(names):
+            return record
+        seen.update(names)
+    return None
+
+
 async def apply(catalog: Catalog, paths: NodePaths, key: NodeKey, root: KeyPair, users: Sequence[FileUser]) -> int:
     """Bring the catalogue's users in line with the root pair and users.toml; returns how many records changed.
 
@@ -236,19 +268,12 @@ async def apply(catalog: Catalog, paths: NodePaths, key: NodeKey, root: KeyPair,
     """
     present = {record.user_id: record for record in await catalog.users()}
     wanted = [make_record(key, ROOT_ID, root, root=True)]
-    wanted += [
-        make_record(
-            key, user.user_id, user.keys, display_name=user.display_name, grants=user.grants, enabled=user.enabled
-        )
-        for user in users
-    ]
+    wanted += [_record_of(key, user) for user in users]
     named = {record.user_id for record in wanted}
-    holders = {record.access_key: record.user_id for record in present.values() if record.user_id not in named}
-    for record in wanted:
-        if record.access_key in holders:
-            raise UsersError(
-                f"user {record.user_id!r}: its access key belongs to user {holders[record.access_key]!r} already"
-            )
+    twin = names_twice(wanted)
+    if twin is not None:
+        raise UsersError(f"user {twin.user_id!r}: an access key, its canonical id or its address is there twice")
+    _refuse_taken(wanted, [record for record in present.values() if record.user_id not in named])
     left = [present[user_id] for user_id in _applied_before(paths) - named if user_id in present]
     changes = [record for record in wanted if not _same(key, present.get(record.user_id), record)]
     changes += [msgspec.structs.replace(record, enabled=False) for record in left if record.enabled]
@@ -267,9 +292,15 @@ def _applied_before(paths: NodePaths) -> set[str]:
 
 def _same(key: NodeKey, old: UserRecord | None, new: UserRecord) -> bool:
     """Equal but for the ciphertext, which differs each time it is sealed."""
-    if old is None or msgspec.structs.replace(old, secret=b"") != msgspec.structs.replace(new, secret=b""):
+    if old is None or _without_secrets(old) != _without_secrets(new):
         return False
     try:
-        return key.open_secret(old) == key.open_secret(new)
+        return [key.open_secret(old, pair) for pair in old.keys] == [key.open_secret(new, pair) for pair in new.keys]
     except NodeKeyError:
         return False
+
+
+def _without_secrets(record: UserRecord) -> UserRecord:
+    # Nor times: what a file says of a key pair has none.
+    keys = tuple(msgspec.structs.replace(pair, secret=b"", created_ns=0) for pair in record.keys)
+    return msgspec.structs.replace(record, keys=keys)

@@ -8,6 +8,7 @@ sizes are bytes. Adding a field needs a default, so that old journals stay reada
 from __future__ import annotations
 
 import enum
+import hashlib
 
 import msgspec
 
@@ -283,15 +284,40 @@ class Grant(msgspec.Struct, frozen=True):
     access: str = "read"
 
 
-class UserRecord(msgspec.Struct, frozen=True):
-    user_id: str
-    display_name: str
+class AccessKey(msgspec.Struct, frozen=True):
+    """One key pair of a user; several at a time, so that a new one is in use before the old one goes."""
+
     access_key: str
     secret: bytes
     """The secret key, encrypted with the node key; never logged, never returned."""
+    enabled: bool = True
+    created_ns: int = 0
+
+
+class UserRecord(msgspec.Struct, frozen=True):
+    user_id: str
+    display_name: str
+    access_key: str = ""
+    """With ``secret``: the only pair, in records of before users had several. It becomes ``keys``, and is empty from then on."""
+    secret: bytes = b""
     grants: tuple[Grant, ...] = ()
     enabled: bool = True
     root: bool = False
+    keys: tuple[AccessKey, ...] = ()
+    email: str = ""
+    canonical_id: str = ""
+    """64 hex digits, as S3 names owners and grantees; derived from ``user_id`` where none was given."""
+    policies: dict[str, str] = {}
+    """Identity policies: name -> JSON document."""
+
+    def __post_init__(self) -> None:
+        if self.access_key:
+            msgspec.structs.force_setattr(self, "keys", (AccessKey(self.access_key, self.secret), *self.keys))
+            msgspec.structs.force_setattr(self, "access_key", "")
+            msgspec.structs.force_setattr(self, "secret", b"")
+        if not self.canonical_id:
+            derived = hashlib.sha256(b"hiss-canonical-id\0" + self.user_id.encode()).hexdigest()
+            msgspec.structs.force_setattr(self, "canonical_id", derived)
 
 
 class PartialMember(msgspec.Struct, frozen=True, array_like=True):

@@ -8,15 +8,20 @@ key has happened before the operation runs; operations that touch others (copy, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ingest import bucket_settings
 from ingest.bucket_settings import BucketSettings
 from ingest.ports import Catalog, FrameHost
 from ingest.records import BucketRecord, UserRecord
 from ingest.stream_types import DataPlane
-from s3api.auth import grants
 from s3api.auth.actions import Over
-from s3api.auth.sigv4 import Signed
+from s3api.auth.context import RequestContext
+from s3api.auth.engine import Question, Verdict
+from s3api.auth.policy.principals import ACCOUNT_ID
+from s3api.auth.rules import AccessDefaults, Gate
+from s3api.auth.signed import Signed
+from s3api.auth.users import UserDirectory
 from s3api.errors import S3Error
 from s3api.http.message import Request
 
@@ -71,6 +76,10 @@ class ServiceSettings:
     """Names that the ARNs of bucket notifications may end in."""
     day_s: int = 86400
     """Seconds of a day of lifecycle rules and restores; shorter ones are for tests."""
+    access: AccessDefaults = dataclasses.field(default_factory=AccessDefaults)
+    allow_sigv2: bool = True
+    any_region: bool = False
+    """Signatures may name any region, not only ``region``."""
 
 
 class Buckets:
@@ -104,6 +113,8 @@ class Node:
     data: DataPlane
     buckets: Buckets
     settings: ServiceSettings
+    users: UserDirectory
+    gate: Gate
     kernels: FrameHost | None = None
 
 
@@ -131,13 +142,39 @@ class Call:
         """The request's bucket; raises NoSuchBucket, and AccessDenied when it is not the owner's the client expects."""
         record, settings = await self.node.buckets.get(self.bucket_name)
         expected = self.request.headers.get("x-amz-expected-bucket-owner")
-        if expected and expected != record.owner:
+        if expected and not await self.is_owner(record, expected):
             raise S3Error("AccessDenied", "The bucket is not owned by x-amz-expected-bucket-owner")
         return record, settings
 
+    async def is_owner(self, bucket: BucketRecord, account: str) -> bool:
+        """Is the bucket of ``account``, by the id of its owner, by the owner's canonical id, or by the node's account id?"""
+        if account in (bucket.owner, ACCOUNT_ID):
+            return True
+        owner = await self.node.users.by_id(bucket.owner)
+        return owner is not None and account.lower() == owner.canonical_id.lower()
+
     async def may(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> bool:
         """May the user do ``action`` (of s3api/auth/actions.py) to ``bucket``, or to the key or listed prefix ``name`` in it?"""
-        return grants.permits(self.user, action, bucket, name, over)
+        return (await self.verdict(Question(action, bucket, name, over))).allowed
+
+    async def verdict(self, question: Question, **about: Any) -> Verdict:
+        """What the engine says. ``about``: what the request says elsewhere than in its head (see RequestContext)."""
+        version_id = self.request.arg("versionId") if question.name == self.key else None
+        principal = self.signed.credentials.principal
+        return await self.node.gate.ask(principal, question, self.context(**about), version_id)
+
+    def context(self, **about: Any) -> RequestContext:
+        """The request's condition keys; for one question only, since it remembers the object that one was about."""
+        signed = self.signed
+        return RequestContext(
+            self.request,
+            signed.credentials.principal,
+            self.catalog.now_ns() / 1e9,
+            presigned=signed.presigned,
+            sigv2=signed.sigv2,
+            signed_s=signed.signed_s,
+            **about,
+        )
 
     async def authorise(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> None:
         """Raises AccessDenied unless the user ``may``."""

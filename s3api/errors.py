@@ -74,7 +74,7 @@ CODES: dict[str, Code] = {
     "InvalidRequest": Code(400, "Invalid Request"),
     "InvalidStorageClass": Code(400, "The storage class you specified is not valid"),
     "InvalidTag": Code(400, "The tag provided was not a valid tag"),
-    "InvalidToken": Code(400, "Session tokens are not used here; sign with a long-term key pair", "auth"),
+    "InvalidToken": Code(400, "The provided token is malformed or otherwise not valid", "auth"),
     "InvalidURI": Code(400, "Couldn't parse the specified URI"),
     "KeyTooLongError": Code(400, "Your key is too long; the maximum is 1024 bytes"),
     "MalformedTrailerError": Code(400, "The request contained trailing data that was not well-formed"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from awscrt import checksums as crt
 
 from s3api import checksums
-from s3api.auth.sigv4 import Signed
+from s3api.auth.signed import Signed
 from s3api.checksums import Algorithm
 from s3api.errors import S3Error
 from s3api.http.message import Headers, Request

@@ -173,12 +173,15 @@ class Target:
     level: Level
     bucket: str
     key: bytes
+    virtual: bool = False
+    """Host named the bucket."""
 
 
 def target_of(request: Request, domains: tuple[str, ...], key_bytes_max: int) -> Target:
     """Bucket and key from Host and raw path. Raises InvalidURI, KeyTooLongError."""
     path = request.path.removeprefix("/")
     bucket = _virtual_bucket(request.headers.get("host"), domains) if domains else ""
+    virtual = bool(bucket)
     if not bucket:
         bucket_text, _, path = path.partition("/")
         bucket = _decoded(bucket_text).decode("utf-8")
@@ -187,11 +190,11 @@ def target_of(request: Request, domains: tuple[str, ...], key_bytes_max: int) ->
             raise S3Error("InvalidURI")
         return Target(Level.SERVICE, "", b"")
     if not path:
-        return Target(Level.BUCKET, bucket, b"")
+        return Target(Level.BUCKET, bucket, b"", virtual)
     key = _decoded(path)
     if len(key) > key_bytes_max:
         raise S3Error("KeyTooLongError", fields=[("Size", str(len(key))), ("MaxSizeAllowed", str(key_bytes_max))])
-    return Target(Level.OBJECT, bucket, key)
+    return Target(Level.OBJECT, bucket, key, virtual)
 
 
 def _virtual_bucket(host: str, domains: tuple[str, ...]) -> str:

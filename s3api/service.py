@@ -13,14 +13,16 @@ import time
 from collections.abc import Callable
 
 from ingest.counters import ERROR_CLASSES, S3_OPERATIONS, Counters
-from ingest.errors import IngestError, NoSuchBucket
+from ingest.errors import IngestError, NoSuchBucket, NoSuchKey
 from ingest.origin import ORIGIN, Origin
 from ingest.ports import FrameHost
 from ingest.stream_types import DataPlane
 from s3api import cors
 from s3api.auth.actions import OF_VERSIONS
-from s3api.auth.sigv4 import SigV4
-from s3api.auth.users import UserStore
+from s3api.auth.authenticate import Authenticator
+from s3api.auth.engine import NO_RULES
+from s3api.auth.rules import Gate
+from s3api.auth.users import UserDirectory
 from s3api.call import Buckets, Call, Node, ServiceSettings
 from s3api.errors import S3Error, render, translated
 from s3api.http.message import HttpError, Request, Response
@@ -36,7 +38,7 @@ class S3Service:
     def __init__(
         self,
         data: DataPlane,
-        users: UserStore,
+        users: UserDirectory,
         counters: Counters,
         settings: ServiceSettings | None = None,
         kernels: FrameHost | None = None,
@@ -44,8 +46,10 @@ class S3Service:
     ) -> None:
         self._settings = settings or ServiceSettings()
         self._clock = clock
-        self._auth = SigV4(users)
-        self._node = Node(data, Buckets(data.catalog), self._settings, kernels)
+        region = "" if self._settings.any_region else self._settings.region
+        self._auth = Authenticator(users, region=region, allow_sigv2=self._settings.allow_sigv2)
+        gate = Gate(data.catalog, self._settings.access)
+        self._node = Node(data, Buckets(data.catalog), self._settings, users, gate, kernels)
         self._requests = {name: counters.cell("hiss_http_requests_total", name) for name in S3_OPERATIONS}
         self._seconds = {name: counters.histogram("hiss_http_request_seconds", name) for name in S3_OPERATIONS}
         self._errors = {name: counters.cell("hiss_http_errors_total", name) for name in ERROR_CLASSES}
@@ -58,12 +62,13 @@ class S3Service:
                 return self._named(request, Response(200, await self._preflight(request, target)))
             row = route(request, target.level)
             request.scope["operation"] = row.name
-            signed = await self._auth.verify(request, self._clock())
+            virtual = target.bucket if target.virtual else ""
+            signed = await self._auth.verify(request, virtual, self._clock())
             call = Call(request, self._node, signed, target.bucket, target.key)
             user_id = request.scope["user"] = call.user.user_id
             await _authorise(call, row, target)
             await self._tell_origin(call, row)
-            response = await row.run(call)
+            response = await _answered(call, row)
         except ConnectionResetError:
             raise
         except Exception as error:
@@ -156,8 +161,25 @@ class S3Service:
 
 
 async def _authorise(call: Call, row: Route, target: Target) -> None:
-    """Raises AccessDenied; before the bucket is even looked for, so that nobody learns of buckets of others."""
+    """Raises AccessDenied, or NoSuchBucket for a bucket that is not there."""
     versioned = call.request.arg("versionId") is not None
     action = OF_VERSIONS.get(row.action, row.action) if versioned else row.action
     listed = (call.request.arg("prefix") or "").encode() if target.level is Level.BUCKET else target.key
-    await call.authorise(action, target.bucket, listed, row.over)
+    if await call.may(action, target.bucket, listed, row.over):
+        return
+    if target.bucket and row.action != "s3:CreateBucket" and await call.node.gate.rules(target.bucket) is NO_RULES:
+        raise S3Error("NoSuchBucket", fields=[("BucketName", target.bucket)])
+    raise S3Error("AccessDenied")
+
+
+async def _answered(call: Call, row: Route) -> Response:
+    """Run the operation. Who may not list a bucket does not learn which keys are not in it."""
+    try:
+        return await row.run(call)
+    except NoSuchKey:
+        if row.action in _READS and not await call.may("s3:ListBucket", call.bucket_name, call.key):
+            raise S3Error("AccessDenied") from None
+        raise
+
+
+_READS = frozenset({"s3:GetObject", "s3:GetObjectAttributes"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import datetime
 import functools
 import time
 from email.utils import parsedate_tz
@@ -38,5 +39,14 @@ def parse_http_date(text: str) -> int | None:
         return None
     try:
         return calendar.timegm((*parsed[:6], 0, 0, 0)) - (parsed[9] or 0)
+    except (ValueError, OverflowError):
+        return None
+
+
+def parse_iso_s(text: str) -> float | None:
+    """Seconds since the epoch of an ISO 8601 date and time, UTC where it names no zone; None for anything else."""
+    try:
+        parsed = datetime.datetime.fromisoformat(text.strip())
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)).timestamp()
     except (ValueError, OverflowError):
         return None

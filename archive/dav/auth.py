@@ -1,4 +1,4 @@
-"""Who asks and what they may see: HTTP Basic with the S3 key pair, and the read grants of a user as a filter on keys.
+"""Who asks and what they may see: HTTP Basic with the S3 key pair, and a user's rights as a filter on keys.
 
 In: an Authorization field; a ``UserRecord``. Out: the user or None; ``Sight``. The secret itself is compared by the
 ``Authenticator`` that the composition root injects (it alone can decrypt secrets). Basic (RFC 7617) sends the secret
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import fnmatch
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from ingest.records import Grant, UserRecord
+from ingest.records import BucketRecord, UserRecord
+from s3api.http.message import Request
 
 REALM = "HISS"
 CHALLENGE = f'Basic realm="{REALM}", charset="UTF-8"'
@@ -34,29 +35,22 @@ def basic_credentials(field: str) -> tuple[str, str] | None:
     return (user, password) if colon else None
 
 
-class Sight:
-    """What one user may read. Every access level implies reading; root reads everything."""
+class Sight(Protocol):
+    """What one user may see. The composition root makes it from what decides over S3 too, so that both always agree."""
 
-    def __init__(self, user: UserRecord) -> None:
-        self.user_id = user.user_id
-        self._grants = (Grant(),) if user.root else user.grants
+    @property
+    def user_id(self) -> str: ...
+    async def bucket(self, bucket: BucketRecord) -> bool:
+        """Does the user learn that the bucket exists?"""
+        ...
 
-    def _prefixes(self, bucket: str) -> list[bytes]:
-        return [grant.prefix.encode() for grant in self._grants if fnmatch.fnmatchcase(bucket, grant.bucket)]
+    async def key(self, bucket: str, key: bytes) -> bool:
+        """May the user read it?"""
+        ...
 
-    def bucket(self, bucket: str) -> bool:
-        return bool(self._prefixes(bucket))
+    async def scans(self, bucket: str, folder: bytes) -> list[bytes]:
+        """Key prefixes, disjoint and in order, that together are what the user may list below the prefix ``folder``."""
+        ...
 
-    def key(self, bucket: str, key: bytes) -> bool:
-        return any(key.startswith(prefix) for prefix in self._prefixes(bucket))
 
-    def scans(self, bucket: str, folder: bytes) -> list[bytes]:
-        """Key prefixes, disjoint and in order, that together are what the user may read below the prefix ``folder``."""
-        prefixes = self._prefixes(bucket)
-        if any(folder.startswith(prefix) for prefix in prefixes):
-            return [folder]
-        chosen: list[bytes] = []
-        for prefix in sorted(prefix for prefix in prefixes if prefix.startswith(folder)):
-            if not chosen or not prefix.startswith(chosen[-1]):
-                chosen.append(prefix)
-        return chosen
+SightOf = Callable[[UserRecord, Request], Sight]

@@ -13,7 +13,7 @@ from email.utils import formatdate
 from urllib.parse import unquote
 
 from archive.dav import conditions, digests
-from archive.dav.auth import CHALLENGE, Authenticator, Sight, basic_credentials
+from archive.dav.auth import CHALLENGE, Authenticator, SightOf, basic_credentials
 from archive.dav.errors import ALLOWED, READ_ONLY, render, text_response
 from archive.dav.listing import listing
 from archive.dav.paths import BadPath, Target, href, parse
@@ -42,9 +42,10 @@ _OFFLINE = frozenset({ObjectState.EVICTED, ObjectState.RECALLING})
 class DavService:
     """One for each worker process. ``await service(request)`` answers and never raises; ``close`` ends its threads."""
 
-    def __init__(self, plane: DataPlane, authenticate: Authenticator) -> None:
+    def __init__(self, plane: DataPlane, authenticate: Authenticator, sight_of: SightOf) -> None:
         self._plane = plane
         self._authenticate = authenticate
+        self._sight_of = sight_of
         self._bridge = WsgiBridge()
         self._recalls: collections.Counter[str] = collections.Counter()
 
@@ -72,8 +73,7 @@ class DavService:
             # The body that may follow is not wanted, however long it is.
             response.close = request.body.length != 0
             return response
-        sight = Sight(user)
-        tree = Tree(self._plane.catalog, sight)
+        tree = Tree(self._plane.catalog, self._sight_of(user, request))
         target = parse(request.path)
         if request.method in ("GET", "HEAD"):
             return await self._read(request, tree, target, user.user_id)

@@ -78,7 +78,7 @@ class Tree:
         return await self._folder(target)
 
     async def _object(self, target: Target) -> File | None:
-        if not target.key or not self._sight.key(target.bucket, target.key):
+        if not target.key or not await self._sight.key(target.bucket, target.key):
             return None
         try:
             return File(await self._catalog.head(target.bucket, target.key))
@@ -86,13 +86,13 @@ class Tree:
             return None
 
     async def _folder(self, target: Target) -> Folder | None:
-        if not self._sight.bucket(target.bucket):
-            return None
         try:
             bucket = await self._catalog.bucket(target.bucket)
+            if not await self._sight.bucket(bucket):
+                return None
             if not target.prefix:
                 return Folder(bucket)
-            for scan in self._sight.scans(target.bucket, target.prefix):
+            for scan in await self._sight.scans(target.bucket, target.prefix):
                 rows, _ = await self._catalog.list_objects(target.bucket, prefix=scan, limit=1)
                 if rows:
                     return Folder(bucket, target.prefix)
@@ -103,12 +103,12 @@ class Tree:
     async def children(self, collection: Collection) -> AsyncIterator[list[Entry]]:
         """Pages of at most PAGE_ENTRIES children, in the order of their keys."""
         if isinstance(collection, Root):
-            visible = [bucket for bucket in await self._catalog.buckets() if self._sight.bucket(bucket.name)]
+            visible = [bucket for bucket in await self._catalog.buckets() if await self._sight.bucket(bucket)]
             for start in range(0, len(visible), PAGE_ENTRIES):
                 yield [Entry(bucket.name, Folder(bucket)) for bucket in visible[start : start + PAGE_ENTRIES]]
             return
         naming = _Naming(collection)
-        for scan in self._sight.scans(collection.bucket.name, collection.prefix):
+        for scan in await self._sight.scans(collection.bucket.name, collection.prefix):
             # A grant can begin below this folder: all it shows here is the one folder that leads to it.
             slash = scan.find(b"/", len(collection.prefix))
             async for rows in self._rows(collection, scan, single=slash >= 0):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from gateway import logging as gateway_logging
-from gateway import users
+from gateway import users, users_file
 from gateway.cli import options
 from gateway.cli.output import CliError, print_json
 from gateway.node_key import NodeKey
@@ -97,7 +97,7 @@ class Node:
         await supervisor.run()
 
     def _read_users(self) -> list[users.FileUser]:
-        return users.read_file(self._settings.users_file) if self._settings.users_file else []
+        return users_file.read_file(self._settings.users_file) if self._settings.users_file else []
 
     async def _write_users(self) -> None:
         """Root and users.toml into the catalogue: when it is first ready, and on SIGHUP."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ from gateway.control.status import StatusSource
 from gateway.metrics import Exposition
 from ingest.errors import CatalogError, NoSuchBucket, NoSuchKey
 from ingest.ports import Catalog
+from ingest.records import UserRecord
+from s3api.auth.sight import UserSight
+from s3api.http.message import Request
 
 _Bucket = Annotated[str, Query(min_length=3, max_length=63, description="Name of the bucket.")]
 _Prefix = Annotated[str, Query(max_length=1024, description="Key prefix, e.g. a run with its closing slash.")]
@@ -50,6 +54,7 @@ class ControlContext:
     version: str
     catalog: Catalog
     authenticate: Authenticator
+    sight_of: Callable[[UserRecord, Request], UserSight]
     check: HealthCheck
     status: StatusSource
     metrics: Exposition
@@ -107,7 +112,7 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
     async def get_run(
         user: User, bucket: _Bucket, prefix: _Prefix = "", expect_objects: _Sent = None, expect_bytes: _Sent = None
     ) -> Response:
-        require_read(user, bucket, prefix.encode())
+        await require_read(user, bucket, prefix.encode())
         status = await run_status(
             context.catalog,
             bucket,
@@ -126,13 +131,13 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
         after: _Prefix = "",
         limit: Annotated[int, Query(ge=1, le=RUNS_MAX)] = 100,
     ) -> Response:
-        require_read(user, bucket, prefix.encode())
+        await require_read(user, bucket, prefix.encode())
         runs = await list_runs(context.catalog, bucket, prefix.encode(), after.encode(), limit)
         return Response(msgspec.json.encode(runs), media_type="application/json")
 
     @app.post("/v1/runs/close", response_class=Response, summary="Close a run: its product becomes final")
     async def post_close(user: User, bucket: _Bucket, prefix: _Prefix) -> Response:
-        require_write(user, bucket, prefix.encode())
+        await require_write(user, bucket, prefix.encode())
         if prefix and not prefix.endswith("/"):
             raise HTTPException(422, f"a run is a prefix up to its last slash: {prefix}/")
         try:
@@ -143,7 +148,7 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
 
     @app.get("/v1/kernels", response_class=Response, summary="Kernels submitted to a bucket")
     async def get_kernels(user: User, bucket: _Bucket) -> Response:
-        require_read(user, bucket, b"_kernels/")
+        await require_read(user, bucket, b"_kernels/")
         return Response(
             msgspec.json.encode(await kernels(context.catalog, bucket, context.run_folder)),
             media_type="application/json",
@@ -159,7 +164,7 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
         key_prefix: _Prefix = "",
         last_event_id: Annotated[str, Header(max_length=64)] = "",
     ) -> StreamingResponse:
-        require_read(user, bucket, key_prefix.encode())
+        await require_read(user, bucket, key_prefix.encode())
         await context.catalog.bucket(bucket)
         wanted = Filter(kernel, key_prefix.encode())
         try:
@@ -180,7 +185,7 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
     ) -> None:
         try:
             user = await signed_in(socket, websocket.credentials(socket.headers, socket.scope["subprotocols"]))
-            require_read(user, bucket, key_prefix.encode())
+            await require_read(user, bucket, key_prefix.encode())
             await context.catalog.bucket(bucket)
             wanted = Filter(kernel, key_prefix.encode())
             events = context.feedback.subscribe(bucket, wanted, WEBSOCKET, last_event_id=last_event_id)
@@ -195,7 +200,7 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
 
     @app.get("/v1/feedback/actions", summary="Named actions of a bucket, and what became of their values")
     async def get_actions(user: User, bucket: _Bucket) -> dict[str, Any]:
-        require_read(user, bucket)
+        await require_read(user, bucket)
         await context.catalog.bucket(bucket)
         return {"actions": await context.actions.document(bucket), "bridges": context.actions.bridges()}
 

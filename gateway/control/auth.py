@@ -1,12 +1,14 @@
-"""Who asks the control API: HTTP Basic with an S3 key pair, and read grants on buckets.
+"""Who asks the control API: HTTP Basic with an S3 key pair, and what the S3 port would allow.
 
-In: requests. Out: the ``UserRecord``, or 401 / 403. The same ``authenticator`` serves the WebDAV port.
+In: requests. Out: the ``Caller``, or 401 / 403. The same ``authenticator`` serves the WebDAV port.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, cast
 
 from fastapi import Depends, HTTPException, Request
 from fastapi.security.http import HTTPBase
@@ -14,11 +16,15 @@ from starlette.requests import HTTPConnection
 
 from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
 from ingest.records import UserRecord
-from s3api.auth.actions import Access
-from s3api.auth.grants import allows
+from s3api.auth.principal import of_user
+from s3api.auth.rules import Gate
+from s3api.auth.sight import UserSight
 from s3api.auth.users import UserStore
+from s3api.http import message
 
 _ABSENT = "-"
+_NO_BODY = cast(message.Body, None)
+"""The rules look at heads only."""
 
 
 def authenticator(users: UserStore) -> Authenticator:
@@ -28,7 +34,7 @@ def authenticator(users: UserStore) -> Authenticator:
         found = await users.find(access_key)
         expected = found.secret_key if found else _ABSENT
         same = hmac.compare_digest(expected.encode(), secret_key.encode())
-        return found.user if found and same and found.user.enabled else None
+        return found.user if found and same and found.key_enabled and found.user.enabled else None
 
     return authenticate
 
@@ -37,32 +43,69 @@ def authenticator(users: UserStore) -> Authenticator:
 _SCHEME = HTTPBase(scheme="basic", scheme_name="S3 key pair", auto_error=False)
 
 
-async def _signed_in(request: Request, _: Annotated[object, Depends(_SCHEME)]) -> UserRecord:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and what they may do."""
+
+    user: UserRecord
+    sight: UserSight
+
+
+async def _signed_in(request: Request, _: Annotated[object, Depends(_SCHEME)]) -> Caller:
     return await signed_in(request, basic_credentials(request.headers.get("authorization", "")))
 
 
-async def signed_in(connection: HTTPConnection, credentials: tuple[str, str] | None) -> UserRecord:
+async def signed_in(connection: HTTPConnection, credentials: tuple[str, str] | None) -> Caller:
     """The user of these credentials; raises 401."""
-    authenticate: Authenticator = connection.app.state.context.authenticate
+    context = connection.app.state.context
+    authenticate: Authenticator = context.authenticate
     user = await authenticate(*credentials) if credentials else None
     if user is None:
-        message = "sign in with an access key and its secret key"
-        raise HTTPException(401, message, {"WWW-Authenticate": CHALLENGE})
-    return user
+        text = "sign in with an access key and its secret key"
+        raise HTTPException(401, text, {"WWW-Authenticate": CHALLENGE})
+    return Caller(user, context.sight_of(user, _as_request(connection)))
 
 
-User = Annotated[UserRecord, Depends(_signed_in)]
+def _as_request(connection: HTTPConnection) -> message.Request:
+    """What conditions of policies ask of a request, as the S3 port would see it."""
+    client = connection.client
+    host = f"[{client.host}]" if client and ":" in client.host else client.host if client else ""
+    return message.Request(
+        method="GET",
+        target="",
+        path="",
+        query=(),
+        headers=message.Headers([(name.lower(), value) for name, value in connection.headers.items()]),
+        body=_NO_BODY,
+        peer=f"{host}:{client.port}" if client else "",
+        secure=connection.url.scheme in ("https", "wss"),
+        request_id="",
+    )
 
 
-def require_write(user: UserRecord, bucket: str, prefix: bytes = b"") -> None:
+def sight_maker(gate: Gate, clock: Callable[[], float]) -> Callable[[UserRecord, message.Request], UserSight]:
+    """What a user may see, by the rules of the S3 port; for WebDAV and the control API."""
+
+    def sight_of(user: UserRecord, request: message.Request) -> UserSight:
+        return UserSight(gate, of_user(user), request, clock)
+
+    return sight_of
+
+
+User = Annotated[Caller, Depends(_signed_in)]
+
+
+async def require_write(caller: Caller, bucket: str, prefix: bytes = b"") -> None:
     """Raises 403 unless the user may write everything under ``prefix``."""
-    if not allows(user, Access.WRITE, bucket, prefix):
-        raise HTTPException(
-            403, f"your key pair may not write {prefix.decode(errors='replace')!r} in bucket {bucket!r}"
-        )
+    await _require(caller, "s3:PutObject", bucket, prefix, "write")
 
 
-def require_read(user: UserRecord, bucket: str, prefix: bytes = b"") -> None:
+async def require_read(caller: Caller, bucket: str, prefix: bytes = b"") -> None:
     """Raises 403 unless the user may read everything under ``prefix``."""
-    if not allows(user, Access.READ, bucket, prefix):
-        raise HTTPException(403, f"your key pair may not read {prefix.decode(errors='replace')!r} in bucket {bucket!r}")
+    await _require(caller, "s3:GetObject", bucket, prefix, "read")
+
+
+async def _require(caller: Caller, action: str, bucket: str, prefix: bytes, verb: str) -> None:
+    if not await caller.sight.may(action, bucket, prefix):
+        where = prefix.decode(errors="replace")
+        raise HTTPException(403, f"your key pair may not {verb} {where!r} in bucket {bucket!r}")

@@ -13,10 +13,11 @@ from typing import Any
 
 import uvloop
 
+from gateway.access import access_defaults
 from gateway.boot import Boot
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
-from gateway.control.auth import authenticator
+from gateway.control.auth import authenticator, sight_maker
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
@@ -30,6 +31,7 @@ from gateway.supervisor.slot import SlotState
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CONTROL, Counters
 from ingest.ports import Catalog
+from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
 DISTRIBUTION = "hiss-gateway"
@@ -67,6 +69,7 @@ async def _serve(boot: Boot) -> None:
             version=version,
             catalog=catalog,
             authenticate=authenticator(users),
+            sight_of=sight_maker(Gate(catalog, access_defaults(settings)), lambda: catalog.now_ns() / 1e9),
             check=health_check(processes, catalog, kernels),
             status=StatusSource(
                 reader,

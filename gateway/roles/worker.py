@@ -22,8 +22,9 @@ import uvloop
 
 from archive.dav.errors import render as render_dav
 from archive.dav.service import DavService
+from gateway.access import access_defaults
 from gateway.boot import Boot
-from gateway.control.auth import authenticator
+from gateway.control.auth import authenticator, sight_maker
 from gateway.control.process import tls_context
 from gateway.drain_storage import files_elsewhere
 from gateway.node_key import NodeKey
@@ -44,6 +45,7 @@ from kernels.feedback import SocketFeedback
 from kernels.host import HostLimits, KernelHost
 from kernels.sandbox import SandboxLimits
 from kernels.standing import Standing, Verdict
+from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 from s3api.call import Limits, ServiceSettings
 from s3api.http.limits import HttpLimits
@@ -175,7 +177,8 @@ async def _servers(
     boot: Boot, settings: Settings, buffer: Buffer, host: KernelHost | None, counters: Counters
 ) -> AsyncIterator[None]:
     """S3 and WebDAV on their listeners; closing finishes what is in flight."""
-    users = CatalogUsers(buffer.catalog, NodeKey.load(boot.paths.node_key).open_secret)
+    key = NodeKey.load(boot.paths.node_key)
+    users = CatalogUsers(buffer.catalog, key.open_secret, key.sealer())
     service = S3Service(
         buffer,
         users,
@@ -188,10 +191,14 @@ async def _servers(
             limits=Limits(object_bytes=settings.max_object_bytes),
             day_s=settings.lifecycle_day_s,
             notification_endpoints=frozenset(settings.notification_urls),
+            access=access_defaults(settings),
+            allow_sigv2=settings.allow_sigv2,
+            any_region=settings.any_region,
         ),
         host,
     )
-    dav = DavService(buffer, authenticator(users))
+    gate = Gate(buffer.catalog, access_defaults(settings))
+    dav = DavService(buffer, authenticator(users), sight_maker(gate, lambda: buffer.catalog.now_ns() / 1e9))
     limits = HttpLimits(
         head_timeout_s=settings.head_timeout_s,
         idle_timeout_s=settings.keepalive_timeout_s,

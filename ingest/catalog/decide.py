@@ -213,9 +213,13 @@ class Decider:
 
     def _put_user(self, mutation: wire.PutUser) -> e.Entry:
         user = mutation.user
-        taken = self._db.execute(statements.USER_OF_KEY, {"access_key": user.access_key}).fetchone()
-        if taken is not None and taken[0] != user.user_id:
-            raise CatalogError(f"access key {user.access_key} belongs to another user")
+        names = [key.access_key for key in user.keys]
+        for name in names:
+            taken = self._db.execute(statements.USER_OF_KEY, {"access_key": name}).fetchone()
+            if taken is not None and taken[0] != user.user_id:
+                raise CatalogError(f"access key {name} belongs to another user")
+        if len(set(names)) < len(names):
+            raise CatalogError(f"an access key of user {user.user_id} is there twice")
         return e.UserPut(user)
 
     # -- objects

@@ -109,10 +109,11 @@ class Index:
 
     def _user_put(self, _: int, entry: e.UserPut) -> None:
         user = entry.user
-        self._db.execute(
-            statements.PUT_USER,
-            {"user_id": user.user_id, "access_key": user.access_key, "record": rows.encode(user)},
-        )
+        of = {"user_id": user.user_id}
+        self._db.execute(statements.PUT_USER, of | {"record": rows.encode(user)})
+        self._db.execute(statements.DELETE_KEYS_OF_USER, of)
+        for key in user.keys:
+            self._db.execute(statements.PUT_KEY_OF_USER, of | {"access_key": key.access_key})
 
     # -- objects
     def _object_committed(self, sequence: int, entry: e.ObjectCommitted) -> None:

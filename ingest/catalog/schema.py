@@ -46,10 +46,19 @@ users = Table(
     "users",
     metadata,
     Column("user_id", Text, primary_key=True),
-    Column("access_key", Text, nullable=False, unique=True),
     Column("record", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+access_keys = Table(
+    "access_keys",
+    metadata,
+    Column("access_key", Text, primary_key=True),
+    Column("user_id", Text, nullable=False),
+    Index("access_keys_user", "user_id"),
+    sqlite_with_rowid=False,
+)
+"""Whose key pair it is, in use or switched off: an access key has one user."""
 
 objects = Table(
     "objects",

@@ -15,6 +15,7 @@ from sqlalchemy import bindparam, literal_column, text
 from sqlalchemy.dialects import sqlite
 
 from ingest.catalog.schema import (
+    access_keys,
     buckets,
     evictions,
     extents,
@@ -91,12 +92,14 @@ RESCHEDULE_BUCKET = _sql(
     .values(due_ns=objects.c.modified_ns + bindparam("drain_after_ns", type_=sa.BigInteger))
 )
 USERS = _sql(sa.select(users.c.record).order_by(users.c.user_id))
-USER_OF_KEY = _sql(sa.select(users.c.user_id).where(users.c.access_key == _p("access_key")))
+USER_OF_KEY = _sql(sa.select(access_keys.c.user_id).where(access_keys.c.access_key == _p("access_key")))
 PUT_USER = _sql(
     sqlite.insert(users)
-    .values(user_id=_p("user_id"), access_key=_p("access_key"), record=_p("record"))
-    .on_conflict_do_update(index_elements=["user_id"], set_={"access_key": _p("access_key"), "record": _p("record")})
+    .values(user_id=_p("user_id"), record=_p("record"))
+    .on_conflict_do_update(index_elements=["user_id"], set_={"record": _p("record")})
 )
+DELETE_KEYS_OF_USER = _sql(sa.delete(access_keys).where(access_keys.c.user_id == _p("user_id")))
+PUT_KEY_OF_USER = _sql(sqlite.insert(access_keys).values(access_key=_p("access_key"), user_id=_p("user_id")))
 
 # -- objects: reads
 RECORD_COLUMNS = (

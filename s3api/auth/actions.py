@@ -77,6 +77,16 @@ ACTIONS: dict[str, Action] = {
     f"s3:{name}": Action(access, over) for (access, over), names in _TABLE.items() for name in names.split()
 }
 
+# Actions that no operation here asks for; policies that were written for AWS may name them.
+OTHER_ACTIONS: tuple[str, ...] = tuple(
+    f"s3:{name}"
+    for name in (
+        "CreateAccessPoint CreateJob DeleteAccessPoint DeleteJobTagging GetAccessPoint GetAccountPublicAccessBlock"
+        " GetObjectVersionForReplication GetObjectVersionTorrent InitiateReplication ListAccessPoints ListJobs"
+        " PutAccountPublicAccessBlock ReplicateDelete ReplicateObject ReplicateTags UpdateBucketMetadataTableConfiguration"
+    ).split()
+)
+
 # An operation that names a version needs the action of versions.
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
 OF_VERSIONS: dict[str, str] = {

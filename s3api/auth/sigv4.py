@@ -1,24 +1,24 @@
 """AWS Signature Version 4: is this request what the holder of the secret key signed?
 
 In: a request head and a user store. Out: ``Signed`` (who, and how the body is protected) or an S3Error from the table.
-Both forms are verified, Authorization header and presigned URL; SigV2 and anonymous requests are refused clearly.
+Both forms are verified, Authorization header and presigned URL.
 https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html
-Any region is accepted in the scope, since instruments keep whatever their SDK defaults to.
+A scope that names another region is refused with the right one, which SDKs then use; a node may be told to take any.
 """
 
 from __future__ import annotations
 
 import calendar
 import dataclasses
-import enum
 import functools
 import hashlib
 import hmac
 import time
+from collections.abc import Sequence
 
 from s3api.auth.canonical import canonical_query, canonical_request
-from s3api.auth.chunks import ChunkSignatures
-from s3api.auth.users import Credentials, UserStore
+from s3api.auth.signed import UNSIGNED_PAYLOAD, Signed, payload_of
+from s3api.auth.users import UserStore, usable
 from s3api.errors import S3Error
 from s3api.http.message import Request
 
@@ -29,54 +29,7 @@ CREDENTIAL_MAX_CHARS = 512
 SIGNED_HEADERS_MAX = 128
 CACHED_KEYS_MAX = 4096
 
-UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-
-
-class Payload(enum.Enum):
-    """How the body is protected, as ``x-amz-content-sha256`` says."""
-
-    UNSIGNED = UNSIGNED_PAYLOAD
-    SHA256 = "sha256"
-    CHUNKS = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD"
-    CHUNKS_TRAILER = "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
-    UNSIGNED_TRAILER = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
-
-    @property
-    def streaming(self) -> bool:
-        """The body is in aws-chunked framing."""
-        return self not in (Payload.UNSIGNED, Payload.SHA256)
-
-    @property
-    def signed_chunks(self) -> bool:
-        return self in (Payload.CHUNKS, Payload.CHUNKS_TRAILER)
-
-    @property
-    def trailer(self) -> bool:
-        return self in (Payload.CHUNKS_TRAILER, Payload.UNSIGNED_TRAILER)
-
-
-_PAYLOADS = {payload.value: payload for payload in Payload if payload is not Payload.SHA256}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Signed:
-    """A verified request."""
-
-    credentials: Credentials
-    payload: Payload
-    sha256: str
-    """Lower-case hex of the signed payload hash; empty unless ``payload`` is SHA256."""
-    timestamp: str
-    scope: str
-    signature: str
-    signing_key: bytes = dataclasses.field(repr=False)
-
-    def chunk_verifier(self) -> ChunkSignatures | None:
-        """Verifier of the body's chunks; None where chunks carry no signatures."""
-        if not self.payload.signed_chunks:
-            return None
-        return ChunkSignatures(self.signing_key, self.timestamp, self.scope, self.signature)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +44,7 @@ class _Claim:
     timestamp: str
     payload_hash: str
     presigned: bool
+    token: str = ""
 
     @property
     def scope(self) -> str:
@@ -98,26 +52,41 @@ class _Claim:
 
 
 class SigV4:
-    """Verifies requests; keeps derived signing keys, which are good for a day."""
+    """Verifies requests; keeps derived signing keys, which are good for a day. ``region``: the only one taken; empty: any."""
 
-    def __init__(self, users: UserStore) -> None:
+    def __init__(self, users: UserStore, region: str = "") -> None:
         self._users = users
+        self._region = region
         self._keys: dict[tuple[str, str, str], bytes] = {}
 
     async def verify(self, request: Request, now_s: float) -> Signed:
         """Raises S3Error with AWS's codes; see the table."""
         claim = _claimed(request)
         _check_time(claim, request, now_s)
+        self._check_region(claim)
         _check_all_signed(claim, request)
-        payload, sha256 = _payload(claim.payload_hash)
-        credentials = await self._users.find(claim.access_key)
-        if credentials is None:
-            raise S3Error("InvalidAccessKeyId", fields=[("AWSAccessKeyId", claim.access_key)])
+        payload, sha256 = payload_of(claim.payload_hash)
+        credentials = await usable(self._users, claim.access_key, claim.token, now_s)
         key = self._signing_key(credentials.secret_key, claim.date, claim.region)
         _check_signature(claim, request, key)
         if not credentials.user.enabled:
             raise S3Error("AccessDenied", "This user is disabled")
-        return Signed(credentials, payload, sha256, claim.timestamp, claim.scope, claim.signature, key)
+        return Signed(
+            credentials,
+            payload,
+            sha256,
+            claim.timestamp,
+            claim.scope,
+            claim.signature,
+            key,
+            presigned=claim.presigned,
+            signed_s=timestamp_s(claim.timestamp),
+        )
+
+    def _check_region(self, claim: _Claim) -> None:
+        if self._region and claim.region != self._region:
+            text = f"the region '{claim.region[:64]}' is wrong; expecting '{self._region}'"
+            raise _malformed(claim.presigned, text, [("Region", self._region)])
 
     def _signing_key(self, secret: str, date: str, region: str) -> bytes:
         # The secret itself is part of the cache's key: a changed secret can never verify with an old derivation.
@@ -137,25 +106,20 @@ def signing_key(secret: str, date: str, region: str, service: str = "s3") -> byt
     return key
 
 
+def claims(request: Request) -> bool:
+    """Does the request say that it is signed with this version?"""
+    return request.headers.get("authorization").startswith(ALGORITHM) or any(
+        request.arg(name) is not None for name in ("X-Amz-Algorithm", "X-Amz-Signature")
+    )
+
+
 def _claimed(request: Request) -> _Claim:
     authorization = request.headers.get("authorization")
     if authorization.startswith(ALGORITHM):
         return _from_header(authorization[len(ALGORITHM) :], request)
-    if request.arg("X-Amz-Algorithm") is not None or request.arg("X-Amz-Signature") is not None:
-        if authorization:
-            raise S3Error(
-                "InvalidArgument", "Only one auth mechanism allowed: a presigned URL or an Authorization header"
-            )
-        return _from_query(request)
-    if authorization.startswith("AWS ") or (request.arg("AWSAccessKeyId") is not None and request.arg("Signature")):
-        raise S3Error(
-            "InvalidRequest",
-            "Signature Version 2 is not supported. Please use AWS4-HMAC-SHA256 (boto3: Config(signature_version="
-            "'s3v4'); aws cli: aws configure set default.s3.signature_version s3v4).",
-        )
     if authorization:
-        raise S3Error("InvalidRequest", f"The authorization mechanism is not supported. Please use {ALGORITHM}.")
-    raise S3Error("AccessDenied", "Anonymous access is not allowed; sign the request")
+        raise S3Error("InvalidArgument", "Only one auth mechanism allowed: a presigned URL or an Authorization header")
+    return _from_query(request)
 
 
 def _from_header(fields_text: str, request: Request) -> _Claim:
@@ -166,8 +130,6 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
     missing = [name for name in ("Credential", "SignedHeaders", "Signature") if not fields.get(name)]
     if missing:
         raise _malformed(False, f"{missing[0]} is missing")
-    if "x-amz-security-token" in request.headers:
-        raise S3Error("InvalidToken")
     access_key, date, region = _credential(fields["Credential"], presigned=False)
     timestamp = request.headers.get("x-amz-date") or _basic_date(request.headers.get("date"))
     payload_hash = request.headers.get("x-amz-content-sha256") or _hash_of_no_body(request)
@@ -180,6 +142,7 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
         timestamp,
         payload_hash,
         presigned=False,
+        token=request.headers.get("x-amz-security-token"),
     )
 
 
@@ -204,8 +167,6 @@ def _from_query(request: Request) -> _Claim:
             raise _malformed(True, f"{name} is missing")
         values.append(value)
     credential, signed_headers, signature, timestamp, _ = values
-    if request.arg("X-Amz-Security-Token"):
-        raise S3Error("InvalidToken")
     access_key, date, region = _credential(credential, presigned=True)
     # The JS SDK hoists the header into the query; curl and browsers send neither, which means unsigned.
     payload_hash = (
@@ -220,12 +181,14 @@ def _from_query(request: Request) -> _Claim:
         timestamp,
         payload_hash,
         presigned=True,
+        token=request.arg("X-Amz-Security-Token") or request.headers.get("x-amz-security-token"),
     )
 
 
-def _malformed(presigned: bool, reason: str) -> S3Error:
+def _malformed(presigned: bool, reason: str, fields: Sequence[tuple[str, str]] = ()) -> S3Error:
     code = "AuthorizationQueryParametersError" if presigned else "AuthorizationHeaderMalformed"
-    return S3Error(code, f"The authorization is malformed; {reason}.")
+    what = "query parameters" if presigned else "header"
+    return S3Error(code, f"The authorization {what} is malformed; {reason}.", fields=fields)
 
 
 @functools.lru_cache(maxsize=256)
@@ -293,11 +256,17 @@ def _check_time(claim: _Claim, request: Request, now_s: float) -> None:
         raise _malformed(claim.presigned, "the date in the credential scope does not match x-amz-date")
     if claim.presigned:
         _check_expiry(request.arg("X-Amz-Expires") or "", signed_s, now_s)
-    elif abs(now_s - signed_s) > SKEW_MAX_S:
+    else:
+        check_skew(claim.timestamp, signed_s, now_s)
+
+
+def check_skew(timestamp: str, signed_s: int, now_s: float) -> None:
+    """Raises RequestTimeTooSkewed for a request signed too long ago, or ahead of time."""
+    if abs(now_s - signed_s) > SKEW_MAX_S:
         raise S3Error(
             "RequestTimeTooSkewed",
             fields=[
-                ("RequestTime", claim.timestamp),
+                ("RequestTime", timestamp),
                 ("ServerTime", _iso(now_s)),
                 ("MaxAllowedSkewMilliseconds", str(SKEW_MAX_S * 1000)),
             ],
@@ -311,15 +280,13 @@ def _check_expiry(text: str, signed_s: int, now_s: float) -> None:
     if signed_s - now_s > SKEW_MAX_S:
         raise S3Error("AccessDenied", "Request is not yet valid", fields=[("ServerTime", _iso(now_s))])
     if now_s > signed_s + expires_s:
-        raise S3Error(
-            "AccessDenied",
-            "Request has expired",
-            fields=[
-                ("X-Amz-Expires", text),
-                ("Expires", _iso(signed_s + expires_s)),
-                ("ServerTime", _iso(now_s)),
-            ],
-        )
+        raise expired(text, signed_s + expires_s, now_s)
+
+
+def expired(text: str, expires_s: int, now_s: float) -> S3Error:
+    """A presigned URL that was good until ``expires_s``; ``text``: how it says that."""
+    fields = [("X-Amz-Expires", text), ("Expires", _iso(expires_s)), ("ServerTime", _iso(now_s))]
+    return S3Error("AccessDenied", "Request has expired", fields=fields)
 
 
 def _iso(time_s: float) -> str:
@@ -336,26 +303,6 @@ def _check_all_signed(claim: _Claim, request: Request) -> None:
             "There were headers present in the request which were not signed",
             fields=[("HeadersNotSigned", ", ".join(unsigned))],
         )
-
-
-def _payload(text: str) -> tuple[Payload, str]:
-    payload = _PAYLOADS.get(text)
-    if payload is not None:
-        return payload, ""
-    if text.startswith("STREAMING-AWS4-ECDSA"):
-        raise S3Error("NotImplemented", "Signature Version 4A (ECDSA) is not implemented; sign with AWS4-HMAC-SHA256")
-    try:
-        digest = bytes.fromhex(text) if len(text) == 64 else b""
-    except ValueError:
-        digest = b""
-    if len(digest) != 32:
-        raise S3Error(
-            "InvalidArgument",
-            "x-amz-content-sha256 must be UNSIGNED-PAYLOAD, STREAMING-UNSIGNED-PAYLOAD-TRAILER,"
-            " STREAMING-AWS4-HMAC-SHA256-PAYLOAD, STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER or a valid sha256 value.",
-            fields=[("ArgumentName", "x-amz-content-sha256"), ("ArgumentValue", text[:128])],
-        )
-    return Payload.SHA256, digest.hex()
 
 
 def _check_signature(claim: _Claim, request: Request, key: bytes) -> None:

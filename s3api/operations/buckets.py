@@ -11,7 +11,7 @@ import re
 
 from ingest import versioning
 from s3api import times, xml
-from s3api.auth import grants
+from s3api.auth.engine import sees
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Response
@@ -69,10 +69,11 @@ async def list_buckets(call: Call) -> Response:
     prefix = call.request.arg("prefix") or ""
     limit = call.number("max-buckets", 1, _BUCKETS_PER_PAGE, _BUCKETS_PER_PAGE)
     after = _bucket_token(call.request.arg("continuation-token") or "")
+    principal = call.signed.credentials.principal
     visible = [
         bucket
         for bucket in sorted(await call.catalog.buckets(), key=lambda bucket: bucket.name)
-        if bucket.name > after and bucket.name.startswith(prefix) and grants.sees(call.user, bucket.name)
+        if bucket.name > after and bucket.name.startswith(prefix) and sees(principal, bucket, call.context())
     ]
     page = visible[:limit]
     region = call.node.settings.region

@@ -69,7 +69,7 @@ async def source_of(call: Call) -> Source:
     await call.authorise("s3:GetObject" if version_id is None else "s3:GetObjectVersion", bucket, key)
     record_of_bucket, settings = await call.node.buckets.get(bucket)
     expected = headers.get("x-amz-source-expected-bucket-owner")
-    if expected and expected != record_of_bucket.owner:
+    if expected and not await call.is_owner(record_of_bucket, expected):
         raise S3Error("AccessDenied", "The bucket is not owned by x-amz-source-expected-bucket-owner")
     record = await call.catalog.head(bucket, key, version_id)
     if record.delete_marker:

@@ -13,6 +13,7 @@ import pytest
 from gateway import users
 from gateway.logging import JsonLine, TextLine
 from gateway.node_key import NodeKey, NodeKeyError
+from gateway.users_file import read_file
 from ingest.paths import NodePaths
 from ingest.records import Grant, UserRecord
 
@@ -91,14 +92,14 @@ async def test_users_go_into_the_catalogue_sealed_and_come_back(paths: NodePaths
     catalog = UserTable()
     root, made = users.root_keys(paths, key, {})
     assert made
-    read = users.read_file(users_file(tmp_path, TOML))
+    read = read_file(users_file(tmp_path, TOML))
     assert await users.apply(catalog, paths, key, root, read) == 2  # type: ignore[arg-type]
     daq = catalog.rows["daq"]
     assert daq.grants == (Grant("scan*", "", "write"), Grant("calib", "dark/", "read"))
-    assert key.open_secret(daq) == "correct horse battery"
+    assert key.open_secret(daq, daq.keys[0]) == "correct horse battery"
     assert b"horse" not in msgspec.msgpack.encode(daq)
     assert catalog.rows["root"].root
-    assert key.open_secret(catalog.rows["root"]) == root.secret_key
+    assert key.open_secret(catalog.rows["root"], catalog.rows["root"].keys[0]) == root.secret_key
     assert await users.apply(catalog, paths, key, root, read) == 0, "nothing changed, nothing is written"  # type: ignore[arg-type]
 
 
@@ -107,12 +108,12 @@ async def test_who_leaves_the_file_is_disabled_and_others_are_left_alone(
 ) -> None:
     catalog = UserTable()
     root, _ = users.root_keys(paths, key, {})
-    await users.apply(catalog, paths, key, root, users.read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
+    await users.apply(catalog, paths, key, root, read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
     await catalog.put_user(users.make_record(key, "visitor", users.new_keys()))
     assert await users.apply(catalog, paths, key, root, []) == 1  # type: ignore[arg-type]
     assert not catalog.rows["daq"].enabled
     assert catalog.rows["visitor"].enabled
-    await users.apply(catalog, paths, key, root, users.read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
+    await users.apply(catalog, paths, key, root, read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
     assert catalog.rows["daq"].enabled
 
 
@@ -121,9 +122,9 @@ async def test_an_access_key_has_one_user(paths: NodePaths, key: NodeKey, tmp_pa
     root, _ = users.root_keys(paths, key, {})
     await catalog.put_user(users.make_record(key, "visitor", users.new_keys("P11DAQ")))
     with pytest.raises(users.UsersError, match="belongs to user 'visitor' already"):
-        await users.apply(catalog, paths, key, root, users.read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
+        await users.apply(catalog, paths, key, root, read_file(users_file(tmp_path, TOML)))  # type: ignore[arg-type]
     with pytest.raises(users.UsersError, match="there twice"):
-        users.read_file(users_file(tmp_path, TOML + TOML.replace('"daq"', '"daq2"')))
+        read_file(users_file(tmp_path, TOML + TOML.replace('"daq"', '"daq2"')))
 
 
 def test_root_keys_come_from_the_environment_or_stay_as_first_made(paths: NodePaths, key: NodeKey) -> None:
@@ -156,7 +157,7 @@ def test_a_wrong_users_file_says_what_is_wrong_without_the_secret(
     tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     with pytest.raises(users.UsersError) as caught:
-        users.read_file(users_file(tmp_path, TOML.replace(*change)))
+        read_file(users_file(tmp_path, TOML.replace(*change)))
     assert message in str(caught.value)
     assert "horse" not in str(caught.value)
 
@@ -164,19 +165,19 @@ def test_a_wrong_users_file_says_what_is_wrong_without_the_secret(
 def test_a_secret_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("in a file of its own\n")
     text = TOML.replace('secret_key = "correct horse battery"', f'secret_key_file = "{tmp_path / "secret"}"')
-    assert users.read_file(users_file(tmp_path, text))[0].keys.secret_key == "in a file of its own"
+    assert read_file(users_file(tmp_path, text))[0].keys[0].pair.secret_key == "in a file of its own"
 
 
 def test_a_readable_file_with_secrets_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = users_file(tmp_path, TOML)
     file.chmod(0o644)
-    users.read_file(file)
+    read_file(file)
     assert "others may read it (mode 0644)" in caplog.text
     assert "horse" not in caplog.text
 
 
 def test_no_secret_in_a_repr_or_a_log_line(tmp_path: Path) -> None:
-    user = users.read_file(users_file(tmp_path, TOML))[0]
+    user = read_file(users_file(tmp_path, TOML))[0]
     assert "horse" not in repr(user)
     for formatter in (TextLine("worker", 0), JsonLine("worker", 0)):
         stream = io.StringIO()
@@ -195,3 +196,70 @@ def test_no_secret_in_a_repr_or_a_log_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["read:*", "write:scan42:raw/", "admin:a*:x:y"])
 def test_grants_read_and_write_the_same(text: str) -> None:
     assert users.grant_text(users.parse_grant(text)) == text
+
+
+ROTATING = """
+[[user]]
+id = "daq"
+email = "daq@example.org"
+canonical_id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789ABCDEF"
+
+[[user.key]]
+access_key = "OLD"
+secret_key = "correct horse battery"
+enabled = false
+
+[[user.key]]
+access_key = "NEW"
+secret_key = "another good secret"
+
+[[user.policy]]
+name = "own"
+document = '''{"Statement": {"Effect": "Allow", "Action": "s3:CreateBucket", "Resource": "*"}}'''
+"""
+
+
+async def test_a_user_of_the_file_may_have_several_pairs_and_policies(
+    paths: NodePaths, key: NodeKey, tmp_path: Path
+) -> None:
+    catalog = UserTable()
+    root, _ = users.root_keys(paths, key, {})
+    await users.apply(catalog, paths, key, root, read_file(users_file(tmp_path, ROTATING)))  # type: ignore[arg-type]
+    daq = catalog.rows["daq"]
+    assert [(pair.access_key, pair.enabled) for pair in daq.keys] == [("OLD", False), ("NEW", True)]
+    assert key.open_secret(daq, daq.keys[1]) == "another good secret"
+    assert (daq.email, daq.canonical_id[-6:]) == ("daq@example.org", "abcdef")
+    assert "s3:CreateBucket" in daq.policies["own"]
+    assert catalog.rows["root"].canonical_id != daq.canonical_id
+    assert await users.apply(catalog, paths, key, root, read_file(users_file(tmp_path, ROTATING))) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("daq@example.org", "daq at example"), "is no e-mail address"),
+        (("ABCDEF", "ABC"), "canonical id: write 64 hex digits"),
+        (("s3:CreateBucket", "s3:MakeBucket"), "policy 'own': Policy has invalid action"),
+        (('"NEW"', '"OLD"'), "an access key is there twice"),
+        (('id = "daq"', 'id = "anonymous"'), "means everybody who does not sign"),
+    ],
+)
+def test_a_wrong_profile_is_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(users.UsersError, match=message):
+        read_file(users_file(tmp_path, ROTATING.replace(*change)))
+
+
+def test_records_of_before_users_had_several_pairs_are_read() -> None:
+    old = {
+        "user_id": "ada",
+        "display_name": "Ada",
+        "access_key": "AKADA",
+        "secret": b"sealed",
+        "grants": [],
+        "root": False,
+    }
+    record = msgspec.convert(old, UserRecord)
+    assert [(pair.access_key, pair.secret, pair.enabled) for pair in record.keys] == [("AKADA", b"sealed", True)]
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=UserRecord)
+    assert again == record
+    assert len(again.canonical_id) == 64

@@ -168,7 +168,7 @@ class NodeThread:
                 counters=self.counters,
                 recall_timeout_s=0.2,
             )
-            users = CatalogUsers(self.catalog, lambda user: self._secrets[user.secret])
+            users = CatalogUsers(self.catalog, lambda _, key: self._secrets[key.secret])
             self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels)
             server = Server(
                 [self._listener],

@@ -376,15 +376,6 @@ def test_presigned_urls(make_client: Callable[..., Any], root_keys: tuple[str, s
     assert httpx.get(get.replace("Expires=60", "Expires=61")).status_code == 403
 
 
-def test_sigv2_presigned_is_refused_clearly(
-    make_client: Callable[..., Any], root_keys: tuple[str, str], bucket: str
-) -> None:
-    client = make_client(root_keys, signature_version="s3")
-    answer = httpx.get(client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": "k"}))
-    assert answer.status_code == 400
-    assert "AWS4-HMAC-SHA256" in answer.text
-
-
 def test_anonymous_is_refused(node: Any, bucket: str) -> None:
     assert httpx.get(f"{node.endpoint}/{bucket}/k").status_code == 403
     assert httpx.get(f"{node.endpoint}/").status_code == 403

@@ -20,8 +20,10 @@ import pytest
 import uvloop
 
 from archive.dav.service import DavService
+from gateway.control.auth import sight_maker
 from ingest.errors import NoSuchBucket, NoSuchKey
 from ingest.records import BucketRecord, Grant, ListedObject, ObjectRecord, ObjectState, UserRecord
+from s3api.auth.rules import Gate
 from s3api.http.limits import HttpLimits
 from s3api.http.listener import Server
 
@@ -60,6 +62,9 @@ class HeldCatalog:
         if name not in self.held:
             raise NoSuchBucket(name)
         return BucketRecord(name, "root", 1_700_000_000 * 10**9)
+
+    def generation(self) -> int:
+        return len(self.held)
 
     async def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
         if bucket not in self.held:
@@ -191,7 +196,7 @@ async def dav(tmp_path: Path) -> AsyncIterator[DavPort]:
         secret, user = users.get(access_key, ("", None))
         return user if secret == secret_key else None
 
-    service = DavService(plane, authenticate)  # type: ignore[arg-type]
+    service = DavService(plane, authenticate, sight_maker(Gate(plane.catalog), time.time))  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server([listener], service, HttpLimits())
     server.start()

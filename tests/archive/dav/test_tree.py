@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytest
 from archive.dav.auth import Sight
 from archive.dav.paths import href, parse
 from archive.dav.tree import File, Folder, Root, Tree
+from gateway.control.auth import sight_maker
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CATALOGUE, Counters
 from ingest.paths import NodePaths
 from ingest.records import CommitObject, Grant, UserRecord
+from s3api.auth.rules import Gate
+from s3api.http.message import Headers, Request
 
 
 @pytest.fixture
@@ -30,6 +34,11 @@ async def catalog(tmp_path: Path) -> AsyncIterator[CatalogClient]:
         yield client
     stop.set()
     await writer
+
+
+def sight_of(catalog: CatalogClient, user: UserRecord) -> Sight:
+    request = Request("GET", "/", "/", (), Headers(()), None, "", False, "")  # type: ignore[arg-type]
+    return sight_maker(Gate(catalog), time.time)(user, request)
 
 
 async def fill(catalog: CatalogClient, bucket: str, keys: set[bytes]) -> None:
@@ -70,7 +79,7 @@ async def test_a_walk_finds_every_key_once(catalog: CatalogClient, monkeypatch: 
     monkeypatch.setattr("archive.dav.tree.PAGE_ENTRIES", 3)
     keys = random_keys(150, seed)
     await fill(catalog, "odd", keys)
-    tree = Tree(catalog, Sight(UserRecord("root", "root", "R", b"", root=True)))
+    tree = Tree(catalog, sight_of(catalog, UserRecord("root", "root", "R", b"", root=True)))
     found, folders = await walk(tree, "/")
     assert sorted(found) == sorted(keys)
     assert len(folders) == len(set(folders))
@@ -84,7 +93,7 @@ async def test_a_walk_with_grants_finds_what_they_cover(
     await fill(catalog, "odd", keys)
     await fill(catalog, "even", {b"x"})
     grants = (Grant("odd", "a/b"), Grant("odd", "a/b/a"), Grant("o*", "a-"), Grant("odd", "b/../"))
-    sight = Sight(UserRecord("ada", "ada", "A", b"", grants))
+    sight = sight_of(catalog, UserRecord("ada", "ada", "A", b"", grants))
     found, folders = await walk(Tree(catalog, sight), "/")
     assert sorted(found) == sorted(key for key in keys if key.startswith((b"a/b", b"a-", b"b/../")))
     assert len(folders) == len(set(folders))
@@ -93,5 +102,5 @@ async def test_a_walk_with_grants_finds_what_they_cover(
 async def test_what_a_run_is_made_of_is_not_shown(catalog: CatalogClient) -> None:
     shown = {b"_products/k/run/_run.nxs", b"_products/k/run/a.nxs", b"run/.partials/mine"}
     await fill(catalog, "scan", shown | {b"_products/k/run/.partials/1.partial", b"_products/k/.partials/2.partial"})
-    keys, _ = await walk(Tree(catalog, Sight(UserRecord("root", "root", "R", b"", root=True))), "/")
+    keys, _ = await walk(Tree(catalog, sight_of(catalog, UserRecord("root", "root", "R", b"", root=True))), "/")
     assert set(keys) == shown

@@ -10,6 +10,7 @@ import secrets
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import uvloop
 
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
-from gateway.control.auth import authenticator
+from gateway.control.auth import authenticator, sight_maker
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
@@ -31,6 +32,7 @@ from ingest.catalog.client import CatalogClient
 from ingest.counters import CATALOGUE, CONTROL, Counters
 from ingest.paths import NodePaths
 from ingest.records import ArchiveCopy, CommitObject, Extent, FrameLedger, Grant, ObjectRecord, UserRecord
+from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
 ROOT = ("ROOTKEY", "root-secret")
@@ -148,7 +150,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             context = ControlContext(
                 version="1.2.3",
                 catalog=catalog,
-                authenticate=authenticator(CatalogUsers(catalog, lambda user: node.secrets[user.secret])),
+                authenticate=authenticator(CatalogUsers(catalog, lambda _, key: node.secrets[key.secret])),
+                sight_of=sight_maker(Gate(catalog), time.time),
                 check=check,
                 status=StatusSource(
                     Reader(counters),
