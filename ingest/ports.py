@@ -118,7 +118,12 @@ class Catalog(Protocol):
         ...
 
     async def amend_object(
-        self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
+        self,
+        object_id: bytes,
+        *,
+        tags: Mapping[str, str] | None = None,
+        storage_class: str | None = None,
+        acl: tuple[tuple[str, str], ...] | None = None,
     ) -> ObjectRecord:
         """Change attributes of one version; None leaves as it is. Raises StaleVersion where it has gone."""
         ...

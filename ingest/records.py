@@ -188,6 +188,8 @@ class VersionAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     """Seconds of such a day: fewer in tests."""
     restored_until_ns: int = 0
     """Readable until then, though its class is one of the archive's; 0 where it was not restored."""
+    acl: tuple[tuple[str, str], ...] | None = None
+    """Access control list: (grantee, permission), as s3api/auth/acl.py has them. None: the owner's alone."""
 
 
 class Retention(msgspec.Struct, frozen=True, array_like=True):

@@ -8,7 +8,7 @@ key has happened before the operation runs; operations that touch others (copy, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from ingest import bucket_settings
 from ingest.bucket_settings import BucketSettings
@@ -16,8 +16,9 @@ from ingest.ports import Catalog, FrameHost
 from ingest.records import BucketRecord, UserRecord
 from ingest.stream_types import DataPlane
 from s3api.auth.actions import Over
+from s3api.auth.authenticate import Authenticator
 from s3api.auth.context import RequestContext
-from s3api.auth.engine import Question, Verdict
+from s3api.auth.engine import NO_RULES, Question, Verdict
 from s3api.auth.policy.principals import ACCOUNT_ID
 from s3api.auth.rules import AccessDefaults, Gate
 from s3api.auth.signed import Signed
@@ -115,6 +116,7 @@ class Node:
     settings: ServiceSettings
     users: UserDirectory
     gate: Gate
+    authenticator: Authenticator
     kernels: FrameHost | None = None
 
 
@@ -125,6 +127,10 @@ class Call:
     signed: Signed
     bucket_name: str
     key: bytes
+    owner: str = ""
+    """Of what the request writes."""
+    acl: tuple[tuple[str, str], ...] | None = None
+    """Its access control list, as VersionAttributes has it."""
 
     @property
     def user(self) -> UserRecord:
@@ -179,7 +185,13 @@ class Call:
     async def authorise(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> None:
         """Raises AccessDenied unless the user ``may``."""
         if not await self.may(action, bucket, name, over):
-            raise S3Error("AccessDenied")
+            await self.refuse(bucket, creates=action == "s3:CreateBucket")
+
+    async def refuse(self, bucket: str, *, creates: bool = False) -> NoReturn:
+        """Raises AccessDenied, or NoSuchBucket for a bucket that is not there."""
+        if bucket and not creates and await self.node.gate.rules(bucket) is NO_RULES:
+            raise S3Error("NoSuchBucket", fields=[("BucketName", bucket)])
+        raise S3Error("AccessDenied")
 
     def number(self, name: str, low: int, high: int, default: int) -> int:
         """A whole number from the query; above ``high`` counts as ``high`` (as AWS does for page sizes)."""

@@ -36,7 +36,7 @@ CODES: dict[str, Code] = {
         " spec.",
         "auth",
     ),
-    "AccessControlListNotSupported": Code(400, "The bucket does not allow ACLs; grants are set per user"),
+    "AccessControlListNotSupported": Code(400, "The bucket does not allow ACLs"),
     "AuthorizationHeaderMalformed": Code(400, "The authorization header that you provided is not valid", "auth"),
     "AuthorizationQueryParametersError": Code(400, "The authorization query parameters are not valid", "auth"),
     "BadDigest": Code(400, "The checksum or Content-MD5 you specified did not match what was received"),
@@ -77,6 +77,30 @@ CODES: dict[str, Code] = {
     "InvalidToken": Code(400, "The provided token is malformed or otherwise not valid", "auth"),
     "InvalidURI": Code(400, "Couldn't parse the specified URI"),
     "KeyTooLongError": Code(400, "Your key is too long; the maximum is 1024 bytes"),
+    "InvalidAction": Code(400, "The action or operation requested is not valid"),
+    "InvalidPolicyDocument": Code(400, "The content of the form does not meet the conditions in the policy document"),
+    "MalformedPOSTRequest": Code(400, "The body of your POST request is not well-formed multipart/form-data"),
+    "MalformedPolicyDocument": Code(400, "The policy document is malformed"),
+    "MaxPostPreDataLengthExceededError": Code(
+        400, "Your POST request fields preceding the upload file were too large"
+    ),
+    "MissingAuthenticationToken": Code(403, "The request must contain a valid access key and a signature", "auth"),
+    "PackedPolicyTooLarge": Code(400, "The session policy is too large"),
+    "ValidationError": Code(400, "The input fails to satisfy the constraints"),
+    "MalformedACLError": Code(400, "The ACL you provided was not well-formed or did not validate against our schema"),
+    "MalformedPolicy": Code(400, "The policy is not in the valid JSON format"),
+    "NoSuchBucketPolicy": Code(404, "The bucket policy does not exist", "not_found"),
+    "NoSuchPublicAccessBlockConfiguration": Code(
+        404, "The public access block configuration was not found", "not_found"
+    ),
+    "OwnershipControlsNotFoundError": Code(404, "The bucket ownership controls were not found", "not_found"),
+    "InvalidBucketAclWithObjectOwnership": Code(
+        400, "Bucket cannot have ACLs set with ObjectOwnership's BucketOwnerEnforced setting"
+    ),
+    "UnexpectedContent": Code(400, "This request does not support content"),
+    "UnresolvableGrantByEmailAddress": Code(
+        400, "The email address you provided does not match any account on record"
+    ),
     "MalformedTrailerError": Code(400, "The request contained trailing data that was not well-formed"),
     "MalformedXML": Code(400, "The XML you provided was not well-formed or did not validate against our schema"),
     "MetadataTooLarge": Code(400, "Your metadata headers exceed the maximum allowed metadata size of 2048 bytes"),

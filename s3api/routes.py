@@ -17,6 +17,7 @@ from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Request, Response
 from s3api.operations import (
+    access,
     attributes,
     buckets,
     configuration,
@@ -29,6 +30,8 @@ from s3api.operations import (
     notification,
     object_tags,
     objects,
+    post_object,
+    sts,
     tagging,
     versioning,
 )
@@ -60,6 +63,8 @@ class Route:
     """A header that must be there."""
     accepts: tuple[str, ...] = ()
     """Subresource names this operation understands as arguments."""
+    own_signature: bool = False
+    """The signature is in the body: the operation verifies and authorises."""
     over: Over | None = None
     """What a grant must cover, where it is not what the actions table says."""
 
@@ -69,6 +74,8 @@ _SERVICE, _BUCKET, _OBJECT = Level.SERVICE, Level.BUCKET, Level.OBJECT
 # Within one (method, level) the first row that fits wins: more specific rows come first.
 ROUTES: tuple[Route, ...] = (
     Route("ListBuckets", "GET", _SERVICE, buckets.list_buckets, "s3:ListAllMyBuckets"),
+    Route("AssumeRole", "POST", _SERVICE, sts.sts, "s3:ListAllMyBuckets", own_signature=True),
+    Route("PostObject", "POST", _BUCKET, post_object.post_object, "s3:PutObject", own_signature=True),
     Route("CreateBucket", "PUT", _BUCKET, buckets.create_bucket, "s3:CreateBucket"),
     Route("HeadBucket", "HEAD", _BUCKET, buckets.head_bucket, "s3:ListBucket", over=Over.ANYTHING),
     Route("DeleteBucket", "DELETE", _BUCKET, buckets.delete_bucket, "s3:DeleteBucket"),
@@ -102,6 +109,27 @@ ROUTES: tuple[Route, ...] = (
           "s3:PutBucketRequestPayment", ("requestPayment",)),
     Route("GetBucketRequestPayment", "GET", _BUCKET, configuration.get_bucket_request_payment,
           "s3:GetBucketRequestPayment", ("requestPayment",)),
+    Route("PutBucketPolicy", "PUT", _BUCKET, access.put_bucket_policy, "s3:PutBucketPolicy", ("policy",)),
+    Route("GetBucketPolicy", "GET", _BUCKET, access.get_bucket_policy, "s3:GetBucketPolicy", ("policy",)),
+    Route("DeleteBucketPolicy", "DELETE", _BUCKET, access.delete_bucket_policy, "s3:DeleteBucketPolicy", ("policy",)),
+    Route("GetBucketPolicyStatus", "GET", _BUCKET, access.get_bucket_policy_status, "s3:GetBucketPolicyStatus",
+          ("policyStatus",)),
+    Route("PutPublicAccessBlock", "PUT", _BUCKET, access.put_public_access_block, "s3:PutBucketPublicAccessBlock",
+          ("publicAccessBlock",)),
+    Route("GetPublicAccessBlock", "GET", _BUCKET, access.get_public_access_block, "s3:GetBucketPublicAccessBlock",
+          ("publicAccessBlock",)),
+    Route("DeletePublicAccessBlock", "DELETE", _BUCKET, access.delete_public_access_block,
+          "s3:PutBucketPublicAccessBlock", ("publicAccessBlock",)),
+    Route("PutBucketOwnershipControls", "PUT", _BUCKET, access.put_bucket_ownership_controls,
+          "s3:PutBucketOwnershipControls", ("ownershipControls",)),
+    Route("GetBucketOwnershipControls", "GET", _BUCKET, access.get_bucket_ownership_controls,
+          "s3:GetBucketOwnershipControls", ("ownershipControls",)),
+    Route("DeleteBucketOwnershipControls", "DELETE", _BUCKET, access.delete_bucket_ownership_controls,
+          "s3:PutBucketOwnershipControls", ("ownershipControls",)),
+    Route("PutBucketAcl", "PUT", _BUCKET, access.put_bucket_acl, "s3:PutBucketAcl", ("acl",)),
+    Route("GetBucketAcl", "GET", _BUCKET, access.get_bucket_acl, "s3:GetBucketAcl", ("acl",)),
+    Route("PutObjectAcl", "PUT", _OBJECT, access.put_object_acl, "s3:PutObjectAcl", ("acl",), "", ("versionId",)),
+    Route("GetObjectAcl", "GET", _OBJECT, access.get_object_acl, "s3:GetObjectAcl", ("acl",), "", ("versionId",)),
     *(Route(name, method, _BUCKET, run, action, (query,))
       for name, method, query, run, action in configuration.absent_rows()),
     Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, "s3:ListBucketMultipartUploads",
@@ -228,8 +256,6 @@ def route(request: Request, level: Level) -> Route:
     for name in names:
         if name in SUBRESOURCES:
             raise _not_implemented(request.method, name)
-    if request.method == "POST" and level is Level.BUCKET:
-        raise S3Error("NotImplemented", "Browser uploads by POST are not implemented; use a presigned PUT")
     raise S3Error("MethodNotAllowed", fields=[("Method", request.method), ("ResourceType", level.name)])
 
 

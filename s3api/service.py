@@ -20,12 +20,13 @@ from ingest.stream_types import DataPlane
 from s3api import cors
 from s3api.auth.actions import OF_VERSIONS
 from s3api.auth.authenticate import Authenticator
-from s3api.auth.engine import NO_RULES
 from s3api.auth.rules import Gate
+from s3api.auth.signed import ANYBODY
 from s3api.auth.users import UserDirectory
 from s3api.call import Buckets, Call, Node, ServiceSettings
 from s3api.errors import S3Error, render, translated
 from s3api.http.message import HttpError, Request, Response
+from s3api.operations.ownership import prepare_write
 from s3api.routes import Level, Route, Target, route, target_of
 
 _log = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ class S3Service:
         self._settings = settings or ServiceSettings()
         self._clock = clock
         region = "" if self._settings.any_region else self._settings.region
-        self._auth = Authenticator(users, region=region, allow_sigv2=self._settings.allow_sigv2)
+        self.authenticator = Authenticator(users, region=region, allow_sigv2=self._settings.allow_sigv2)
         gate = Gate(data.catalog, self._settings.access)
-        self._node = Node(data, Buckets(data.catalog), self._settings, users, gate, kernels)
+        self._node = Node(data, Buckets(data.catalog), self._settings, users, gate, self.authenticator, kernels)
         self._requests = {name: counters.cell("hiss_http_requests_total", name) for name in S3_OPERATIONS}
         self._seconds = {name: counters.histogram("hiss_http_request_seconds", name) for name in S3_OPERATIONS}
         self._errors = {name: counters.cell("hiss_http_errors_total", name) for name in ERROR_CLASSES}
@@ -63,10 +64,13 @@ class S3Service:
             row = route(request, target.level)
             request.scope["operation"] = row.name
             virtual = target.bucket if target.virtual else ""
-            signed = await self._auth.verify(request, virtual, self._clock())
+            signed = ANYBODY if row.own_signature else await self.authenticator.verify(request, virtual, self._clock())
             call = Call(request, self._node, signed, target.bucket, target.key)
             user_id = request.scope["user"] = call.user.user_id
-            await _authorise(call, row, target)
+            if not row.own_signature:
+                await _authorise(call, row, target)
+            if row.action == "s3:PutObject" and not row.own_signature:
+                await prepare_write(call, request.headers)
             await self._tell_origin(call, row)
             response = await _answered(call, row)
         except ConnectionResetError:
@@ -165,19 +169,16 @@ async def _authorise(call: Call, row: Route, target: Target) -> None:
     versioned = call.request.arg("versionId") is not None
     action = OF_VERSIONS.get(row.action, row.action) if versioned else row.action
     listed = (call.request.arg("prefix") or "").encode() if target.level is Level.BUCKET else target.key
-    if await call.may(action, target.bucket, listed, row.over):
-        return
-    if target.bucket and row.action != "s3:CreateBucket" and await call.node.gate.rules(target.bucket) is NO_RULES:
-        raise S3Error("NoSuchBucket", fields=[("BucketName", target.bucket)])
-    raise S3Error("AccessDenied")
+    await call.authorise(action, target.bucket, listed, row.over)
 
 
 async def _answered(call: Call, row: Route) -> Response:
     """Run the operation. Who may not list a bucket does not learn which keys are not in it."""
     try:
         return await row.run(call)
-    except NoSuchKey:
-        if row.action in _READS and not await call.may("s3:ListBucket", call.bucket_name, call.key):
+    except (NoSuchKey, S3Error) as error:
+        missing = isinstance(error, NoSuchKey) or error.code in ("NoSuchKey", "NoSuchVersion")
+        if missing and row.action in _READS and not await call.may("s3:ListBucket", call.bucket_name, call.key):
             raise S3Error("AccessDenied") from None
         raise
 

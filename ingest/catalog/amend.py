@@ -30,6 +30,8 @@ def amend(record: ObjectRecord, mutation: wire.AmendObject, now_ns: int) -> e.Ob
         attributes = msgspec.structs.replace(attributes, tags=mutation.tags)
     if mutation.storage_class is not None:
         attributes = msgspec.structs.replace(attributes, storage_class=mutation.storage_class)
+    if mutation.acl is not None:
+        attributes = msgspec.structs.replace(attributes, acl=mutation.acl)
     if attributes == record.attributes:
         return None
     moved = attributes.storage_class != record.attributes.storage_class and attributes.storage_class in ARCHIVE_ONLY

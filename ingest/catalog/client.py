@@ -407,9 +407,14 @@ class CatalogClient:
         return await self._scan(lambda reader: reader.scan_versions(bucket, key, sequence, limit))
 
     async def amend_object(
-        self, object_id: bytes, *, tags: Mapping[str, str] | None = None, storage_class: str | None = None
+        self,
+        object_id: bytes,
+        *,
+        tags: Mapping[str, str] | None = None,
+        storage_class: str | None = None,
+        acl: tuple[tuple[str, str], ...] | None = None,
     ) -> ObjectRecord:
-        request = wire.AmendObject(object_id, None if tags is None else dict(tags), storage_class)
+        request = wire.AmendObject(object_id, None if tags is None else dict(tags), storage_class, acl)
         return await self._call(request, _record)
 
     async def restore_object(self, object_id: bytes, days: int, day_s: int = 86400) -> ObjectRecord:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0005"
+SCHEMA_HEAD = "0006"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""

@@ -80,6 +80,7 @@ class AmendObject(msgspec.Struct, frozen=True, array_like=True, tag="amend-objec
     object_id: bytes
     tags: dict[str, str] | None = None
     storage_class: str | None = None
+    acl: tuple[tuple[str, str], ...] | None = None
 
 
 class RestoreObject(msgspec.Struct, frozen=True, array_like=True, tag="restore-object"):

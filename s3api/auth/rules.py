@@ -16,7 +16,7 @@ import msgspec
 from ingest.errors import NoSuchBucket, NoSuchKey
 from ingest.ports import Catalog
 from ingest.records import BucketRecord, ObjectRecord
-from s3api.auth.acl import ALL_BLOCKED, NOT_BLOCKED, Acl, Ownership, PublicAccessBlock
+from s3api.auth.acl import ALL_BLOCKED, NOT_BLOCKED, Acl, AclGrant, Ownership, PublicAccessBlock
 from s3api.auth.engine import NO_RULES, BucketRules, NeedsObject, ObjectFacts, Question, Verdict, decide
 from s3api.auth.policy.conditions import Context
 from s3api.auth.policy.language import MalformedPolicy, Policy, parse
@@ -59,7 +59,10 @@ def rules_of(record: BucketRecord, defaults: AccessDefaults) -> BucketRules:
         owner=record.owner,
         policy=policy,
         policy_public=policy is not None and is_public(policy),
-        ownership=Ownership(documents.get("ownershipControls", defaults.ownership.encode()).decode("ascii")),
+        # Controls that were deleted are empty: then lists hold, as on AWS.
+        ownership=Ownership(
+            documents.get("ownershipControls", defaults.ownership.encode()).decode("ascii") or "ObjectWriter"
+        ),
         acl=decode_acl(documents["acl"]) if "acl" in documents else None,
         block=own.joined(ALL_BLOCKED) if defaults.block_public else own,
         broken=broken,
@@ -111,4 +114,6 @@ class Gate:
 
 
 def facts_of(record: ObjectRecord) -> ObjectFacts:
-    return ObjectFacts(owner=record.owner, tags=tuple(record.tags.items()))
+    attributes = record.attributes
+    acl = None if attributes.acl is None else tuple(AclGrant(*pair) for pair in attributes.acl)
+    return ObjectFacts(owner=record.owner, acl=acl, tags=tuple(attributes.tags.items()))

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 
 from s3api.auth.chunks import ChunkSignatures
-from s3api.auth.users import Credentials
+from s3api.auth.users import NOBODY, Credentials
 from s3api.errors import S3Error
 from s3api.http.message import Request
 
@@ -66,6 +66,10 @@ class Signed:
         if not self.payload.signed_chunks:
             return None
         return ChunkSignatures(self.signing_key, self.timestamp, self.scope, self.signature)
+
+
+ANYBODY = Signed(NOBODY, Payload.UNSIGNED, "", "", "", "", b"")
+"""A request that nobody signed, or not in its head."""
 
 
 def payload_of(text: str) -> tuple[Payload, str]:

@@ -65,8 +65,11 @@ class SigV2:
         token = request.headers.get("x-amz-security-token") or request.arg("x-amz-security-token") or ""
         credentials = await usable(self._users, access_key, token, now_s)
         text = string_to_sign(request, when, virtual_bucket, presigned=presigned)
-        expected = sign(credentials.secret_key, text)
-        if not hmac.compare_digest(expected.encode("ascii"), signature.encode("utf-8", "replace")):
+        claimed = signature.encode("utf-8", "replace")
+        if not any(
+            hmac.compare_digest(sign(credentials.secret_key, form).encode("ascii"), claimed)
+            for form in (text, *_with_slash(request, when, virtual_bucket, presigned=presigned))
+        ):
             raise S3Error(
                 "SignatureDoesNotMatch",
                 fields=[
@@ -85,7 +88,7 @@ def sign(secret: str, text: str) -> str:
     return base64.b64encode(hmac.digest(secret.encode("utf-8"), text.encode("latin-1", "replace"), "sha1")).decode()
 
 
-def string_to_sign(request: Request, when: str, virtual_bucket: str, *, presigned: bool) -> str:
+def string_to_sign(request: Request, when: str, virtual_bucket: str, *, presigned: bool, slash: str = "") -> str:
     """``when``: the Date field (empty where x-amz-date stands for it), or Expires of a presigned URL."""
     headers = request.headers
 
@@ -97,12 +100,19 @@ def string_to_sign(request: Request, when: str, virtual_bucket: str, *, presigne
     if presigned:
         amz = {name.lower(): value for name, value in request.query if name.lower().startswith("x-amz-")} | amz
     lines = [request.method, field("content-md5").strip(), field("content-type").strip(), when]
-    lines += [f"{name}:{' '.join(amz[name].split())}" for name in sorted(amz)]
-    return "\n".join((*lines, _resource(request, virtual_bucket)))
+    lines += [f"{name}:{amz[name].strip()}" for name in sorted(amz)]
+    return "\n".join((*lines, _resource(request, virtual_bucket, slash)))
 
 
-def _resource(request: Request, virtual_bucket: str) -> str:
-    path = f"/{virtual_bucket}{request.path}" if virtual_bucket else request.path
+def _with_slash(request: Request, when: str, virtual_bucket: str, *, presigned: bool) -> list[str]:
+    """boto3 signs ``/bucket/`` where it asks for ``/bucket``; other clients sign what they send."""
+    if virtual_bucket or request.path.count("/") != 1 or len(request.path) == 1:
+        return []
+    return [string_to_sign(request, when, "", presigned=presigned, slash="/")]
+
+
+def _resource(request: Request, virtual_bucket: str, slash: str) -> str:
+    path = f"/{virtual_bucket}{request.path}" if virtual_bucket else request.path + slash
     _, _, query = request.target.partition("?")
     signed = []
     for piece in query.split("&"):

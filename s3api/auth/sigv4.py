@@ -45,10 +45,11 @@ class _Claim:
     payload_hash: str
     presigned: bool
     token: str = ""
+    service: str = "s3"
 
     @property
     def scope(self) -> str:
-        return f"{self.date}/{self.region}/s3/aws4_request"
+        return f"{self.date}/{self.region}/{self.service}/aws4_request"
 
 
 class SigV4:
@@ -57,17 +58,18 @@ class SigV4:
     def __init__(self, users: UserStore, region: str = "") -> None:
         self._users = users
         self._region = region
-        self._keys: dict[tuple[str, str, str], bytes] = {}
+        self._keys: dict[tuple[str, str, str, str], bytes] = {}
 
-    async def verify(self, request: Request, now_s: float) -> Signed:
-        """Raises S3Error with AWS's codes; see the table."""
-        claim = _claimed(request)
+    async def verify(self, request: Request, now_s: float, *, service: str = "s3", payload_hash: str = "") -> Signed:
+        """``service`` other than S3: ``payload_hash`` is that of the body, which has been read. Raises S3Error with AWS's codes;
+        see the table."""
+        claim = _claimed(request, service, payload_hash)
         _check_time(claim, request, now_s)
-        self._check_region(claim)
+        self.check_region(claim.region, presigned=claim.presigned)
         _check_all_signed(claim, request)
         payload, sha256 = payload_of(claim.payload_hash)
         credentials = await usable(self._users, claim.access_key, claim.token, now_s)
-        key = self._signing_key(credentials.secret_key, claim.date, claim.region)
+        key = self._signing_key(credentials.secret_key, claim.date, claim.region, service)
         _check_signature(claim, request, key)
         if not credentials.user.enabled:
             raise S3Error("AccessDenied", "This user is disabled")
@@ -83,18 +85,19 @@ class SigV4:
             signed_s=timestamp_s(claim.timestamp),
         )
 
-    def _check_region(self, claim: _Claim) -> None:
-        if self._region and claim.region != self._region:
-            text = f"the region '{claim.region[:64]}' is wrong; expecting '{self._region}'"
-            raise _malformed(claim.presigned, text, [("Region", self._region)])
+    def check_region(self, region: str, *, presigned: bool) -> None:
+        """Raises AuthorizationHeaderMalformed (or its kin of the query) with the right region."""
+        if self._region and region != self._region:
+            text = f"the region '{region[:64]}' is wrong; expecting '{self._region}'"
+            raise _malformed(presigned, text, [("Region", self._region)])
 
-    def _signing_key(self, secret: str, date: str, region: str) -> bytes:
+    def _signing_key(self, secret: str, date: str, region: str, service: str) -> bytes:
         # The secret itself is part of the cache's key: a changed secret can never verify with an old derivation.
-        cached = self._keys.get((secret, date, region))
+        cached = self._keys.get((secret, date, region, service))
         if cached is None:
             if len(self._keys) >= CACHED_KEYS_MAX:
                 self._keys.clear()
-            cached = self._keys[secret, date, region] = signing_key(secret, date, region)
+            cached = self._keys[secret, date, region, service] = signing_key(secret, date, region, service)
         return cached
 
 
@@ -113,16 +116,16 @@ def claims(request: Request) -> bool:
     )
 
 
-def _claimed(request: Request) -> _Claim:
+def _claimed(request: Request, service: str, payload_hash: str) -> _Claim:
     authorization = request.headers.get("authorization")
     if authorization.startswith(ALGORITHM):
-        return _from_header(authorization[len(ALGORITHM) :], request)
+        return _from_header(authorization[len(ALGORITHM) :], request, service, payload_hash)
     if authorization:
         raise S3Error("InvalidArgument", "Only one auth mechanism allowed: a presigned URL or an Authorization header")
-    return _from_query(request)
+    return _from_query(request, service)
 
 
-def _from_header(fields_text: str, request: Request) -> _Claim:
+def _from_header(fields_text: str, request: Request, service: str, payload_hash: str) -> _Claim:
     fields: dict[str, str] = {}
     for field in fields_text.split(","):
         name, _, value = field.strip().partition("=")
@@ -130,9 +133,9 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
     missing = [name for name in ("Credential", "SignedHeaders", "Signature") if not fields.get(name)]
     if missing:
         raise _malformed(False, f"{missing[0]} is missing")
-    access_key, date, region = _credential(fields["Credential"], presigned=False)
+    access_key, date, region = credential_of(fields["Credential"], presigned=False, service=service)
     timestamp = request.headers.get("x-amz-date") or _basic_date(request.headers.get("date"))
-    payload_hash = request.headers.get("x-amz-content-sha256") or _hash_of_no_body(request)
+    payload_hash = payload_hash or request.headers.get("x-amz-content-sha256") or _hash_of_no_body(request)
     return _Claim(
         access_key,
         date,
@@ -143,6 +146,7 @@ def _from_header(fields_text: str, request: Request) -> _Claim:
         payload_hash,
         presigned=False,
         token=request.headers.get("x-amz-security-token"),
+        service=service,
     )
 
 
@@ -157,7 +161,7 @@ def _hash_of_no_body(request: Request) -> str:
     return EMPTY_SHA256
 
 
-def _from_query(request: Request) -> _Claim:
+def _from_query(request: Request, service: str) -> _Claim:
     if request.arg("X-Amz-Algorithm") != ALGORITHM:
         raise _malformed(True, f'X-Amz-Algorithm only supports "{ALGORITHM}"')
     values = []
@@ -167,7 +171,7 @@ def _from_query(request: Request) -> _Claim:
             raise _malformed(True, f"{name} is missing")
         values.append(value)
     credential, signed_headers, signature, timestamp, _ = values
-    access_key, date, region = _credential(credential, presigned=True)
+    access_key, date, region = credential_of(credential, presigned=True, service=service)
     # The JS SDK hoists the header into the query; curl and browsers send neither, which means unsigned.
     payload_hash = (
         request.arg("X-Amz-Content-Sha256") or request.headers.get("x-amz-content-sha256") or UNSIGNED_PAYLOAD
@@ -192,16 +196,16 @@ def _malformed(presigned: bool, reason: str, fields: Sequence[tuple[str, str]] =
 
 
 @functools.lru_cache(maxsize=256)
-def _credential(text: str, *, presigned: bool) -> tuple[str, str, str]:
+def credential_of(text: str, *, presigned: bool, service: str = "s3") -> tuple[str, str, str]:
     if len(text) > CREDENTIAL_MAX_CHARS:
         raise _malformed(presigned, "the Credential is too long")
     # An access key may itself contain slashes, so read the scope from the right.
     pieces = text.rsplit("/", 4)
     if len(pieces) != 5 or not pieces[0]:
-        raise _malformed(presigned, 'the Credential must be "<access key>/YYYYMMDD/REGION/s3/aws4_request"')
-    access_key, date, region, service, terminator = pieces
-    if service != "s3":
-        raise _malformed(presigned, f'incorrect service "{service}"; this endpoint belongs to "s3"')
+        raise _malformed(presigned, f'the Credential must be "<access key>/YYYYMMDD/REGION/{service}/aws4_request"')
+    access_key, date, region, named, terminator = pieces
+    if named != service:
+        raise _malformed(presigned, f'incorrect service "{named}"; this endpoint belongs to "{service}"')
     if terminator != "aws4_request":
         raise _malformed(presigned, f'incorrect terminal "{terminator}"; use "aws4_request"')
     if len(date) != 8 or not (date.isdigit() and date.isascii()):

@@ -16,6 +16,7 @@ from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.integrity import has_body, read_document
+from s3api.operations.ownership import new_bucket_documents
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _IPV4 = re.compile(r"\d{1,3}(\.\d{1,3}){3}")
@@ -49,6 +50,7 @@ async def create_bucket(call: Call) -> Response:
             if tree.find("Tags") is not None:
                 raise S3Error("NotImplemented", "Tag the bucket with PutBucketTagging once it exists")
             region = xml.text(tree, "LocationConstraint", "") or region
+    documents |= await new_bucket_documents(call)
     await call.catalog.create_bucket(call.bucket_name, call.user.user_id, region, documents)
     return Response(200, [("location", f"/{call.bucket_name}")])
 
@@ -84,7 +86,7 @@ async def list_buckets(call: Call) -> Response:
         )
         for bucket in page
     ]
-    owner: list[tuple[str, xml.Value]] = [("ID", call.user.user_id), ("DisplayName", call.user.display_name)]
+    owner: list[tuple[str, xml.Value]] = [("ID", call.user.canonical_id), ("DisplayName", call.user.display_name)]
     document: list[tuple[str, xml.Value]] = [
         ("Owner", owner),
         ("Buckets", rows),

@@ -18,6 +18,7 @@ from s3api.errors import S3Error
 from s3api.http.message import Headers, Response
 from s3api.operations.buckets import XML_TYPE
 from s3api.operations.describe import restore_status, storage_class
+from s3api.operations.ownership import Owners, owners_of
 
 _TOKEN_VERSION = b"1"
 
@@ -65,7 +66,7 @@ async def list_objects(call: Call) -> Response:
 class Page:
     """One page of a listing, and how to write it."""
 
-    def __init__(self, call: Call, settings: BucketSettings, *, with_owner: bool) -> None:
+    def __init__(self, call: Call, settings: BucketSettings) -> None:
         encoding = call.request.arg("encoding-type")
         if encoding not in (None, "", "url"):
             raise S3Error("InvalidArgument", "Invalid Encoding Method specified in Request; url is the only one")
@@ -78,8 +79,13 @@ class Page:
         self.truncated = False
         self._settings = settings
         self._now_ns = call.catalog.now_ns()
-        self._with_owner = with_owner
         self._with_restore = _wants_restore_status(call.request.headers)
+        self.owners: Owners | None = None
+        """How Owner is written, where it is."""
+
+    async def name_owners(self, call: Call) -> None:
+        """Entries are written with their Owner."""
+        self.owners = await owners_of(call, [row.record for row in self.rows if row.record is not None])
 
     def entries(self) -> list[tuple[str, xml.Value]]:
         contents: list[tuple[str, xml.Value]] = []
@@ -101,8 +107,8 @@ class Page:
         if record.checksums:
             entry += [("ChecksumAlgorithm", name.upper()) for name in record.checksums]
             entry.append(("ChecksumType", record.checksum_type))
-        if self._with_owner:
-            entry.append(("Owner", owner_of(record)))
+        if self.owners is not None:
+            entry.append(("Owner", self.owners(record)))
         entry.append(("StorageClass", storage_class(record, self._settings, self._now_ns)))
         if self._with_restore:
             entry.append(("RestoreStatus", restore_status(record, self._now_ns)))
@@ -118,16 +124,14 @@ def _wants_restore_status(headers: Headers) -> bool:
 
 async def _page(call: Call, after: bytes, *, with_owner: bool) -> Page:
     _, settings = await call.bucket()
-    page = Page(call, settings, with_owner=with_owner)
+    page = Page(call, settings)
     if page.limit:
         page.rows, page.truncated = await call.catalog.list_objects(
             call.bucket_name, prefix=page.prefix, after=after, delimiter=page.delimiter, limit=page.limit
         )
+    if with_owner:
+        await page.name_owners(call)
     return page
-
-
-def owner_of(record: ObjectRecord) -> xml.Value:
-    return [("ID", record.owner), ("DisplayName", record.owner)]
 
 
 def namer(encoded: bool) -> Callable[[bytes], str]:

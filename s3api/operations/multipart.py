@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Callable
 from xml.etree.ElementTree import Element
 
+import msgspec
+
 from ingest.errors import NoSuchKey, NoSuchUpload, PreconditionFailed
 from ingest.records import (
     NULL_VERSION,
@@ -26,6 +28,7 @@ from ingest.records import (
 )
 from ingest.stream_types import Stream, StreamDigest, StreamSpec
 from s3api import checksums, times, xml
+from s3api.acls import people
 from s3api.call import Call
 from s3api.checksums import ALGORITHMS, COMPOSITE, FULL_OBJECT
 from s3api.conditions import write_condition
@@ -59,11 +62,11 @@ async def create_multipart_upload(call: Call) -> Response:
         bucket=call.bucket_name,
         key=call.key,
         upload_id=secrets.token_hex(16),
-        owner=call.user.user_id,
+        owner=call.owner,
         started_ns=call.catalog.now_ns(),
         headers=stored_headers(headers),
         metadata=metadata,
-        attributes=attributes_of(headers),
+        attributes=msgspec.structs.replace(attributes_of(headers), acl=call.acl),
         checksum_algorithm=algorithm,
         checksum_type=kind,
         retention=lock.retention,
@@ -384,7 +387,7 @@ async def list_parts(call: Call) -> Response:
     )
     name = namer(call.request.arg("encoding-type") == "url")
     rows: list[tuple[str, xml.Value]] = [("Part", _part_row(part)) for part in parts]
-    owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
+    owner = (await people(call.node.users, {upload.owner}))[upload.owner]
     document: list[tuple[str, xml.Value]] = [
         ("Bucket", call.bucket_name),
         ("Key", name(call.key)),
@@ -426,8 +429,9 @@ async def list_multipart_uploads(call: Call) -> Response:
     after = (key_marker, id_marker or _LAST_ID) if key_marker else (b"", "")
     limit = call.number("max-uploads", 0, call.limits.keys_per_page, call.limits.keys_per_page)
     rows, last = await _uploads_page(call, prefix, delimiter, after, limit)
+    owners = await people(call.node.users, {row.owner for row in rows if isinstance(row, UploadRecord)})
     entries: list[tuple[str, xml.Value]] = [
-        ("Upload", _upload_row(row, name)) for row in rows if isinstance(row, UploadRecord)
+        ("Upload", _upload_row(row, name, owners[row.owner])) for row in rows if isinstance(row, UploadRecord)
     ]
     entries += [("CommonPrefixes", [("Prefix", name(row))]) for row in rows if isinstance(row, bytes)]
     document: list[tuple[str, xml.Value]] = [
@@ -485,8 +489,7 @@ def _behind(group: bytes) -> bytes:
     return stem[:-1] + bytes([stem[-1] + 1]) if stem else group
 
 
-def _upload_row(upload: UploadRecord, name: Callable[[bytes], str]) -> list[tuple[str, xml.Value]]:
-    owner: list[tuple[str, xml.Value]] = [("ID", upload.owner), ("DisplayName", upload.owner)]
+def _upload_row(upload: UploadRecord, name: Callable[[bytes], str], owner: xml.Value) -> list[tuple[str, xml.Value]]:
     return [
         ("Key", name(upload.key)),
         ("UploadId", upload.upload_id),

@@ -5,6 +5,8 @@ https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html and its neigh
 
 from __future__ import annotations
 
+import msgspec
+
 from ingest.bucket_settings import BucketSettings
 from ingest.errors import StaleVersion
 from ingest.ports import BodySink
@@ -124,14 +126,14 @@ def commit_of(
         length=digest.length,
         etag=etag_of(digest),
         crc64nvme=digest.crc64nvme,
-        owner=call.user.user_id,
+        owner=call.owner,
         extents=digest.extents,
         durability=spec.settings.durability,
         settled=digest.settled,
         checksums=verified,
         headers=stored_headers(call.request.headers),
         metadata=dict(spec.metadata),
-        attributes=attributes_of(call.request.headers),
+        attributes=msgspec.structs.replace(attributes_of(call.request.headers), acl=call.acl),
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,
         append_at=append.offset_of(call),

@@ -11,8 +11,6 @@ _NOT_IMPLEMENTED = {
     "x-amz-website-redirect-location": "Website redirects are not implemented",
     "x-amz-mfa": "MFA delete is not implemented",
 }  # fmt: skip
-# What clients send by habit and what is the case here anyway.
-_ACLS = frozenset({"private", "bucket-owner-full-control"})
 
 
 def refuse_encryption_of_reads(headers: Headers) -> None:
@@ -22,7 +20,7 @@ def refuse_encryption_of_reads(headers: Headers) -> None:
 
 
 def refuse_unsupported(headers: Headers) -> None:
-    """Raises NotImplemented, AccessControlListNotSupported or InvalidStorageClass; for every write."""
+    """Raises NotImplemented or InvalidStorageClass; for every write."""
     for name, value in headers.fields:
         if not name.startswith("x-amz-"):
             continue
@@ -30,7 +28,5 @@ def refuse_unsupported(headers: Headers) -> None:
             raise S3Error("NotImplemented", _SSE, fields=[("Header", name)])
         if name in _NOT_IMPLEMENTED:
             raise S3Error("NotImplemented", _NOT_IMPLEMENTED[name], fields=[("Header", name)])
-        if name.startswith("x-amz-grant-") or (name == "x-amz-acl" and value not in _ACLS):
-            raise S3Error("AccessControlListNotSupported")
         if name == "x-amz-storage-class" and value not in CLASSES:
             raise S3Error("InvalidStorageClass")

@@ -14,7 +14,7 @@ from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.integrity import read_document
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.listing import Page, owner_of
+from s3api.operations.listing import Page
 
 
 async def put_bucket_versioning(call: Call) -> Response:
@@ -42,7 +42,7 @@ async def get_bucket_versioning(call: Call) -> Response:
 async def list_object_versions(call: Call) -> Response:
     _, settings = await call.bucket()
     arg = call.request.arg
-    page = Page(call, settings, with_owner=True)
+    page = Page(call, settings)
     key_marker, version_marker = arg("key-marker") or "", arg("version-id-marker")
     if version_marker is not None and not key_marker:
         raise _bad_marker("A version-id marker cannot be specified without a key marker.")
@@ -57,6 +57,7 @@ async def list_object_versions(call: Call) -> Response:
             delimiter=page.delimiter,
             limit=page.limit,
         )
+    await page.name_owners(call)
     last = page.rows[-1] if page.truncated else None
     document: list[tuple[str, xml.Value]] = [
         ("Name", call.bucket_name),
@@ -79,7 +80,8 @@ def _entry(page: Page, row: ListedObject, record: ObjectRecord) -> tuple[str, xm
     names: list[tuple[str, xml.Value]] = [("VersionId", record.version_id), ("IsLatest", row.latest)]
     if record.delete_marker:
         modified = ("LastModified", times.iso(record.modified_ns))
-        return "DeleteMarker", [("Key", page.name(row.key)), *names, modified, ("Owner", owner_of(record))]
+        assert page.owners is not None
+        return "DeleteMarker", [("Key", page.name(row.key)), *names, modified, ("Owner", page.owners(record))]
     entry = page.entry(row.key, record)
     return "Version", [entry[0], *names, *entry[1:]]
 

@@ -37,6 +37,7 @@ from ingest.records import Grant, UserRecord
 from ingest.recovery import recover
 from ingest.segments import SegmentStore
 from ingest.span_table import SpanTable
+from s3api.auth.sessions import SessionSealer
 from s3api.auth.users import CatalogUsers
 from s3api.call import ServiceSettings
 from s3api.http.limits import HttpLimits
@@ -113,14 +114,21 @@ class NodeThread:
         """Run a coroutine on the node's loop and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_TIMEOUT_S)
 
-    def add_user(self, user_id: str, *grants: Grant, root: bool = False, enabled: bool = True) -> tuple[str, str]:
-        """Returns (access key, secret key)."""
+    def add_user(
+        self, user_id: str, *grants: Grant, root: bool = False, enabled: bool = True, **fields: Any
+    ) -> tuple[str, str]:
+        """Returns (access key, secret key). ``fields``: of UserRecord."""
         access_key, secret = f"AK{secrets.token_hex(6).upper()}", secrets.token_hex(16)
-        sealed = secrets.token_bytes(16)
-        self._secrets[sealed] = secret
-        record = UserRecord(user_id, user_id.title(), access_key, sealed, tuple(grants), enabled, root)
+        sealed = self.seal(secret)
+        record = UserRecord(user_id, user_id.title(), access_key, sealed, tuple(grants), enabled, root, **fields)
         self.run(self.catalog.put_user(record))
         return access_key, secret
+
+    def seal(self, secret: str) -> bytes:
+        """What stands for the secret in an AccessKey."""
+        sealed = secrets.token_bytes(16)
+        self._secrets[sealed] = secret
+        return sealed
 
     def _run(self) -> None:
         try:
@@ -168,7 +176,7 @@ class NodeThread:
                 counters=self.counters,
                 recall_timeout_s=0.2,
             )
-            users = CatalogUsers(self.catalog, lambda _, key: self._secrets[key.secret])
+            users = CatalogUsers(self.catalog, lambda _, key: self._secrets[key.secret], SessionSealer(b"k" * 32))
             self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels)
             server = Server(
                 [self._listener],

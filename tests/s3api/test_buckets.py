@@ -75,9 +75,7 @@ def test_unversioned(s3: Any, bucket: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "?acl"), ("PUT", "?acl"), ("GET", "?policy"),
-        ("PUT", "?website"), ("DELETE", "?policy"), ("POST", ""), ("PUT", "?whatever-comes-next"),
-        ("PUT", "/k?acl"), ("GET", "/k?acl"),
+        ("PUT", "?website"), ("PUT", "?whatever-comes-next"),
         ("GET", "/k?torrent"), ("POST", "/k?select&select-type=2"),
         ("PUT", "/k?uploadId=1"), ("PUT", "/k?new-thing"),
     ],

@@ -78,7 +78,8 @@ def test_what_an_entry_says(s3: Any, filled: str) -> None:
     head = s3.head_object(Bucket=filled, Key="a/1")
     assert (entry["ETag"], entry["Size"], entry["StorageClass"]) == (head["ETag"], 1, "STANDARD")
     assert entry["LastModified"].replace(microsecond=0) == head["LastModified"]
-    assert entry["Owner"]["ID"] == "root"
+    assert entry["Owner"]["DisplayName"] == "Root"
+    assert entry["Owner"] == s3.list_buckets()["Owner"]
     assert entry["ChecksumAlgorithm"] == ["CRC32"]
 
 

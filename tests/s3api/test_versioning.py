@@ -214,7 +214,7 @@ def test_listing(s3: Any, raw: Raw, code_of: Code, versioned: str) -> None:
     assert (found, markers, prefixes) == (["a", "a", "c ü", "c ü"], 1, ["b/"])
     page = s3.list_object_versions(Bucket=versioned, KeyMarker="a", Prefix="b")
     assert [row["Key"] for row in page["Versions"]] == ["b/1", "b/1", "b/2", "b/2"]
-    assert all(row["Owner"]["ID"] == "root" and row["StorageClass"] == "STANDARD" for row in page["Versions"])
+    assert all(row["Owner"]["DisplayName"] == "Root" and row["StorageClass"] == "STANDARD" for row in page["Versions"])
     assert s3.list_object_versions(Bucket=versioned, MaxKeys=0)["IsTruncated"] is False
     encoded = raw("GET", f"/{versioned}?versions&encoding-type=url&prefix=c%20")
     assert "<Key>c%20%C3%BC</Key>" in encoded.text
