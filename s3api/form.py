@@ -65,6 +65,7 @@ class FormBody:
         assert self._task is not None
         self._sink.attach(sink, self.most_bytes)
         await self._task
+        await self._sink.writable()  # A small file has come as a whole before there was a sink.
         if not self._sink.closed:
             raise S3Error("MalformedPOSTRequest", "The body of your POST request ends before its closing boundary")
         if self._sink.file_bytes < self.least_bytes:
