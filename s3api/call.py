@@ -8,6 +8,7 @@ key has happened before the operation runs; operations that touch others (copy, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ingest import bucket_settings
@@ -117,6 +118,8 @@ class Node:
     users: UserDirectory
     gate: Gate
     authenticator: Authenticator
+    wall_s: Callable[[], float]
+    """Seconds since the epoch, as clients know them: what signatures are judged by (never a virtual clock)."""
     kernels: FrameHost | None = None
 
 

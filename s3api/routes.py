@@ -135,7 +135,7 @@ ROUTES: tuple[Route, ...] = (
     Route("ListMultipartUploads", "GET", _BUCKET, multipart.list_multipart_uploads, "s3:ListBucketMultipartUploads",
           ("uploads",)),
     Route("DeleteObjects", "POST", _BUCKET, deleting.delete_objects, "s3:DeleteObject", ("delete",),
-          over=Over.ANYTHING),
+          over=Over.NOTHING),
     Route("ListObjectsV2", "GET", _BUCKET, listing.list_objects_v2, "s3:ListBucket", ("list-type",)),
     Route("ListObjects", "GET", _BUCKET, listing.list_objects, "s3:ListBucket"),
     Route("UploadPartCopy", "PUT", _OBJECT, copy.upload_part_copy, "s3:PutObject", ("uploadId", "partNumber"),

@@ -50,7 +50,7 @@ class S3Service:
         region = "" if self._settings.any_region else self._settings.region
         self.authenticator = Authenticator(users, region=region, allow_sigv2=self._settings.allow_sigv2)
         gate = Gate(data.catalog, self._settings.access)
-        self._node = Node(data, Buckets(data.catalog), self._settings, users, gate, self.authenticator, kernels)
+        self._node = Node(data, Buckets(data.catalog), self._settings, users, gate, self.authenticator, clock, kernels)
         self._requests = {name: counters.cell("hiss_http_requests_total", name) for name in S3_OPERATIONS}
         self._seconds = {name: counters.histogram("hiss_http_request_seconds", name) for name in S3_OPERATIONS}
         self._errors = {name: counters.cell("hiss_http_errors_total", name) for name in ERROR_CLASSES}

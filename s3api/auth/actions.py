@@ -22,7 +22,7 @@ class Access(enum.IntEnum):
 class Over(enum.Enum):
     """What a grant must cover."""
 
-    NOTHING = "nothing"  # any user; the operation shows only what the user may see
+    NOTHING = "nothing"  # any user; the operation decides, or shows only what the user may see
     ANYTHING = "anything"  # any grant of that level in the bucket; the operation may decide more
     BUCKET = "bucket"
     PREFIX = "prefix"  # the keys a listing asks for

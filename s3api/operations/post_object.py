@@ -60,7 +60,7 @@ async def post_object(call: Call) -> Response:
 
 async def _admit(call: Call, form: FormBody, fields: dict[str, str]) -> None:
     """Everything that is decided before the file: who, what, whether."""
-    now_s = call.catalog.now_ns() / 1e9
+    now_s = call.node.wall_s()
     key = fields.get("key", "").replace("${filename}", fields.get("filename", ""))
     if not key:
         raise S3Error(

@@ -58,7 +58,7 @@ async def _verified(call: Call) -> tuple[Form, Signed]:
     if not call.request.headers.get("authorization"):
         raise S3Error("MissingAuthenticationToken")
     digest = hashlib.sha256(body).hexdigest()
-    now_s = call.catalog.now_ns() / 1e9
+    now_s = call.node.wall_s()
     signed = await call.node.authenticator.sigv4.verify(call.request, now_s, service="sts", payload_hash=digest)
     try:
         form = dict(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=100))
@@ -80,7 +80,7 @@ def _session(
     sealer = call.node.users.sealer
     if sealer is None:
         raise S3Error("NotImplemented", "This node makes no temporary keys")
-    expires_s = call.catalog.now_ns() // 1_000_000_000 + seconds
+    expires_s = int(call.node.wall_s()) + seconds
     credentials = signed.credentials
     access_key, secret_key, token = sealer.new(
         credentials.user.user_id, credentials.access_key, expires_s, policy, name
