@@ -8,7 +8,7 @@ In: a ``Principal``, a ``BucketRules`` (policy, list, ownership, blocks: parsed 
 
 Two things differ from AWS on purpose, because a node is one account: an identity policy alone opens buckets of other users, and
 the owner of a bucket may do everything to it without a policy that says so. As on AWS, nobody can lock root or a bucket's owner
-out of the bucket's policy itself.
+out of the bucket's policy itself. Requests that nobody signed never write kernels.
 https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_policies_evaluation-logic.html
 """
 
@@ -20,13 +20,14 @@ from ingest.records import BucketRecord
 from s3api.auth import acl as acls
 from s3api.auth import grants
 from s3api.auth.acl import ENFORCED, NOT_BLOCKED, Acl, Ownership, PublicAccessBlock
-from s3api.auth.actions import ACTIONS, Over
+from s3api.auth.actions import ACTIONS, Access, Over
 from s3api.auth.policy.conditions import Context
 from s3api.auth.policy.language import Policy
 from s3api.auth.principal import Principal
 
 OWNERS_ALWAYS = frozenset({"s3:GetBucketPolicy", "s3:PutBucketPolicy", "s3:DeleteBucketPolicy"})
 ARN = "arn:aws:s3:::"
+KERNELS_PREFIX = b"_kernels/"
 
 
 class NeedsObject(Exception):
@@ -88,6 +89,7 @@ _ROOT, _GRANT = Verdict(True, "root"), Verdict(True, "grant")
 _OWNER, _ACL = Verdict(True, "owner of the bucket"), Verdict(True, "access control list")
 _NOTHING = Verdict(False, "nothing allows it")
 _SESSION = Verdict(False, "the session's policy does not allow it")
+_NO_CODE = Verdict(False, "kernels are put by users, whatever a policy says")
 _BROKEN = Verdict(False, "a policy cannot be read")
 
 
@@ -99,6 +101,12 @@ def decide(
     always = question.action in OWNERS_ALWAYS and (owner or principal.root)
     if principal.broken or (rules.broken and not always):
         return _BROKEN
+    if (
+        principal.anonymous
+        and question.name.startswith(KERNELS_PREFIX)
+        and ACTIONS[question.action].access > Access.READ
+    ):
+        return _NO_CODE
     if not (principal.policies or principal.session or rules.policy):
         return _allowed(principal, rules, question, owner, facts)
     action, resource = question.action.lower(), question.resource

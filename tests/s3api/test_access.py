@@ -59,7 +59,7 @@ def nobody(make_client: Any) -> Any:
 
 @pytest.fixture
 def mine(main: Any) -> str:
-    name = f"mine-{secrets.token_hex(6)}"
+    name = f"own-{secrets.token_hex(6)}"
     main.create_bucket(Bucket=name)
     main.put_object(Bucket=name, Key="k", Body=b"hello")
     return name
@@ -143,6 +143,8 @@ def test_conditions_of_a_policy(main: Any, nobody: Any, make_client: Any, mine: 
 def test_everybody_may_write_where_the_policy_says(main: Any, nobody: Any, mine: str) -> None:
     main.put_bucket_policy(Bucket=mine, Policy=policy(mine, Action=["s3:PutObject", "s3:GetObject"]))
     nobody.put_object(Bucket=mine, Key="a ü", Body=b"anonymous")
+    kernel = {"Bucket": mine, "Key": "_kernels/hits.py", "Body": b"x = 1"}
+    assert refused(nobody.put_object, **kernel) == (403, "AccessDenied"), "code is never taken from nobody"
     assert main.get_object(Bucket=mine, Key="a ü")["Body"].read() == b"anonymous"
 
 
