@@ -73,6 +73,7 @@ def running(folder: Path, certificate: Certificate | None) -> Iterator[ClientNod
     data = folder / "data"
     command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(data), "--host", "127.0.0.1"]
     command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0"]
+    command += ["--set", "arena_bytes=512MiB", "--set", "kernels=off"]
     if certificate is not None:
         command += ["--tls-cert", str(certificate.chain), "--tls-key", str(certificate.key)]
     log = folder / "node.log"

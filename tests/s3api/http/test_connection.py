@@ -181,6 +181,48 @@ async def test_a_head_up_to_the_limit_is_read_and_one_over_it_is_431(start):
         (b"PUT / HTTP/1.1\r\nHost: x\r\nA: b\r\n Content-Length: 30\r\n\r\n" + GET, 400),
         (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\nhello\r\n0\r\n\r\n" + GET, 400),
         (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello0\r\n\r\n" + GET, 400),
+        *(
+            (b"PUT / HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n\r\n0\r\n\r\n" + GET, status)
+            for fields, status in (
+                (b"Content-Length : 5", 400),
+                (b"Content-Length: +5", 400),
+                (b"Content-Length: -5", 400),
+                (b"Content-Length: 5, 5", 400),
+                (b"Content-Length: 0x5", 400),
+                (b"Content-Length: 5\r\nContent-Length: 5", 400),
+                (b"Content-Length: 99999999999999999999", 400),
+                (b"Content-Length:", 400),
+                (b"Content-Length: 5\nX: y", 400),
+                (b"Content-Length: 5\rX: y", 400),
+                (b"Content-Length: 5\x00", 400),
+                (b"Transfer-Encoding : chunked", 400),
+                (b" Transfer-Encoding: chunked", 400),
+                (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", 400),
+                (b"Transfer-Encoding: identity", 400),
+                (b"Transfer-Encoding: xchunked", 400),
+                (b"Transfer-Encoding: chunked;q=1", 400),
+                (b'Transfer-Encoding: "chunked"', 501),
+                (b"Transfer-Encoding:\r\n chunked", 400),
+                (b"Transfer-Encoding: gzip, chunked", 501),
+            )
+        ),
+        *(
+            (b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + GET, 400)
+            for chunks in (
+                b"0x0\r\n\r\n",
+                b"-0\r\n\r\n",
+                b" 0\r\n\r\n",
+                b"0 0\r\n\r\n",
+                b"0;" + b"a" * 20_000 + b"\r\n\r\n",
+                b'0;a="\n"\r\n\r\n',
+                b"0;a\r\r\n\r\n",
+                b"10000000000000000\r\n\r\n",
+                b"0\r\n" + b"a: b\r\n" * 21 + b"\r\n",
+                b"0\r\na : b\r\n\r\n",
+                b"0\r\n folded\r\n\r\n",
+                b"0\r\n\n",
+            )
+        ),
     ],
 )
 async def test_smuggling_gets_one_refusal_and_a_closed_connection(start, raw, status):
