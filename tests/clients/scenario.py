@@ -50,7 +50,7 @@ class Stage:
 
 def round_trip(adapter: Adapter, stage: Stage) -> None:
     """Put, get, delete."""
-    key = f"{adapter.name}/round trip"
+    key = f"{adapter.name}/round-trip"
     adapter.put(key, stage.text)
     stage.holds(adapter, key, stage.text)
     stage.returned(adapter, key, stage.text)
@@ -82,7 +82,7 @@ def listing(adapter: Adapter, stage: Stage) -> None:
 
 
 def copy(adapter: Adapter, stage: Stage) -> None:
-    source, target = f"{adapter.name}/source", f"{adapter.name}/copy of it"
+    source, target = f"{adapter.name}/source", f"{adapter.name}/copy"
     stage.node.put(adapter.service.bucket, source, stage.text.read_bytes())
     adapter.copy(source, target)
     stage.holds(adapter, target, stage.text)

@@ -17,7 +17,6 @@ from tests.clients.adapters.boto import rfc_2047
 
 class AwsCliV1(Adapter):
     name = "aws cli v1"
-    cannot = {"presign": "it signs URLs with Signature Version 2"}  # noqa: RUF012
 
     def program(self) -> str:
         return self.peer("aws")
@@ -64,7 +63,6 @@ class AwsCliV1(Adapter):
 
 class AwsCliV2(AwsCliV1):
     name = "aws cli v2"
-    cannot = {}  # noqa: RUF012
 
     def program(self) -> str:
         """Version 2 is no Python package of its own: the system's ``aws``, where that is version 2."""

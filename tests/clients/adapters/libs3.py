@@ -10,6 +10,7 @@ from tests.clients.adapters.base import Adapter
 
 class Libs3(Adapter):
     name = "libs3"
+    cannot = {"odd_key": "it sends a space in a key as +, which names another key"}  # noqa: RUF012
     one_put = "the release that distributions carry (2.0) knows no multipart uploads"
 
     def s3(self, *words: str) -> str:
@@ -36,8 +37,7 @@ class Libs3(Adapter):
         return file.read_bytes()
 
     def keys(self) -> list[str]:
-        lines = self.s3("list", self.service.many).splitlines()
-        return [line.split()[0] for line in lines if re.search(r"\dZ +\d", line)]
+        return re.findall(r"(?m)^(.*?) +\d{4}-\d\d-\d\dT\S+Z +\d", self.s3("list", self.service.many))
 
     def copy(self, source: str, target: str) -> None:
         self.s3("copy", self.place(source), self.place(target))

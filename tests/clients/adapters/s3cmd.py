@@ -11,7 +11,6 @@ from tests.clients.adapters.base import Adapter, Service
 
 class S3cmd(Adapter):
     name = "s3cmd"
-    cannot = {"presign": "it signs URLs with Signature Version 2"}  # noqa: RUF012
 
     def __init__(self, service: Service, peer: Callable[[str], str], folder: Path) -> None:
         super().__init__(service, peer, folder)
