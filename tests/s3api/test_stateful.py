@@ -232,7 +232,7 @@ class S3Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.bucket.uploads)
     @rule(data=st.data(), number=st.sampled_from([1, 2, 7, 10_000]), large=st.booleans(), byte=st.integers(0, 255))
     def part(self, data: Any, number: int, large: bool, byte: int) -> None:
-        upload_id = data.draw(st.sampled_from(sorted(self.bucket.uploads)))
+        upload_id = data.draw(st.sampled_from(list(self.bucket.uploads)))
         upload = self.bucket.uploads[upload_id]
         body = (_large if large else b"") + bytes([byte])
         where = {"Bucket": self.name, "Key": upload.key, "UploadId": upload_id}
@@ -246,7 +246,7 @@ class S3Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.bucket.uploads)
     @rule(data=st.data())
     def complete(self, data: Any) -> None:
-        upload_id = data.draw(st.sampled_from(sorted(self.bucket.uploads)))
+        upload_id = data.draw(st.sampled_from(list(self.bucket.uploads)))
         upload = self.bucket.uploads[upload_id]
         chosen = [number for number in sorted(upload.parts) if data.draw(st.booleans())]
         parts = [{"PartNumber": number, "ETag": upload.parts[number][0]} for number in chosen]
@@ -265,7 +265,7 @@ class S3Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.bucket.uploads)
     @rule(data=st.data())
     def abort(self, data: Any) -> None:
-        upload_id = data.draw(st.sampled_from(sorted(self.bucket.uploads)))
+        upload_id = data.draw(st.sampled_from(list(self.bucket.uploads)))
         self.s3.abort_multipart_upload(Bucket=self.name, Key=self.bucket.uploads.pop(upload_id).key, UploadId=upload_id)
 
     # -- listings
