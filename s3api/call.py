@@ -19,7 +19,7 @@ from ingest.stream_types import DataPlane
 from s3api.auth.actions import Over
 from s3api.auth.authenticate import Authenticator
 from s3api.auth.context import RequestContext
-from s3api.auth.engine import NO_RULES, Question, Verdict
+from s3api.auth.engine import MISSING, NO_RULES, Question, Verdict
 from s3api.auth.policy.principals import ACCOUNT_ID
 from s3api.auth.rules import AccessDefaults, Gate
 from s3api.auth.signed import Signed
@@ -31,6 +31,9 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 KERNELS_PREFIX = b"_kernels/"
 PRODUCTS_PREFIX = b"_products/"
+
+READS = frozenset({"s3:GetObject", "s3:GetObjectAttributes"})
+READS_OF_VERSIONS = frozenset({"s3:GetObjectVersion", "s3:GetObjectVersionAttributes"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -186,9 +189,15 @@ class Call:
         )
 
     async def authorise(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> None:
-        """Raises AccessDenied unless the user ``may``."""
-        if not await self.may(action, bucket, name, over):
-            await self.refuse(bucket, creates=action == "s3:CreateBucket")
+        """Raises AccessDenied unless the user ``may``; NoSuchKey or NoSuchVersion where only the list of an object that is not
+        there could let the user read it, and the user may list the bucket."""
+        verdict = await self.verdict(Question(action, bucket, name, over))
+        if verdict.allowed:
+            return
+        reads = action in READS or action in READS_OF_VERSIONS
+        if verdict is MISSING and reads and await self.may("s3:ListBucket", bucket, name):
+            raise S3Error("NoSuchKey" if action in READS else "NoSuchVersion", fields=[("Key", name.decode())])
+        await self.refuse(bucket, creates=action == "s3:CreateBucket")
 
     async def refuse(self, bucket: str, *, creates: bool = False) -> NoReturn:
         """Raises AccessDenied, or NoSuchBucket for a bucket that is not there."""

@@ -23,7 +23,7 @@ from s3api.auth.authenticate import Authenticator
 from s3api.auth.rules import Gate
 from s3api.auth.signed import ANYBODY
 from s3api.auth.users import UserDirectory
-from s3api.call import Buckets, Call, Node, ServiceSettings
+from s3api.call import READS, Buckets, Call, Node, ServiceSettings
 from s3api.errors import S3Error, render, translated
 from s3api.http.message import HttpError, Request, Response
 from s3api.operations.ownership import prepare_write
@@ -178,9 +178,6 @@ async def _answered(call: Call, row: Route) -> Response:
         return await row.run(call)
     except (NoSuchKey, S3Error) as error:
         missing = isinstance(error, NoSuchKey) or error.code in ("NoSuchKey", "NoSuchVersion")
-        if missing and row.action in _READS and not await call.may("s3:ListBucket", call.bucket_name, call.key):
+        if missing and row.action in READS and not await call.may("s3:ListBucket", call.bucket_name, call.key):
             raise S3Error("AccessDenied") from None
         raise
-
-
-_READS = frozenset({"s3:GetObject", "s3:GetObjectAttributes"})

@@ -88,6 +88,7 @@ class Verdict:
 _ROOT, _GRANT = Verdict(True, "root"), Verdict(True, "grant")
 _OWNER, _ACL = Verdict(True, "owner of the bucket"), Verdict(True, "access control list")
 _NOTHING = Verdict(False, "nothing allows it")
+MISSING = Verdict(False, "only the list of the object could allow it, and there is no such object")
 _SESSION = Verdict(False, "the session's policy does not allow it")
 _NO_CODE = Verdict(False, "kernels are put by users, whatever a policy says")
 _BROKEN = Verdict(False, "a policy cannot be read")
@@ -144,9 +145,11 @@ def _allowed(
             return _GRANT
         if grants.permits(principal.grants, question.action, question.bucket, question.name, question.over):
             return _GRANT
-    if rules.ownership.acls and _by_list(principal, rules, question, facts):
+    if not rules.ownership.acls:
+        return _NOTHING
+    if _by_list(principal, rules, question, facts):
         return _ACL
-    return _NOTHING
+    return MISSING if facts is not None and not facts.exists else _NOTHING
 
 
 def _by_list(principal: Principal, rules: BucketRules, question: Question, facts: ObjectFacts | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from ingest.errors import NoSuchBucket, NoSuchKey
+from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchVersion
 from ingest.ports import Catalog
 from ingest.records import BucketRecord, ObjectRecord
 from s3api.auth.acl import ALL_BLOCKED, NOT_BLOCKED, Acl, AclGrant, Ownership, PublicAccessBlock
@@ -109,7 +109,7 @@ class Gate:
     async def _facts(self, question: Question, version_id: str | None) -> ObjectFacts:
         try:
             return facts_of(await self._catalog.head(question.bucket, question.name, version_id))
-        except (NoSuchKey, NoSuchBucket):
+        except (NoSuchKey, NoSuchVersion, NoSuchBucket):
             return ObjectFacts(exists=False)
 
 

@@ -209,6 +209,20 @@ def test_a_public_object_and_a_public_bucket(main: Any, alt: Any, nobody: Any, l
     assert refused(main.put_object, Bucket=listed, Key="open", ACL="public-read") == (403, "AccessDenied")
 
 
+def test_who_may_list_learns_that_a_key_is_missing(main: Any, alt: Any, nobody: Any, listed: str) -> None:
+    version = "0" * 32
+    for acl, status, code in (("private", 403, "AccessDenied"), ("public-read", 404, "NoSuchKey")):
+        main.put_bucket_acl(Bucket=listed, ACL=acl)
+        for client in (alt, nobody):
+            assert refused(client.get_object, Bucket=listed, Key="missing") == (status, code)
+            assert refused(client.head_object, Bucket=listed, Key="missing") == (status, str(status))
+            assert refused(client.get_object, Bucket=listed, Key="k") == (403, "AccessDenied")
+            assert refused(client.get_object, Bucket=listed, Key="k", VersionId=version)[0] == status
+            assert refused(client.delete_object, Bucket=listed, Key="missing") == (403, "AccessDenied")
+        source = {"Bucket": listed, "Key": "missing"}
+        assert refused(alt.copy_object, Bucket=listed, Key="copy", CopySource=source) == (403, "AccessDenied")
+
+
 def test_grants_by_header_and_document(main: Any, alt: Any, listed: str) -> None:
     who = alt.list_buckets()["Owner"]["ID"]
     main.put_object_acl(Bucket=listed, Key="k", GrantRead=f'id="{who}", emailAddress="main@example.org"')
