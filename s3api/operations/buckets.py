@@ -29,7 +29,7 @@ XML_TYPE = ("content-type", "application/xml")
 def valid_name(name: str) -> bool:
     return (
         _NAME.fullmatch(name) is not None
-        and ".." not in name
+        and not any(pair in name for pair in ("..", ".-", "-."))
         and _IPV4.fullmatch(name) is None
         and not name.startswith(_RESERVED_STARTS)
         and not name.endswith(_RESERVED_ENDS)

@@ -49,7 +49,7 @@ def test_bucket_of_another_region(s3: Any) -> None:
     ("name", "valid"),
     [("abc", True), ("a.b-c1", True), ("a" * 63, True), ("ab", False), ("a" * 64, False), ("Abc", False),
      ("a_b", False), ("-ab", False), ("ab-", False), ("a..b", False), ("1.2.3.4", False), ("xn--abc", False),
-     ("abc-s3alias", False), ("abc\n", False)],
+     ("abc-s3alias", False), ("abc\n", False), ("a.-b", False), ("a-.b", False)],
 )  # fmt: skip
 def test_names(name: str, valid: bool) -> None:
     assert valid_name(name) is valid
