@@ -44,7 +44,12 @@ def parse_copy_range(field: str, length: int) -> tuple[int, int]:
     if unit != "bytes" or not _number(first) or not _number(last) or int(last) < int(first):
         raise S3Error("InvalidArgument", "x-amz-copy-source-range must be bytes=first-last")
     if int(last) >= length:
-        raise S3Error("InvalidRange", f"x-amz-copy-source-range ends after the source, which has {length} bytes")
+        # Not InvalidRange, which only GET answers.
+        raise S3Error(
+            "InvalidArgument",
+            f"x-amz-copy-source-range ends after the source, which has {length} bytes",
+            fields=[("ArgumentName", "x-amz-copy-source-range"), ("ArgumentValue", field)],
+        )
     return int(first), int(last) + 1
 
 

@@ -400,6 +400,15 @@ def test_upload_part_copy(s3: Any, bucket: str) -> None:
     assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == FIRST + LAST
 
 
+@pytest.mark.parametrize("span", ["bytes=0-5", "bytes=5-5", "bytes=2-1", "bytes=0", "0-2", "bytes=-2", "bytes=0-1,3-4"])
+def test_a_copied_range_lies_inside_the_source(s3: Any, bucket: str, span: str) -> None:
+    s3.put_object(Bucket=bucket, Key="source", Body=b"01234")
+    upload_id = s3.create_multipart_upload(Bucket=bucket, Key="k")["UploadId"]
+    arguments = {"Bucket": bucket, "Key": "k", "UploadId": upload_id, "PartNumber": 1, "CopySourceRange": span}
+    answer = refused(s3.upload_part_copy, CopySource={"Bucket": bucket, "Key": "source"}, **arguments)
+    assert answer == (400, "InvalidArgument")
+
+
 def crt_client(keys: tuple[str, str]) -> S3Client:
     group = EventLoopGroup(1)
     provider = AwsCredentialsProvider.new_static(*keys)
