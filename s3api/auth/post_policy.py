@@ -1,7 +1,7 @@
 """The policy of a browser's form: what its signer allows the form to upload. Pure.
 
 In: the base64 policy, the form's fields, the time. Out: the bounds of the file's length, or an S3Error. Every field must be
-spoken of by a condition, apart from the signature's own and ``x-ignore-…``.
+spoken of by a condition, and the bucket too, apart from the signature's own and ``x-ignore-…``.
 https://docs.aws.amazon.com/AmazonS3/latest/API/sigv4-HTTPPOSTConstructPolicy.html
 """
 
@@ -41,7 +41,7 @@ def check(encoded: str, fields: Mapping[str, str], now_s: float) -> tuple[int, i
     if not isinstance(conditions, list) or not conditions:
         raise _invalid("Invalid Policy: Invalid 'conditions' value: must be a List.")
     least, most = 0, LENGTH_MAX
-    named = {"bucket"}
+    named = set[str]()
     for condition in conditions:
         if isinstance(condition, dict):
             if len(condition) != 1 or not all(isinstance(value, str) for value in condition.values()):

@@ -105,6 +105,7 @@ def expiration(seconds: int = 600) -> str:
         ({"conditions": None}, (400, "InvalidPolicyDocument")),
         ({"conditions": [{"bucket": "other"}, {"key": "k"}]}, (403, "AccessDenied")),
         ({"conditions": [{"key": "other"}]}, (403, "AccessDenied")),
+        ({"conditions": [{"key": "k"}]}, (403, "AccessDenied")),
         ({"conditions": [["content-length-range", 0], {"key": "k"}]}, (400, "InvalidPolicyDocument")),
         ({"conditions": [["content-length-range", -1, 9], {"key": "k"}]}, (400, "InvalidPolicyDocument")),
         ({"conditions": [["like", "$key", "k"]]}, (400, "InvalidPolicyDocument")),
