@@ -69,6 +69,8 @@ class SigV4:
         _check_all_signed(claim, request)
         payload, sha256 = payload_of(claim.payload_hash)
         credentials = await usable(self._users, claim.access_key, claim.token, now_s)
+        if claim.timestamp[:8] != claim.date:
+            raise _malformed(claim.presigned, "the date in the credential scope does not match x-amz-date")
         key = self._signing_key(credentials.secret_key, claim.date, claim.region, service)
         _check_signature(claim, request, key)
         if not credentials.user.enabled:
@@ -256,8 +258,6 @@ def _check_time(claim: _Claim, request: Request, now_s: float) -> None:
         if claim.presigned:
             raise _malformed(True, "X-Amz-Date must be in the ISO8601 Long Format \"yyyyMMdd'T'HHmmss'Z'\"")
         raise S3Error("AccessDenied", "AWS authentication requires a valid Date or x-amz-date header")
-    if claim.timestamp[:8] != claim.date:
-        raise _malformed(claim.presigned, "the date in the credential scope does not match x-amz-date")
     if claim.presigned:
         _check_expiry(request.arg("X-Amz-Expires") or "", signed_s, now_s)
     else:

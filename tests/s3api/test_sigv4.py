@@ -160,6 +160,12 @@ async def test_clock_skew(late_s: int) -> None:
     assert await code_of(request, DOCUMENTED_AT_S + late_s) == "RequestTimeTooSkewed"
 
 
+async def test_a_date_header_outside_the_scope_is_first_of_all_too_old() -> None:
+    headers = {**DOCUMENTED, "x-amz-date": "20100707T215304Z"}
+    request = request_of("GET", "http://examplebucket.s3.amazonaws.com/test.txt", headers)
+    assert await code_of(request, DOCUMENTED_AT_S) == "RequestTimeTooSkewed"
+
+
 async def test_unknown_access_key() -> None:
     other = Users(UserRecord("x", "X", "OTHER", b""))
     request = request_of("GET", "http://examplebucket.s3.amazonaws.com/test.txt", DOCUMENTED)
@@ -185,8 +191,12 @@ async def test_disabled_user() -> None:
          "AuthorizationHeaderMalformed"),
         ("AWS4-HMAC-SHA256 Credential=a/2013052/r/s3/aws4_request, SignedHeaders=host, Signature=0",
          "AuthorizationHeaderMalformed"),
-        ("AWS4-HMAC-SHA256 Credential=a/20130525/r/s3/aws4_request, SignedHeaders=host, Signature=0",
+        ("AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130525/us-east-1/s3/aws4_request,"
+         "SignedHeaders=host;range;x-amz-content-sha256;x-amz-date,Signature=0",
          "AuthorizationHeaderMalformed"),
+        ("AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN8EXAMPLE/20130525/us-east-1/s3/aws4_request,"
+         "SignedHeaders=host;range;x-amz-content-sha256;x-amz-date,Signature=0",
+         "InvalidAccessKeyId"),
         ("AWS4-HMAC-SHA256 Credential=a/20130524/r/s3/aws4_request, SignedHeaders=range, Signature=0",
          "AuthorizationHeaderMalformed"),
         ("AWS4-HMAC-SHA256 Credential=\xe9\xe9/20130524/r/s3/aws4_request, SignedHeaders=host, Signature=\xe9",
