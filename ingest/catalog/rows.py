@@ -56,8 +56,8 @@ decode_object = msgspec.msgpack.Decoder(ObjectRecord).decode
 decode_extents = msgspec.msgpack.Decoder(tuple[Extent, ...]).decode
 decode_filters = msgspec.msgpack.Decoder(dict[str, str]).decode
 decode_detail = msgspec.msgpack.Decoder(Detail).decode
-_decode_ledger = msgspec.msgpack.Decoder(FrameLedger).decode
-_decode_parts = msgspec.msgpack.Decoder(tuple[PartRecord, ...]).decode
+decode_ledger = msgspec.msgpack.Decoder(FrameLedger).decode
+decode_parts = msgspec.msgpack.Decoder(tuple[PartRecord, ...]).decode
 
 _STATES = {state.value: state for state in ObjectState}
 _DURABILITIES = {durability.value: durability for durability in Durability}
@@ -120,8 +120,8 @@ def object_record(row: Row) -> ObjectRecord:
         headers=detail.headers,
         metadata=detail.metadata,
         extents=decode_extents(extents),
-        parts=() if parts is None else _decode_parts(parts),
-        ledger=None if ledger is None else _decode_ledger(ledger),
+        parts=() if parts is None else decode_parts(parts),
+        ledger=None if ledger is None else decode_ledger(ledger),
         geometry=detail.geometry,
         epochs=detail.epochs,
         raw=detail.raw,

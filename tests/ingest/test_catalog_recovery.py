@@ -27,7 +27,17 @@ from ingest.journal import FileOps, JournalDamaged
 from ingest.label import Label, write_label
 from ingest.notification import Target
 from ingest.paths import NodePaths
-from ingest.records import LABEL_BYTES, CommitObject, DeleteObject, Durability, Extent, FreedExtents, ObjectRecord
+from ingest.records import (
+    LABEL_BYTES,
+    AccessKey,
+    CommitObject,
+    DeleteObject,
+    Durability,
+    Extent,
+    FreedExtents,
+    ObjectRecord,
+    UserRecord,
+)
 from ingest.segments import SegmentHeader
 
 Serving = Callable[..., AbstractAsyncContextManager[None]]
@@ -491,3 +501,29 @@ async def test_an_entry_the_index_refuses_takes_nothing_of_its_batch_with_it(
     async with serving(), CatalogClient(paths, slot=0) as client:
         assert [await client.head("run", b"before"), await client.head("run", b"after")] == [before, after]
     assert problems(paths) == []
+
+
+async def test_an_index_that_an_earlier_program_packed_is_no_damage(
+    paths: NodePaths, serving: Serving, commit_of: CommitOf
+) -> None:
+    async with serving(), CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "root")
+        await client.put_user(UserRecord("ada", "Ada", keys=(AccessKey("ADAKEY", b"sealed"),)))
+        await client.commit(commit_of("run", b"k"))
+        gone = await client.commit(commit_of("run", b"gone"))
+        await client.commit(commit_of("run", b"gone"))
+        assert gone != await client.head("run", b"gone")
+    with contextlib.closing(rows.connect(paths.catalogue, read_only=False)) as index:
+        old = {"user_id": "ada", "display_name": "Ada", "access_key": "ADAKEY", "secret": b"sealed"}
+        index.execute("UPDATE users SET record = ? WHERE user_id = 'ada'", (rows.encode(old),))
+        for sequence, detail in index.execute("SELECT sequence, detail FROM objects").fetchall():
+            fields = msgspec.msgpack.decode(detail)[:6]  # as they were before there were versions
+            index.execute("UPDATE objects SET detail = ? WHERE sequence = ?", (rows.encode(fields), sequence))
+        for object_id, record in index.execute("SELECT object_id, record FROM outcomes").fetchall():
+            of = {name: value for name, value in msgspec.msgpack.decode(record).items() if name != "retention"}
+            index.execute("UPDATE outcomes SET record = ? WHERE object_id = ?", (rows.encode(of), object_id))
+        assert index.execute("SELECT COUNT(*) FROM outcomes").fetchone() == (1,)
+    assert problems(paths) == []
+    with contextlib.closing(rows.connect(paths.catalogue, read_only=False)) as index:
+        index.execute("UPDATE users SET record = ? WHERE user_id = 'ada'", (rows.encode(old | {"root": True}),))
+    assert [(problem.kind, problem.where) for problem in problems(paths)] == [("index", "users")]
