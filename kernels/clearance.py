@@ -40,29 +40,37 @@ class Clearance:
         self._accept_unconfined = accept_unconfined
         self._tell = tell
         self._granted = asyncio.Event()
+        self._decided = asyncio.Event()
         if self.standing.runs:
-            self._granted.set()
+            self._grant()
 
     async def granted(self) -> None:
         """Returns once kernels may run; never where they may not."""
         await self._granted.wait()
 
     async def decided(self, timeout_s: float) -> Standing:
-        """The standing as soon as it is granted, else as it is after ``timeout_s``."""
+        """The standing as soon as kernels may run, or were refused twice, else as it is after ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._granted.wait()
+                await self._decided.wait()
         return self.standing
 
     async def obtain(self) -> None:
         """Test until kernels may run."""
         for attempt in itertools.count():
             if self.standing.runs:
-                self._granted.set()
+                self._grant()
                 return
             if attempt:
                 await asyncio.sleep(AGAIN_S[min(attempt, len(AGAIN_S)) - 1])
+            before = self.standing
             self._stand(await self._test())
+            if before.verdict is self.standing.verdict is Verdict.REFUSED:
+                self._decided.set()
+
+    def _grant(self) -> None:
+        self._granted.set()
+        self._decided.set()
 
     async def _test(self) -> Standing:
         report = await self_test(self._zygote_socket)
