@@ -114,7 +114,7 @@ class S3Service:
         if "notification" in bucket.documents or row.name.endswith("NotificationConfiguration"):
             method = {"CopyObject": "Copy", "PostObject": "Post"}.get(row.name, "Put")
             origin = Origin(
-                call.user.user_id, call.request.peer, call.request.request_id, self._settings.host_id, method
+                call.user.user_id, call.request.peer_address, call.request.request_id, self._settings.host_id, method
             )
             ORIGIN.set(origin)
 

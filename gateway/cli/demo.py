@@ -26,7 +26,8 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave all files where they are, and say where.")] = False,
     gigabytes: Annotated[float, typer.Option("--gigabytes", min=0.1, max=1000, help="Size of the stream.")] = 4.0,
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Where to make the temporary folder [the system's place for them].")
+        Path | None,
+        typer.Option("--folder", help="Where to make the temporary folder; default: the system's place for them."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

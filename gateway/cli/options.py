@@ -20,7 +20,12 @@ Control = Annotated[
     str, typer.Option("--control", envvar="HISS_CONTROL", help="URL of the control API, e.g. https://gw:9001.")
 ]
 Endpoint = Annotated[str, typer.Option("--endpoint", envvar="HISS_ENDPOINT", help="URL of the S3 port.")]
-AccessKey = Annotated[str, typer.Option("--access-key", envvar="HISS_ACCESS_KEY", help="Default: root's, with --data.")]
+AccessKey = Annotated[
+    str,
+    typer.Option(
+        "--access-key", envvar="HISS_ACCESS_KEY", help="Its secret: HISS_SECRET_KEY. Default: root's, with --data."
+    ),
+]
 CaFile = Annotated[Path | None, typer.Option("--ca", help="PEM file of the authority that signed the certificate.")]
 
 

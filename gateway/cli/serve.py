@@ -32,7 +32,7 @@ def serve(
     s3_port: Annotated[int | None, typer.Option(help="S3 [9000]; 0 picks a free port.")] = None,
     control_port: Annotated[int | None, typer.Option(help="Control API and console [9001].")] = None,
     dav_port: Annotated[int | None, typer.Option(help="WebDAV [9002].")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes [cores, at most 8].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: cores, at most 8.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain, for all three ports.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     sets: options.Sets = None,

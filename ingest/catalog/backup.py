@@ -96,6 +96,8 @@ def restore(data_dir: Path, file: Path) -> RestoreReport:
             raise NoCatalogue(f"{file} cannot be copied: {error}") from error
         aside = tuple(_set_aside(folder) for folder in (paths.journal, paths.snapshots) if any(folder.iterdir()))
         paths.create()
+        # From here on the index can be built again, as after any rotation: by fsck, and by a start after a crash below.
+        snapshot.publish(snapshot.write(made, paths.snapshots))
         recovery.clean_mark(paths).unlink(missing_ok=True)
         recovery.install(made, paths.catalogue)
     return RestoreReport(applied, aside)

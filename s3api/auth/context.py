@@ -92,7 +92,7 @@ class RequestContext:
         return _one(source.get(name) or None)
 
     def _source_ip(self, _: str) -> Values:
-        return _one(self._request.peer.rpartition(":")[0].strip("[]") or None)
+        return _one(self._request.peer_address or None)
 
     def _userid(self, _: str) -> Values:
         return None if self._principal.anonymous else (self._principal.user_id,)

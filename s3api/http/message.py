@@ -108,6 +108,11 @@ class Request:
     scope: dict[str, object] = dataclasses.field(default_factory=dict)
     """Notes of the layers above (user, operation, bytes in/out) for metrics and the access log."""
 
+    @property
+    def peer_address(self) -> str:
+        """``peer`` without its port; empty where it has none."""
+        return self.peer.rpartition(":")[0].strip("[]")
+
     def arg(self, name: str) -> str | None:
         """First query parameter of this name, decoded; None when absent."""
         for key, value in self.query:

@@ -66,8 +66,12 @@ def parsed(body: bytes, endpoints: frozenset[str]) -> tuple[Target, ...]:
                 (f"ArgumentValue{number}", "not an endpoint of this node"),
             )
         ]
+        named = ", ".join(target.arn for target in unknown[:10])
         raise S3Error(
-            "InvalidArgument", "Unable to validate the following destination configurations", fields=fields[:20]
+            "InvalidArgument",
+            f"Unable to validate the following destination configurations: {named}; "
+            "an ARN ends in a name of the node's setting notification_endpoints",
+            fields=fields[:20],
         )
     for one, other in itertools.combinations(targets, 2):
         if _overlap(one, other):

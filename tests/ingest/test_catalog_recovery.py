@@ -346,11 +346,13 @@ async def test_backup_of_a_running_node_and_restore(
     restored = backup.restore(paths.root, file)
     assert restored.applied_sequence == report.applied_sequence
     assert all(folder.is_dir() for folder in restored.set_aside)
+    assert problems(paths) == []  # before the first start, too
+    paths.catalogue.unlink()  # as where a crash, or a repair, leaves only the snapshot
     async with serving(), CatalogClient(paths, slot=0) as client:
         assert await names(client) == [record.key for record in before]
         later = await client.commit(commit_of("run", b"anew"))
         assert later.sequence == before[-1].sequence + 1
-    # The restored state can itself be rebuilt: it was made a snapshot at the first start.
+    # The restored state can itself be rebuilt: restoring made it a snapshot.
     paths.catalogue.unlink()
     async with serving(), CatalogClient(paths, slot=0) as client:
         assert await client.head("run", b"anew") == later
