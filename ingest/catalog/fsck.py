@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 from awscrt.checksums import crc64nvme
 
+from ingest import journal
 from ingest.catalog import lock, migrate, recovery, rows, snapshot
 from ingest.catalog.backup import NoCatalogue
 from ingest.catalog.index import applied_sequence
@@ -148,7 +149,8 @@ def _rebuilt(paths: NodePaths, made: Path, up_to: int) -> sqlite3.Connection:
     """The index as the oldest usable snapshot and the journals tell it. Raises JournalDamaged."""
     bases = [found for found in reversed(snapshot.available(paths.snapshots)) if found.applied <= up_to]
     failure: JournalDamaged | None = None
-    for base in [None, *bases]:
+    # An empty journal tells nothing; after a restore the snapshot that it left is all there is.
+    for base in [None, *bases] if journal.files(paths.journal) or not bases else bases:
         snapshot.discard(made)
         database = rows.connect(made, read_only=False)
         try:

@@ -66,7 +66,7 @@ async def prepare_write(call: Call, fields: acls.Fields) -> None:
     if not rules.ownership.acls:
         # What clients send by habit, and is the case anyway.
         owners = {AclGrant(f"user:{user}", "FULL_CONTROL") for user in (rules.owner, call.owner)}
-        if asked == "bucket-owner-full-control" or (not asked and set(acl) <= owners):
+        if asked in ("private", "bucket-owner-full-control") or (not asked and set(acl) <= owners):
             return
         raise S3Error("AccessControlListNotSupported", ENFORCED_SAYS)
     if is_public(acl) and rules.block.BlockPublicAcls:
