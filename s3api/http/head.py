@@ -95,7 +95,7 @@ class _Callbacks:
 
 
 def parse_head(raw: bytes, limits: HttpLimits) -> Head:
-    """Parse one head, ``raw`` ending in the empty line. Raises HttpError (400, 417, 431, 501, 505)."""
+    """Parse one head, ``raw`` ending in the empty line. Raises HttpError (400, 431, 501, 505)."""
     version = _check_octets(raw, limits)
     callbacks = _Callbacks()
     parser = httptools.HttpRequestParser(callbacks)
@@ -205,9 +205,7 @@ def _decode(text: str) -> str:
 
 
 def _expects_continue(headers: Headers, *, http11: bool) -> bool:
-    """RFC 9110 section 10.1.1: ignored from HTTP/1.0, 417 for anything but 100-continue."""
+    """RFC 9110 section 10.1.1: ignored from HTTP/1.0. Other expectations too, as S3 does (a server may answer 417)."""
     if not http11 or "expect" not in headers:
         return False
-    if headers["expect"].lower() != "100-continue":
-        raise refuse(417, "ExpectationFailed", "The only expectation understood is 100-continue.")
-    return True
+    return any(member.strip().lower() == "100-continue" for member in headers["expect"].split(","))
