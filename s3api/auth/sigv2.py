@@ -124,13 +124,15 @@ def _resource(request: Request, virtual_bucket: str, slash: str) -> str:
 
 
 def _check_date(request: Request, now_s: float) -> int:
-    text = request.headers.get("x-amz-date") or request.headers.get("date")
+    text = request.headers.get("x-amz-date" if "x-amz-date" in request.headers else "date")  # the one that is signed
     signed_s = times.parse_http_date(text)
     if signed_s is None:
         iso = times.parse_iso_s(text)
         if iso is None:
             raise S3Error("AccessDenied", "AWS authentication requires a valid Date or x-amz-date header")
         signed_s = int(iso)
+    if signed_s < 0:
+        raise S3Error("AccessDenied", "AWS authentication requires a valid Date or x-amz-date header")
     check_skew(text, signed_s, now_s)
     return signed_s
 

@@ -6,6 +6,7 @@ import json
 import secrets
 import socket
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from typing import Any
 
 import boto3
@@ -321,11 +322,21 @@ def test_old_presigned_urls_end(people: Any, make_client: Any, main: Any, mine: 
     assert httpx.get(url.copy_set_param("Signature", "AAAA")).status_code == 403
 
 
-def test_sigv2_is_judged_by_the_clock(node: Any, people: Any, mine: str, code_of: Any) -> None:
-    request = AWSRequest("GET", f"{node.endpoint}/{mine}/k", headers={"x-amz-date": "Mon, 05 Jan 2015 00:00:00 GMT"})
+@pytest.mark.parametrize(
+    ("date", "code"),
+    [
+        ("Mon, 05 Jan 2015 00:00:00 GMT", "RequestTimeTooSkewed"),
+        ("Fri, 07 Jul 1950 21:53:04 GMT", "AccessDenied"),
+        ("soon", "AccessDenied"),
+        ("", "AccessDenied"),
+    ],
+)
+def test_sigv2_is_judged_by_the_clock(node: Any, people: Any, mine: str, code_of: Any, date: str, code: str) -> None:
+    """By the date that is signed: a Date beside x-amz-date is not."""
+    request = AWSRequest("GET", f"{node.endpoint}/{mine}/k", headers={"x-amz-date": date})
     HmacV1Auth(BotoCredentials(*people["main"])).add_auth(request)
-    headers = {name: value for name, value in request.headers.items() if name != "Date"}
-    assert code_of(httpx.get(request.url, headers=headers)) == "RequestTimeTooSkewed"
+    headers = {**dict(request.headers.items()), "Date": formatdate(usegmt=True)}
+    assert code_of(httpx.get(request.url, headers=headers)) == code
 
 
 def test_sigv2_can_be_switched_off(node: Any, people: Any, make_client: Any, mine: str) -> None:
