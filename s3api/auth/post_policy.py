@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 
 from s3api import times
@@ -29,6 +30,8 @@ _FREE = frozenset(
     }
 )
 LENGTH_MAX = 1 << 63
+_ESCAPED_DOLLAR = re.compile(r"(?<!\\)((?:\\\\)*)\\\$")
+"""AWS's own escape, which JSON does not know; an even number of backslashes before it are those of others."""
 
 
 def check(encoded: str, fields: Mapping[str, str], now_s: float) -> tuple[int, int]:
@@ -75,7 +78,8 @@ def _document(encoded: str) -> dict[str, object]:
     if len(encoded) > POLICY_CHARS_MAX:
         raise _invalid("Invalid Policy: too long")
     try:
-        document = json.loads(base64.b64decode(encoded.encode("latin-1"), validate=True).decode("utf-8"))
+        text = base64.b64decode(encoded.encode("latin-1"), validate=True).decode("utf-8")
+        document = json.loads(_ESCAPED_DOLLAR.sub(r"\1$", text))
     except (binascii.Error, ValueError, RecursionError):
         raise _invalid("Invalid Policy: Invalid JSON.") from None
     if not isinstance(document, dict):

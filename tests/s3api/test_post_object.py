@@ -121,6 +121,19 @@ def test_policies_that_forbid(
     assert post(policy_form(node, root_keys, bucket, good), b"x").status_code == 204
 
 
+@pytest.mark.parametrize(("written", "key"), [(r"\$k", "$k"), (r"\\$k", r"\$k"), (r"\\\$k", r"\$k"), ("$k", "$k")])
+def test_a_dollar_may_be_escaped_in_a_policy(
+    node: Any, s3: Any, root_keys: Any, bucket: str, written: str, key: str
+) -> None:
+    document = json.dumps({"expiration": expiration(), "conditions": [{"bucket": bucket}, ["eq", "$key", "KEY"]]})
+    form = policy_form(node, root_keys, bucket, document.replace("KEY", written))
+    form["fields"]["key"] = key
+    assert post(form, b"x").status_code == 204
+    assert s3.list_objects_v2(Bucket=bucket, Prefix=key)["KeyCount"] == 1
+    form["fields"]["key"] = "k"
+    assert post(form, b"x").status_code == 403
+
+
 def test_forms_that_are_not_signed_right(node: Any, s3: Any, root_keys: Any, bucket: str, sign: Any) -> None:
     good = sign("k")
     for name, value, expected in (
