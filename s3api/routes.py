@@ -192,6 +192,11 @@ for _route in ROUTES:
     _BY_PLACE[_route.method, _route.level] = tuple(
         sorted(_rows, key=lambda row: len(row.query) + bool(row.header), reverse=True)
     )
+_ALLOWED = {
+    level: ", ".join(sorted({row.method for row in ROUTES if row.level is level and not (row.query or row.header)}))
+    for level in Level
+}
+"""Methods of the plain resource, which a 405 has to name (RFC 9110 section 15.5.6)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -256,7 +261,8 @@ def route(request: Request, level: Level) -> Route:
     for name in names:
         if name in SUBRESOURCES:
             raise _not_implemented(request.method, name)
-    raise S3Error("MethodNotAllowed", fields=[("Method", request.method), ("ResourceType", level.name)])
+    fields = [("Method", request.method), ("ResourceType", level.name)]
+    raise S3Error("MethodNotAllowed", fields=fields, headers=[("allow", _ALLOWED[level])])
 
 
 def _refuse_unknown(row: Route, request: Request) -> None:

@@ -92,6 +92,7 @@ def test_methods_that_are_not_there(raw: Raw, code_of: Code, bucket: str, method
     target = f"/{bucket}{path}" if path else "/"
     answer = raw(method, target)
     assert (answer.status_code, code_of(answer)) == (405, "MethodNotAllowed")
+    assert answer.headers["allow"] == ("DELETE, GET, HEAD, PUT" if path else "GET, POST")
 
 
 # -- tags and settings
