@@ -18,6 +18,7 @@ from ingest.origin import ORIGIN, Origin
 from ingest.ports import FrameHost
 from ingest.stream_types import DataPlane
 from s3api import cors
+from s3api.auth import sigv2
 from s3api.auth.actions import OF_VERSIONS
 from s3api.auth.authenticate import Authenticator
 from s3api.auth.rules import Gate
@@ -65,6 +66,8 @@ class S3Service:
             request.scope["operation"] = row.name
             virtual = target.bucket if target.virtual else ""
             signed = ANYBODY if row.own_signature else await self.authenticator.verify(request, virtual, self._clock())
+            if signed.sigv2 and signed.presigned:
+                sigv2.refuse_unsigned(row.query)
             call = Call(request, self._node, signed, target.bucket, target.key)
             user_id = request.scope["user"] = call.user.user_id
             if not row.own_signature:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+from collections.abc import Iterable
 from urllib.parse import unquote
 
 from s3api import times
@@ -16,7 +17,7 @@ from s3api.auth.signed import Signed, body_form
 from s3api.auth.sigv4 import check_skew, expired
 from s3api.auth.users import UserStore, usable
 from s3api.errors import S3Error
-from s3api.http.message import Request
+from s3api.http.message import Headers, Request
 
 ACCESS_KEY_CHARS_MAX = 256
 
@@ -30,6 +31,20 @@ _SIGNED_ARGUMENTS = frozenset(
         "storageClass", "tagging", "torrent", "uploadId", "uploads", "versionId", "versioning", "versions", "website",
     }
 )  # fmt: skip
+
+
+# Says in which form a listing comes, and nothing else.
+_HARMLESS = frozenset({"list-type"})
+
+
+def refuse_unsigned(subresources: Iterable[str]) -> None:
+    """``subresources``: what makes a request the operation it is. The version is older than some of them and does not sign
+    those; who was given a URL could then turn it into another operation. Raises AccessDenied."""
+    for name in subresources:
+        if name not in _SIGNED_ARGUMENTS and name not in _HARMLESS:
+            raise S3Error(
+                "AccessDenied", f"?{name} is not part of a Signature Version 2; presign it with AWS4-HMAC-SHA256"
+            )
 
 
 def claims(request: Request) -> bool:
@@ -98,7 +113,8 @@ def string_to_sign(request: Request, when: str, virtual_bucket: str, *, presigne
 
     amz = {name: value for name, value in headers.items() if name.startswith("x-amz-")}
     if presigned:
-        amz = {name.lower(): value for name, value in request.query if name.lower().startswith("x-amz-")} | amz
+        said = [(name.lower(), value) for name, value in request.query if name.lower().startswith("x-amz-")]
+        amz = dict(Headers(said).items()) | amz
     lines = [request.method, field("content-md5").strip(), field("content-type").strip(), when]
     lines += [f"{name}:{amz[name].strip()}" for name in sorted(amz)]
     return "\n".join((*lines, _resource(request, virtual_bucket, slash)))
@@ -117,6 +133,8 @@ def _resource(request: Request, virtual_bucket: str, slash: str) -> str:
     signed = []
     for piece in query.split("&"):
         name, equals, value = piece.partition("=")
+        # As the routes will read it: a name that is percent-encoded names the same subresource.
+        name = unquote(name.replace("+", " "))
         if name in _SIGNED_ARGUMENTS:
             signed.append((name, f"{name}={unquote(value)}" if equals else name))
     signed.sort(key=lambda pair: pair[0])

@@ -322,6 +322,27 @@ def test_old_presigned_urls_end(people: Any, make_client: Any, main: Any, mine: 
     assert httpx.get(url.copy_set_param("Signature", "AAAA")).status_code == 403
 
 
+def test_old_presigned_urls_become_no_other_operation(people: Any, make_client: Any, main: Any, mine: str) -> None:
+    old = make_client(people["main"], signature_version="s3")
+    main.put_object(Bucket=mine, Key="given", Body=b"mine")
+    tags = "<Tagging><TagSet><Tag><Key>a</Key><Value>b</Value></Tag></TagSet></Tagging>"
+    put = old.generate_presigned_url("put_object", {"Bucket": mine, "Key": "given"})
+    for added in ("&%74agging", "&t%61gging=", "&retention", "&legal-hold", "&x-amz-meta-a=b"):
+        assert httpx.put(put + added, content=tags.encode()).status_code == 403, added
+    get = old.generate_presigned_url("get_object", {"Bucket": mine, "Key": "given"})
+    for added in ("&attributes", "&retention", "&%61cl", "&%76ersionId=null"):
+        assert httpx.get(get + added, headers={"x-amz-object-attributes": "ETag"}).status_code == 403, added
+    delete = old.generate_presigned_url("delete_object", {"Bucket": mine, "Key": "given"})
+    assert httpx.delete(delete + "&version%49d=null").status_code == 403
+    granted = {"Bucket": mine, "Key": "given", "GrantRead": f'id="{"0" * 64}"'}
+    url = old.generate_presigned_url("put_object", granted)
+    assert httpx.put(f"{url}&x-amz-grant-read=id%3D1", content=b"").status_code == 403
+    listed = old.generate_presigned_url("list_objects_v2", {"Bucket": mine})
+    assert httpx.get(listed).status_code == 200
+    assert main.get_object(Bucket=mine, Key="given")["Body"].read() == b"mine"
+    old.close()
+
+
 @pytest.mark.parametrize(
     ("date", "code"),
     [
