@@ -169,9 +169,11 @@ class Call:
         """May the user do ``action`` (of s3api/auth/actions.py) to ``bucket``, or to the key or listed prefix ``name`` in it?"""
         return (await self.verdict(Question(action, bucket, name, over))).allowed
 
-    async def verdict(self, question: Question, **about: Any) -> Verdict:
-        """What the engine says. ``about``: what the request says elsewhere than in its head (see RequestContext)."""
-        version_id = self.request.arg("versionId") if question.name == self.key else None
+    async def verdict(self, question: Question, version_id: str | None = None, **about: Any) -> Verdict:
+        """What the engine says. ``version_id``: of an object that the request names elsewhere than in its head; ``about``: what
+        else it says there (see RequestContext)."""
+        if version_id is None and (question.bucket, question.name) == (self.bucket_name, self.key):
+            version_id = self.request.arg("versionId")
         principal = self.signed.credentials.principal
         return await self.node.gate.ask(principal, question, self.context(**about), version_id)
 
@@ -188,10 +190,12 @@ class Call:
             **about,
         )
 
-    async def authorise(self, action: str, bucket: str, name: bytes = b"", over: Over | None = None) -> None:
+    async def authorise(
+        self, action: str, bucket: str, name: bytes = b"", over: Over | None = None, version_id: str | None = None
+    ) -> None:
         """Raises AccessDenied unless the user ``may``; NoSuchKey or NoSuchVersion where only the list of an object that is not
         there could let the user read it, and the user may list the bucket."""
-        verdict = await self.verdict(Question(action, bucket, name, over))
+        verdict = await self.verdict(Question(action, bucket, name, over), version_id)
         if verdict.allowed:
             return
         reads = action in READS or action in READS_OF_VERSIONS

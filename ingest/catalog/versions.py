@@ -162,8 +162,6 @@ class Versions:
             return Deleted(True, rows.object_record(before).version_id, True)
         if request.object_id and (newest is None or newest.object_id != request.object_id):
             return Deleted(existed=False)
-        if request.object_id and (newest is None or newest.object_id != request.object_id):
-            return Deleted(existed=False)
         if request.if_match:
             if newest is None or newest.delete_marker:
                 raise PreconditionFailed("If-Match")

@@ -66,7 +66,8 @@ async def source_of(call: Call) -> Source:
     if not bucket or not key or len(key) > call.limits.key_bytes:
         raise S3Error("InvalidArgument", "Copy Source must mention the source bucket and key: sourcebucket/sourcekey")
     check_version_id(version_id)
-    await call.authorise("s3:GetObject" if version_id is None else "s3:GetObjectVersion", bucket, key)
+    action = "s3:GetObject" if version_id is None else "s3:GetObjectVersion"
+    await call.authorise(action, bucket, key, version_id=version_id)
     record_of_bucket, settings = await call.node.buckets.get(bucket)
     expected = headers.get("x-amz-source-expected-bucket-owner")
     if expected and not await call.is_owner(record_of_bucket, expected):

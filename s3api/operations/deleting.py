@@ -70,12 +70,11 @@ async def delete_objects(call: Call) -> Response:
     wanted = tree.findall("Object")
     if not 0 < len(wanted) <= call.limits.keys_per_delete:
         raise S3Error("MalformedXML", f"Name from 1 to {call.limits.keys_per_delete} objects")
-    bypass = await may_bypass(call, b"")
     failures: list[xml.Value] = []
     requests: list[DeleteObject] = []
     for element in wanted:
         try:
-            requests.append(await _request(call, element, bypass=bypass))
+            requests.append(await _request(call, element))
         except S3Error as refusal:
             key, version_id = xml.raw_text(element, "Key"), xml.text(element, "VersionId", "")
             failures.append(_failure(key, version_id, refusal))
@@ -93,7 +92,7 @@ async def delete_objects(call: Call) -> Response:
     return Response(200, [XML_TYPE], xml.document("DeleteResult", entries))
 
 
-async def _request(call: Call, element: Element, *, bypass: bool) -> DeleteObject:
+async def _request(call: Call, element: Element) -> DeleteObject:
     """Raises S3Error for a key or version that cannot be, or that the user may not delete."""
     text = xml.raw_text(element, "Key")
     key = text.encode("utf-8", "surrogatepass")
@@ -104,6 +103,7 @@ async def _request(call: Call, element: Element, *, bypass: bool) -> DeleteObjec
     await call.authorise("s3:DeleteObjectVersion" if version_id else "s3:DeleteObject", call.bucket_name, key)
     etag = xml.text(element, "ETag", "").strip('"')
     await _may_compare(call, key, etag)
+    bypass = await may_bypass(call, key)
     return DeleteObject(call.bucket_name, key, version_id, etag, bypass_governance=bypass)
 
 

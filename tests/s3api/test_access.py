@@ -73,6 +73,24 @@ def listed(main: Any, mine: str) -> str:
     return mine
 
 
+# -- versions
+
+
+def test_the_list_of_a_version_is_asked_where_a_copy_names_it(main: Any, alt: Any, listed: str) -> None:
+    main.put_bucket_versioning(Bucket=listed, VersioningConfiguration={"Status": "Enabled"})
+    secret = main.put_object(Bucket=listed, Key="v", Body=b"not for all")["VersionId"]
+    public = main.put_object(Bucket=listed, Key="v", Body=b"for all", ACL="public-read")["VersionId"]
+    other = f"own-{secrets.token_hex(6)}"
+    alt.create_bucket(Bucket=other)
+    for version, allowed in ((public, True), (secret, False)):
+        source = {"Bucket": listed, "Key": "v", "VersionId": version}
+        if allowed:
+            alt.copy_object(Bucket=other, Key="v", CopySource=source)
+        else:
+            assert refused(alt.copy_object, Bucket=other, Key="v", CopySource=source) == (403, "AccessDenied")
+            assert refused(alt.get_object, **source) == (403, "AccessDenied")
+
+
 # -- owners and policies
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -139,6 +140,27 @@ def test_bypassing_needs_the_permission(s3: Any, timed: NodeThread, bucket: str)
     s3.put_object_retention(**version, Retention=shorter, BypassGovernanceRetention=True)
     s3.delete_object(**version, BypassGovernanceRetention=True)
     writer.close()
+
+
+def test_bypassing_is_decided_for_each_key(s3: Any, timed: NodeThread, bucket: str) -> None:
+    lifts = {"Effect": "Allow", "Action": "s3:*", "Resource": f"arn:aws:s3:::{bucket}/*"}
+    not_here = lifts | {
+        "Effect": "Deny",
+        "Action": "s3:BypassGovernanceRetention",
+        "Resource": f"arn:aws:s3:::{bucket}/kept/*",
+    }
+    policies = {"most": json.dumps({"Statement": [lifts, not_here]})}
+    client = s3_client(timed, timed.add_user("lifter", policies=policies))
+    lock = {"ObjectLockMode": "GOVERNANCE", "ObjectLockRetainUntilDate": in_days(timed, 10)}
+    named = [
+        {"Key": key, "VersionId": s3.put_object(Bucket=bucket, Key=key, Body=b"1", **lock)["VersionId"]}
+        for key in ("kept/a", "free/a")
+    ]
+    answer = client.delete_objects(Bucket=bucket, Delete={"Objects": named}, BypassGovernanceRetention=True)
+    assert [(row["Key"], row["Code"]) for row in answer["Errors"]] == [("kept/a", "AccessDenied")]
+    assert [row["Key"] for row in answer["Deleted"]] == ["free/a"]
+    s3.head_object(Bucket=bucket, **named[0])
+    client.close()
 
 
 def test_legal_hold(s3: Any, timed: NodeThread, bucket: str) -> None:
