@@ -213,7 +213,10 @@ def _until(text: str, *, malformed: bool = False) -> int:
             raise xml.BadXml("<RetainUntilDate> is a time in ISO 8601, with its offset from UTC")
         raise S3Error("InvalidArgument", "The retain until date must be provided in ISO 8601 format")
     try:
-        return int(at.timestamp() * 1000) * 1_000_000
+        until_ns = int(at.timestamp() * 1000) * 1_000_000
+        if until_ns >= 1 << 63:  # in April 2262: records hold no later time
+            raise ValueError
+        return until_ns
     except (OverflowError, ValueError):
         raise S3Error("InvalidArgument", "The retain until date is out of range") from None
 

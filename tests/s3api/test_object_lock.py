@@ -212,6 +212,8 @@ def test_locks_of_copies_and_uploads(s3: Any, timed: NodeThread, bucket: str) ->
         ({"x-amz-object-lock-mode": "GOVERNANCE", "x-amz-object-lock-retain-until-date": "2001-01-01T00:00:00Z"},
          "InvalidArgument"),
         ({"x-amz-object-lock-mode": "GOVERNANCE", "x-amz-object-lock-retain-until-date": "soon"}, "InvalidArgument"),
+        ({"x-amz-object-lock-mode": "GOVERNANCE", "x-amz-object-lock-retain-until-date": "9999-12-31T00:00:00Z"},
+         "InvalidArgument"),
         ({"x-amz-object-lock-legal-hold": "MAYBE"}, "InvalidArgument"),
         ({"x-amz-object-lock-legal-hold": "ON"}, "InvalidRequest"),  # no checksum
     ],
