@@ -150,6 +150,7 @@ class SegmentStore:
         self._recycled = counters.cell("hiss_segment_recycled_total")
         self._retired = counters.cell("hiss_segment_retired_total")
         self._short = counters.cell("hiss_segment_short_total")
+        self._errors = counters.cell("hiss_storage_errors_total", "segment")
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
@@ -393,6 +394,7 @@ class SegmentStore:
             with contextlib.suppress(OSError):
                 path.unlink()
             if not self._disk_full:
+                self._errors.add()
                 logger.error("cannot create segment %s: %s", path, error)
                 self._disk_full = True
             raise BufferFull(f"no space for another segment: {error.strerror}") from error
@@ -425,6 +427,7 @@ class SegmentStore:
             done = await loop.run_in_executor(self.executor, self._mark_recycled, segment)
         except OSError as error:
             logger.error("segment %s cannot be recycled: %s", segment.path, error)
+            self._errors.add()
             self.retire(segment)
             done = False
         finally:
@@ -486,7 +489,9 @@ class SegmentStore:
                 writing = loop.run_in_executor(self.executor, write_fully, segment.fd, [zeros.view[:step]], offset)
                 await asyncio.shield(writing)
                 offset += step
-        except OSError:
+        except OSError as error:
+            logger.error("segment %s cannot be written ahead: %s", segment.path, error)
+            self._errors.add()
             self.retire(segment)
             return
         finally:
