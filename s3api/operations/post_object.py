@@ -6,8 +6,9 @@ committed exactly as a PutObject's body is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from urllib.parse import quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, urlencode, urlsplit, urlunsplit
 
 from s3api import xml
 from s3api.auth import form_signature, post_policy
@@ -35,6 +36,9 @@ _HEADER_FIELDS = (
     "x-amz-server-side-encryption", "x-amz-object-lock-", "x-amz-website-redirect-location",
 )  # fmt: skip
 _TAGS_MAX = 10
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+"""Names of header fields (RFC 9110 section 5.6.2), in lower case."""
+_URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=~-._"
 
 
 async def post_object(call: Call) -> Response:
@@ -98,7 +102,9 @@ def _headers(fields: Mapping[str, str]) -> dict[str, str]:
         tags = parsed(xml.parse(fields["tagging"].encode(), "Tagging"), _TAGS_MAX)
         headers["x-amz-tagging"] = urlencode(tags, quote_via=quote)
     for name, value in headers.items():
-        if any(ord(char) < 0x20 for char in value):
+        if not _TOKEN.fullmatch(name):
+            raise S3Error("InvalidArgument", "A field stands for a header and its name cannot be one's")
+        if any(ord(char) < 0x20 or ord(char) == 0x7F for char in value):
             raise S3Error("InvalidArgument", f"The field {name} holds control characters")
     # Header values are octets as they came, like those of a request.
     return {name: value.encode("utf-8").decode("latin-1") for name, value in headers.items()}
@@ -119,13 +125,11 @@ def _answer(call: Call, fields: Mapping[str, str], stored: Response) -> Response
     path = call.request.path.rstrip("/") + "/" + quote(call.key)
     location = f"{scheme}://{call.request.headers.get('host')}{path}"
     headers = [*stored.headers, ("location", location)]
-    redirect = fields.get("success_action_redirect") or fields.get("redirect") or ""
-    parts = urlsplit(redirect)
-    if parts.scheme in ("http", "https") and parts.netloc:
+    redirect = _redirect(fields.get("success_action_redirect") or fields.get("redirect") or "")
+    if redirect is not None:
         told = urlencode({"bucket": call.bucket_name, "key": call.key.decode(), "etag": etag})
-        query = f"{parts.query}&{told}" if parts.query else told
-        target = urlunsplit((parts.scheme, parts.netloc, quote(parts.path, safe="/%:@!$&'()*+,;=~-._"), query, ""))
-        return Response(303, [*stored.headers, ("location", target)])
+        query = f"{redirect.query}&{told}" if redirect.query else told
+        return Response(303, [*stored.headers, ("location", urlunsplit(redirect._replace(query=query, fragment="")))])
     status = fields.get("success_action_status")
     if status == "201":
         document: list[tuple[str, xml.Value]] = [
@@ -137,3 +141,12 @@ def _answer(call: Call, fields: Mapping[str, str], stored: Response) -> Response
         body = xml.document("PostResponse", document, namespace="")
         return Response(201, [*headers, ("content-type", "application/xml")], body)
     return Response(200 if status == "200" else 204, headers)
+
+
+def _redirect(field: str) -> SplitResult | None:
+    """Where the browser goes, in characters that a header takes; None for what is no URL: then S3 does as if it was not there."""
+    try:
+        parts = urlsplit(quote(field, safe=_URL_CHARACTERS))
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.netloc else None

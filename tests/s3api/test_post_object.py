@@ -37,7 +37,7 @@ def post(form: dict[str, Any], body: bytes, **fields: str) -> httpx.Response:
 @pytest.mark.parametrize("version", ["s3", "s3v4"])
 def test_a_form_uploads_a_file(s3: Any, bucket: str, sign: Any, version: str) -> None:
     conditions: list[Any] = [
-        {"acl": "private"},
+        {"acl": "public-read"},
         ["starts-with", "$x-amz-meta-note", ""],
         {"success_action_status": "201"},
     ]
@@ -45,7 +45,7 @@ def test_a_form_uploads_a_file(s3: Any, bucket: str, sign: Any, version: str) ->
     fields = {"acl": "bucket-owner-full-control"}
     answer = post(form, b"hello", **fields, success_action_status="201")
     assert (answer.status_code, code(answer)) == (403, "AccessDenied")
-    answer = post(form, b"hello", acl="private", success_action_status="201", **{"x-amz-meta-note": "grüße"})
+    answer = post(form, b"hello", acl="public-read", success_action_status="201", **{"x-amz-meta-note": "grüße"})
     assert answer.status_code == 400, "the bucket has no lists"
     form = sign("up/${filename}", conditions=[*conditions[1:], ["content-length-range", 1, 100]], version=version)
     answer = post(form, b"hello", success_action_status="201", **{"x-amz-meta-note": "ascii"})
@@ -76,6 +76,33 @@ def test_tags_redirect_and_statuses(s3: Any, bucket: str, sign: Any) -> None:
     assert answer.status_code == 303
     assert answer.headers["location"].startswith(f"http://example.org/done?x=1&bucket={bucket}&key=k&etag=%22")
     assert s3.get_object_tagging(Bucket=bucket, Key="k")["TagSet"] == [{"Key": "a", "Value": "b c"}]
+
+
+@pytest.mark.parametrize(
+    ("redirect", "status", "location"),
+    [
+        ("http://example.org/ü?ö=\0", 303, "http://example.org/%C3%BC?%C3%B6=%00&bucket="),
+        ("http://example.org/a\r\nx-evil: 1", 303, "http://example.org/a%0D%0Ax-evil:%201?bucket="),
+        ("http://[::1/", 204, ""),
+        ("javascript:alert(1)", 204, ""),
+    ],
+)
+def test_a_redirect_is_a_url_or_nothing(
+    s3: Any, bucket: str, sign: Any, redirect: str, status: int, location: str
+) -> None:
+    form = sign("k", conditions=[{"success_action_redirect": redirect}])
+    answer = post(form, b"x", success_action_redirect=redirect)
+    assert answer.status_code == status, answer.text
+    assert "x-evil" not in answer.headers
+    assert not location or answer.headers["location"].startswith(location)
+    assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == b"x"
+
+
+@pytest.mark.parametrize("name", ["x-amz-meta-a b", "x-amz-meta-a: b", "x-amz-meta-ü", "x-amz-meta-漢"])
+def test_a_field_that_no_header_can_be_called_is_refused(s3: Any, bucket: str, sign: Any, name: str) -> None:
+    form = sign("k", conditions=[{name: "v"}])
+    assert code(post(form, b"x", **{name: "v"})) == "InvalidArgument"
+    assert s3.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
 
 
 def code(answer: httpx.Response) -> str:
