@@ -174,6 +174,8 @@ class Call:
         else it says there (see RequestContext)."""
         if version_id is None and (question.bucket, question.name) == (self.bucket_name, self.key):
             version_id = self.request.arg("versionId")
+        elif version_id is not None:
+            about = {"extra": {"s3:versionid": version_id}, **about}
         principal = self.signed.credentials.principal
         return await self.node.gate.ask(principal, question, self.context(**about), version_id)
 

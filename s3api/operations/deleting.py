@@ -100,7 +100,8 @@ async def _request(call: Call, element: Element) -> DeleteObject:
         raise S3Error("KeyTooLongError") if key else S3Error("MalformedXML", "A Key is empty")
     version_id = xml.text(element, "VersionId", "") or None
     check_version_id(version_id)
-    await call.authorise("s3:DeleteObjectVersion" if version_id else "s3:DeleteObject", call.bucket_name, key)
+    action = "s3:DeleteObjectVersion" if version_id else "s3:DeleteObject"
+    await call.authorise(action, call.bucket_name, key, version_id=version_id)
     etag = xml.text(element, "ETag", "").strip('"')
     await _may_compare(call, key, etag)
     bypass = await may_bypass(call, key)

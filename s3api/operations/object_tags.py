@@ -14,6 +14,7 @@ from ingest.errors import StaleVersion
 from ingest.records import NULL_VERSION, ObjectRecord, VersionAttributes
 from ingest.storage_class import CLASSES, STANDARD, restored
 from s3api import xml
+from s3api.auth.engine import Question
 from s3api.call import Call
 from s3api.errors import S3Error
 from s3api.http.message import Headers, Response
@@ -88,7 +89,16 @@ async def put_object_tagging(call: Call) -> Response:
     body = await read_document(call.request, call.signed, call.limits.configuration_bytes)
     tags = parsed(xml.parse(body, "Tagging"), TAGS_MAX)
     check_tags(tags.items())
+    await _may_set(call, tags)
     return Response(200, _version_header(await _tagged(call, tags)))
+
+
+async def _may_set(call: Call, tags: dict[str, str]) -> None:
+    """The head has been allowed; a policy may forbid these very tags. Raises AccessDenied."""
+    action = "s3:PutObjectTagging" if call.request.arg("versionId") is None else "s3:PutObjectVersionTagging"
+    verdict = await call.verdict(Question(action, call.bucket_name, call.key), request_tags=tags)
+    if not verdict.allowed:
+        await call.refuse(call.bucket_name)
 
 
 async def delete_object_tagging(call: Call) -> Response:

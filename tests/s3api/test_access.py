@@ -91,6 +91,33 @@ def test_the_list_of_a_version_is_asked_where_a_copy_names_it(main: Any, alt: An
             assert refused(alt.get_object, **source) == (403, "AccessDenied")
 
 
+def test_conditions_see_what_the_body_says(main: Any, alt: Any, mine: str) -> None:
+    """The version that DeleteObjects or a copy names, the tags of a tagging document."""
+    main.put_bucket_versioning(Bucket=mine, VersioningConfiguration={"Status": "Enabled"})
+    kept, free = (main.put_object(Bucket=mine, Key="v", Body=b"1")["VersionId"] for _ in range(2))
+    objects = f"arn:aws:s3:::{mine}/*"
+    everything = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": objects}
+    conditions: list[dict[str, Any]] = [
+        {"StringEquals": {"s3:VersionId": kept}},
+        {"StringEquals": {"s3:RequestObjectTag/level": "secret"}},
+    ]
+    denied = [everything | {"Effect": "Deny", "Condition": condition} for condition in conditions]
+    main.put_bucket_policy(Bucket=mine, Policy=json.dumps({"Statement": [everything, *denied]}))
+    for level, allowed in (("open", True), ("secret", False)):
+        tagging = {"TagSet": [{"Key": "level", "Value": level}]}
+        if allowed:
+            alt.put_object_tagging(Bucket=mine, Key="v", Tagging=tagging)
+        else:
+            assert refused(alt.put_object_tagging, Bucket=mine, Key="v", Tagging=tagging) == (403, "AccessDenied")
+    source = {"Bucket": mine, "Key": "v"}
+    assert refused(alt.copy_object, Bucket=mine, Key="w", CopySource=source | {"VersionId": kept})[0] == 403
+    alt.copy_object(Bucket=mine, Key="w", CopySource=source | {"VersionId": free})
+    named = [{"Key": "v", "VersionId": version} for version in (kept, free)]
+    answer = alt.delete_objects(Bucket=mine, Delete={"Objects": named})
+    assert [row["VersionId"] for row in answer["Errors"]] == [kept]
+    assert [row["VersionId"] for row in answer["Deleted"]] == [free]
+
+
 # -- owners and policies
 
 
