@@ -24,7 +24,7 @@ from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import stored_headers, user_metadata, version_headers
+from s3api.operations.describe import new_version_headers, stored_headers, user_metadata
 from s3api.operations.lifecycle import expiration_header
 from s3api.operations.locks import lock_of_write
 from s3api.operations.multipart import part_number, upload_of
@@ -172,7 +172,7 @@ async def copy_object(call: Call) -> Response:
         copied = await stored(call, spec, once(text), commit)
     else:
         copied = await stored(call, spec, _bytes_of(call, source, 0, record.length), commit)
-    told = [*source.headers, *version_headers(bucket, copied), *expiration_header(call, bucket, copied)]
+    told = [*source.headers, *new_version_headers(bucket, copied), *expiration_header(call, bucket, copied)]
     return _result("CopyObjectResult", copied.etag, copied.modified_ns, copied.checksums, copied.checksum_type, told)
 
 

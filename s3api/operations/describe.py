@@ -152,6 +152,14 @@ def version_headers(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[st
     return [("x-amz-version-id", record.version_id)]
 
 
+def new_version_headers(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[str, str]]:
+    """Which version a write has made. Where versioning is suspended AWS stores the null version and does not say so
+    (the PutObject page's sample response for such a bucket has no version id); reads of it tell ``null``."""
+    if versioning.versioning_of(bucket) is not Versioning.ENABLED:
+        return []
+    return version_headers(bucket, record)
+
+
 def checksum_headers(record: ObjectRecord) -> list[tuple[str, str]]:
     """Checksums of the whole object, as a GET or HEAD with ``x-amz-checksum-mode: ENABLED`` returns them."""
     headers = [(checksums.HEADER_PREFIX + name, value) for name, value in record.checksums.items()]

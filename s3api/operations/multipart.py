@@ -37,7 +37,7 @@ from s3api.http.message import Headers, Response
 from s3api.integrity import bad_checksum, plan, read_document, too_large
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import checksum_headers, stored_headers, user_metadata, version_headers
+from s3api.operations.describe import checksum_headers, new_version_headers, stored_headers, user_metadata
 from s3api.operations.lifecycle import abort_headers, expiration_header
 from s3api.operations.listing import namer
 from s3api.operations.locks import lock_of_write
@@ -269,7 +269,7 @@ def _completed(call: Call, bucket: BucketRecord, record: ObjectRecord) -> Respon
         *((f"Checksum{name.upper()}", value) for name, value in record.checksums.items()),
         ("ChecksumType", record.checksum_type if record.checksums else None),
     ]
-    headers = [XML_TYPE, *checksum_headers(record), *version_headers(bucket, record)]
+    headers = [XML_TYPE, *checksum_headers(record), *new_version_headers(bucket, record)]
     headers += expiration_header(call, bucket, record)
     return Response(200, headers, xml.document("CompleteMultipartUploadResult", document))
 

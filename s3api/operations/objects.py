@@ -26,6 +26,7 @@ from s3api.operations import append, kernels
 from s3api.operations.describe import (
     checksum_headers,
     describe,
+    new_version_headers,
     stored_headers,
     user_metadata,
     version_headers,
@@ -73,7 +74,7 @@ async def put_object(call: Call) -> Response:
             return await committed(call, stream, commit_of(call, spec, digest, verified, condition, lock), condition)
 
         record = await received(call, spec, expected, commit)
-    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), *version_headers(bucket, record)]
+    answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), *new_version_headers(bucket, record)]
     answer += expiration_header(call, bucket, record)
     if record.ledger is not None and record.ledger.truncated:
         answer.append(truncated(record, settings))

@@ -127,7 +127,8 @@ def test_the_null_version(s3: Any, bucket: str) -> None:
     (one,) = put(s3, bucket, "k", b"one")
     assert s3.get_object(Bucket=bucket, Key="k", VersionId="null")["Body"].read() == b"before"
     switch(s3, bucket, "Suspended")
-    assert put(s3, bucket, "k", b"after") == ["null"]
+    assert "VersionId" not in s3.put_object(Bucket=bucket, Key="k", Body=b"after")
+    assert s3.head_object(Bucket=bucket, Key="k")["VersionId"] == "null"
     assert s3.get_object(Bucket=bucket, Key="k", VersionId="null")["Body"].read() == b"after"
     assert [row[1:] for row in listed(s3, bucket)] == [("null", True, False), (one, False, False)]
     gone = s3.delete_object(Bucket=bucket, Key="k")
@@ -136,6 +137,21 @@ def test_the_null_version(s3: Any, bucket: str) -> None:
     s3.delete_object(Bucket=bucket, Key="k", VersionId="null")
     assert s3.get_object(Bucket=bucket, Key="k")["VersionId"] == one
     assert refused(s3.get_object, Bucket=bucket, Key="k", VersionId="null") == (404, "NoSuchVersion")
+
+
+def test_writes_do_not_name_the_null_version(s3: Any, bucket: str) -> None:
+    """PutObject's sample response for a bucket whose versioning is suspended has no x-amz-version-id."""
+    switch(s3, bucket, "Suspended")
+    assert "VersionId" not in s3.put_object(Bucket=bucket, Key="k", Body=b"1")
+    assert "VersionId" not in s3.copy_object(Bucket=bucket, Key="copy", CopySource=f"{bucket}/k")
+    upload = s3.create_multipart_upload(Bucket=bucket, Key="parts")["UploadId"]
+    part = s3.upload_part(Bucket=bucket, Key="parts", UploadId=upload, PartNumber=1, Body=b"1")
+    parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+    assert "VersionId" not in s3.complete_multipart_upload(
+        Bucket=bucket, Key="parts", UploadId=upload, MultipartUpload=parts
+    )
+    assert {row[:2] for row in listed(s3, bucket)} == {(key, "null") for key in ("k", "copy", "parts")}
+    assert s3.get_object(Bucket=bucket, Key="k")["VersionId"] == "null"
 
 
 @pytest.mark.parametrize(
