@@ -207,15 +207,18 @@ async def _asked(call: Call, bucket: BucketRecord, owner: str, rules: BucketRule
     body = b""
     if has_body(call.request):
         body = await read_document(call.request, call.signed, call.limits.configuration_bytes)
-    if not rules.ownership.acls:
-        raise S3Error("AccessControlListNotSupported", ENFORCED_SAYS)
     acl = await acls.from_headers(call.request.headers, call.node.users, owner, bucket.owner)
+    if acl is None and not body.strip() and not rules.ownership.acls:
+        raise S3Error("AccessControlListNotSupported", ENFORCED_SAYS)
     if acl is None:
         if not body.strip():
             raise S3Error("MissingSecurityHeader", "Your request was missing a required header: x-amz-acl")
         acl = await acls.from_document(body, call.node.users, owner)
     elif body.strip():
         raise S3Error("UnexpectedContent")
+    if not rules.ownership.acls and not set(acl) <= set(private(owner)):
+        # Full control for the owner is the case anyway, however it is said: s3cmd says it of every copy.
+        raise S3Error("AccessControlListNotSupported", ENFORCED_SAYS)
     if is_public(acl) and rules.block.BlockPublicAcls:
         raise public_refused()
     return acl
