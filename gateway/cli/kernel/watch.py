@@ -10,6 +10,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import os
+import select
+import signal
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,13 +56,36 @@ def watch(
         page = Page(bucket, name, follower, Newest(s3, bucket, name, run))
         follower.start()
         try:
-            with contextlib.suppress(KeyboardInterrupt), _screen(as_json) as show:
-                _watch(page, show, every, time.monotonic() + seconds if seconds else None)
+            with contextlib.suppress(KeyboardInterrupt), _screen(as_json) as show, Interrupt() as interrupt:
+                _watch(page, show, interrupt, every, time.monotonic() + seconds if seconds else None)
         finally:
             follower.close()
 
 
-def _watch(page: Page, show: Any, every: float, end_s: float | None) -> None:
+class Interrupt:
+    """Ctrl-C as something to wait for. As an exception it would be lost where it happens to meet a callback of a C library
+    (a product that is being read); the second one is an exception."""
+
+    def __enter__(self) -> Interrupt:
+        self._heard, self._tell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+        os.close(self._heard)
+        os.close(self._tell)
+
+    def _note(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(self._tell, b"C")
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it came, as soon as it has."""
+        return bool(select.select([self._heard], [], [], timeout_s)[0])
+
+
+def _watch(page: Page, show: Any, interrupt: Interrupt, every: float, end_s: float | None) -> None:
     while True:
         page.look(time.time())
         if page.follower.error:
@@ -67,7 +93,8 @@ def _watch(page: Page, show: Any, every: float, end_s: float | None) -> None:
         show(page)
         if end_s is not None and time.monotonic() >= end_s:
             return
-        time.sleep(every)
+        if interrupt.wait(every):
+            return
 
 
 class Newest:
