@@ -35,6 +35,7 @@ class Lent:
 
 
 async def fill(stream: BodySink, piece: memoryview) -> None:
+    """Put bytes into a stream the way a connection would."""
     done = 0
     while done < len(piece):
         view = stream.get_buffer()

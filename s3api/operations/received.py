@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from ingest.errors import PreconditionFailed
+from ingest.landing import fill
 from ingest.ports import BodySink
 from ingest.records import CommitObject, LifetimeClass, ObjectRecord
 from ingest.stream_types import BodyDigest, Stream, StreamDigest, StreamSpec
@@ -97,7 +98,7 @@ async def stored(
     stream = await _opened(call, spec)
     try:
         async for chunk in chunks:
-            await feed(stream, chunk)
+            await fill(stream, chunk)
         return await commit(stream, await stream.finish())
     except BaseException:
         await stream.abort()
@@ -108,20 +109,6 @@ async def _opened(call: Call, spec: StreamSpec) -> Stream:
     if call.node.kernels is not None and not spec.part:
         await call.node.kernels.prepare(spec.bucket.name)
     return call.node.data.open_stream(spec)
-
-
-async def feed(sink: BodySink, data: memoryview) -> None:
-    """Put bytes into a sink the way the connection would."""
-    done = 0
-    while done < len(data):
-        room = sink.get_buffer()
-        if room is None:
-            await sink.writable()
-            continue
-        count = min(len(room), len(data) - done)
-        room[:count] = data[done : done + count]
-        sink.received(count)
-        done += count
 
 
 async def once(data: bytes) -> AsyncIterator[memoryview]:
