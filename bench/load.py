@@ -36,6 +36,9 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
+    """``started_s``: when the first byte left, on the machine's monotonic clock (``time.perf_counter``, the same in all processes)."""
+
+    started_s: float
     seconds: float
     bytes: int
     requests: int
@@ -98,16 +101,16 @@ def _drive(plan: Plan) -> Outcome:
     for thread in threads:
         thread.start()
     go.wait()
-    started = time.perf_counter()
+    started_s = time.perf_counter()
     for thread in threads:
         thread.join()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started_s
     for connection in connections:
         connection.close()
     if failures:
         raise failures[0]
     moved = plan.size_bytes * plan.count if sends else sum(received)
-    return Outcome(seconds, moved, plan.count)
+    return Outcome(started_s, seconds, moved, plan.count)
 
 
 def main() -> None:
