@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine import database, own_postgres, postgres, postgres_programs
+
+__all__ = ["database", "own_postgres", "postgres", "postgres_programs"]
+
 
 @pytest.fixture(scope="session")
 def peer() -> Callable[[str], str]:
