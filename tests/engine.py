@@ -70,7 +70,7 @@ class Engine:
     def __init__(
         self, host: str = "127.0.0.1", port: int = 0, launcher: Sequence[str] = (), *, bin_folder: Path | None = None
     ) -> None:
-        """``launcher``: a command before the server's own, such as one that enters a network namespace. ``port`` 0: a free one."""
+        """``launcher``: a command before the server's own, such as one that enters a namespace. ``port`` 0: a free one."""
         found = bin_folder or programs()
         assert found is not None, "PostgreSQL is not installed"
         self._bin = found
