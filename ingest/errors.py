@@ -131,6 +131,10 @@ class StaleVersion(CatalogError):
     """The version an internal mutation names was deleted or replaced meanwhile: the mutation changed nothing."""
 
 
+class MirrorMissing(CatalogError):
+    """A commit promises a second copy and no other node holds one."""
+
+
 class MembersGone(StaleVersion):
     """A partial was not stored: some of its members are no longer owed it. ``str()`` is their object ids, in hex."""
 

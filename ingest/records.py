@@ -39,6 +39,8 @@ class Durability(enum.StrEnum):
 
     MEMORY = "memory"
     DISK = "disk"
+    MIRROR = "mirror"
+    """On disk here and on a second node."""
 
 
 class Versioning(enum.StrEnum):
@@ -166,6 +168,8 @@ class PartRecord(msgspec.Struct, frozen=True):
     extents: tuple[Extent, ...] = ()
     modified_ns: int = 0
     settled: bool = True
+    mirror: tuple[Extent, ...] = ()
+    """The same bytes on a second node."""
 
 
 class ArchiveCopy(msgspec.Struct, frozen=True):
@@ -219,7 +223,7 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     object_id: bytes
     """128 bits made by the worker: the idempotence key of the commit."""
     sequence: int
-    """Commit order on this node; dense."""
+    """Commit order, of all nodes of a cluster together; dense."""
     state: ObjectState
     length: int
     stored_length: int
@@ -256,6 +260,8 @@ class ObjectRecord(msgspec.Struct, frozen=True):
     legal_hold: bool = False
     appends: int = 0
     """How often it was appended to: its extents are labelled with the ids of the pieces."""
+    mirror: tuple[Extent, ...] = ()
+    """The same bytes once more, in order, on another node than ``extents`` (durability ``mirror``)."""
 
 
 class UploadRecord(msgspec.Struct, frozen=True):
@@ -320,6 +326,35 @@ class UserRecord(msgspec.Struct, frozen=True):
         if not self.canonical_id:
             derived = hashlib.sha256(b"hiss-canonical-id\0" + self.user_id.encode()).hexdigest()
             msgspec.structs.force_setattr(self, "canonical_id", derived)
+
+
+class NodeState(enum.StrEnum):
+    """What a member of a cluster is for."""
+
+    UP = "up"
+    DRAINING = "draining"
+    """It takes no new bodies and gives what it holds to the archive; then it may leave."""
+    REMOVED = "removed"
+    """It has left. Its number is never given again."""
+
+
+class NodeRecord(msgspec.Struct, frozen=True):
+    """A member of a cluster, as every node knows it."""
+
+    node: int
+    """Its number, which its extents name."""
+    name: str
+    epoch: int
+    """Grows with every start of its catalogue process."""
+    state: NodeState = NodeState.UP
+    domain: str = ""
+    """Failure domain: what is likely to fail together (a rack, a power feed)."""
+    s3: str = ""
+    """Where other nodes and clients reach its S3 port: ``http://10.0.0.2:9000``."""
+    control: str = ""
+    dav: str = ""
+    version: str = ""
+    """Of the program it runs."""
 
 
 class PartialMember(msgspec.Struct, frozen=True, array_like=True):
@@ -403,6 +438,9 @@ class CommitObject(msgspec.Struct, frozen=True):
     retention: Retention | None = None
     """None: the bucket's default."""
     legal_hold: bool = False
+    mirror_later: bool = False
+    """With durability ``mirror``: commit although no other node holds a copy yet; one is made afterwards, and until then the
+    version counts as under-mirrored. For objects of our own, whose loss costs a computation."""
 
 
 class CommitPart(msgspec.Struct, frozen=True):
@@ -412,6 +450,7 @@ class CommitPart(msgspec.Struct, frozen=True):
     part: PartRecord
     object_id: bytes
     """Idempotence key of this part's body."""
+    durability: Durability = Durability.DISK
 
 
 class CompletedPart(msgspec.Struct, frozen=True):

@@ -56,4 +56,5 @@ def appended(
         epochs=(),
         raw=None,
         appends=old.appends + 1,
+        mirror=(),
     )

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ from ingest.errors import (
     InvalidPart,
     InvalidPartOrder,
     MembersGone,
+    MirrorMissing,
     NoSuchBucket,
     NoSuchKey,
     NoSuchUpload,
@@ -39,7 +40,9 @@ from ingest.records import (
     CommitObject,
     CompleteUpload,
     Deleted,
+    Durability,
     Extent,
+    NodeState,
     ObjectRecord,
     ObjectState,
     PartialOf,
@@ -89,7 +92,11 @@ def filter_wait_ns(bucket: BucketRecord) -> int:
 
 
 class Decider:
-    def __init__(self, database: sqlite3.Connection, *, part_bytes_min: int = PART_BYTES_MIN) -> None:
+    def __init__(self, database: sqlite3.Connection, *, node: int = 0, part_bytes_min: int = PART_BYTES_MIN) -> None:
+        """``node``: the one whose processes ask."""
+        self._node = node
+        self.gone: frozenset[int] = frozenset()
+        """Nodes whose lease is over, as of the batch at hand."""
         self._db = database
         self._reader = Reader(database)
         self._versions = Versions(database)
@@ -106,7 +113,7 @@ class Decider:
             wire.ConfigureBucket: self._configure_bucket,
             wire.PutUser: self._put_user,
             wire.AmendObject: self._amend_object,
-            wire.RestoreObject: lambda m: amend.restore(self._version(m.object_id), m, self._now_ns),
+            wire.RestoreObject: self._restore_object,
             wire.MarkNoticed: lambda m: e.NoticesDone(m.sequences) if m.sequences else Known(),
             wire.SetLock: self._set_lock,
             wire.CreateUpload: self._create_upload,
@@ -127,6 +134,9 @@ class Decider:
             wire.MarkArchiveDeleted: self._mark_archive_deleted,
             wire.FailReduction: self._fail_reduction,
             wire.EndFilter: self._end_filter,
+            wire.PutNode: self._put_node,
+            wire.HoldMirror: self._hold_mirror,
+            wire.DropMirrors: self._drop_mirrors,
             wire.CloseRun: self._close_run,
             wire.MarkRunStored: lambda m: e.RunStored(m.bucket, m.run, m.kernel, m.reflects, m.keep),
             wire.DeferReductions: lambda m: e.ReductionsDeferred(m.bucket, m.run, m.kernel, m.object_ids),
@@ -165,6 +175,8 @@ class Decider:
                 return entry.answer
             case e.DrainClaimed():
                 return [self._reader.by_id(object_id) for object_id in entry.object_ids]
+            case e.NodePut():
+                return entry.record
             case e.Drained() | e.RecallRequested() | e.Recalled() | e.ObjectAmended():
                 return self._reader.by_id(entry.object_id)
             case _:
@@ -245,8 +257,7 @@ class Decider:
             and self._db.execute(statements.FILTER_IF_JUDGED, {"of": request.raw.object_id}).fetchone() is None
         ):
             raise StaleVersion("the version that was to be filtered has gone")
-        if request.source:
-            self._check_source(request.source, request.extents)
+        mirror = self._second_copy(request)
         if request.raw is not None:
             request = self._as_received(request, request.raw.object_id)
         record = ObjectRecord(
@@ -276,6 +287,7 @@ class Decider:
             attributes=request.attributes,
             retention=self._versions.lock(bucket, request.key, request.retention, request.legal_hold, self._now_ns),
             legal_hold=request.legal_hold,
+            mirror=mirror,
         )
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
@@ -295,6 +307,14 @@ class Decider:
             place.supersedes,
         )
 
+    def _second_copy(self, request: CommitObject) -> tuple[Extent, ...]:
+        """Raises StaleVersion, MirrorMissing."""
+        if request.source:
+            return self._check_source(request.source, request.extents, request.durability)
+        if request.mirror_later:
+            return ()
+        return self._mirror_of(request.object_id, request.durability, request.extents)
+
     def _as_received(self, request: CommitObject, object_id: bytes) -> CommitObject:
         """What a filter leaves of a version keeps what became of it since it was received."""
         received = self._version(object_id)
@@ -309,6 +329,8 @@ class Decider:
     def _append(self, request: CommitObject, bucket: BucketRecord, newest: Facts | None) -> e.Entry:
         old = None if newest is None else self._version(newest.object_id)
         record = append.appended(request, bucket, old, self._sequence, self._now_ns)
+        mirror = self._mirror_of(request.object_id, request.durability, request.extents)
+        record = msgspec.structs.replace(record, mirror=mirror)
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
         assert newest is not None
@@ -328,12 +350,18 @@ class Decider:
         row = self._db.execute(statements.OUTCOME, {"object_id": object_id, "kind": "object"}).fetchone()
         return None if row is None else rows.decode_object(row[0])
 
-    def _check_source(self, source: bytes, shared: tuple[Extent, ...]) -> None:
+    def _check_source(self, source: bytes, shared: tuple[Extent, ...], durability: Durability) -> tuple[Extent, ...]:
+        """The second copy, which is shared, too, where the level asks for one. Raises StaleVersion."""
         # An extent that lost its last reference may be overwritten at any moment: only a live holder can share it.
         row = self._db.execute(statements.BY_ID, {"object_id": source}).fetchone()
         held = None if row is None else rows.object_record(row)
         if held is None or not held.settled or not set(shared) <= set(held.extents):
             raise StaleVersion("the version this copy shares its bytes with has gone, moved or is not on disk yet")
+        if durability is not Durability.MIRROR:
+            return ()
+        if shared and (shared != held.extents or not held.mirror):
+            raise StaleVersion("the version this copy shares its bytes with has no second copy of just these")
+        return held.mirror
 
     def _check_partial(self, bucket: str, partial: PartialOf) -> None:
         """Each frame counts once: a batch's members must still be owed to it, and what it replaces must still be there."""
@@ -403,7 +431,8 @@ class Decider:
         if mutation.only_if_known:
             raise StaleVersion("this part was never committed")
         self._reader.upload(request.bucket, request.key, request.upload_id)
-        part = msgspec.structs.replace(request.part, modified_ns=self._now_ns)
+        mirror = self._mirror_of(request.object_id, mutation.request.durability, request.part.extents)
+        part = msgspec.structs.replace(request.part, modified_ns=self._now_ns, mirror=mirror)
         return e.PartCommitted(request.upload_id, request.object_id, part)
 
     def _complete(self, mutation: wire.Complete) -> e.Entry | Known:
@@ -439,8 +468,9 @@ class Decider:
             metadata=upload.metadata,
             attributes=upload.attributes,
             extents=extents,
+            mirror=_joined(parts),
             # The version's own list is the truth about extents: a relocation changes one place only.
-            parts=tuple(msgspec.structs.replace(part, extents=()) for part in parts),
+            parts=tuple(msgspec.structs.replace(part, extents=(), mirror=()) for part in parts),
             retention=self._versions.lock(bucket, request.key, upload.retention, upload.legal_hold, self._now_ns),
             legal_hold=upload.legal_hold,
         )
@@ -513,7 +543,7 @@ class Decider:
         return e.LedgerAmended(mutation.object_id, mutation.ledger)
 
     def _claim_drain(self, mutation: wire.ClaimDrain) -> e.Entry | Known:
-        now = {"now_ns": self._now_ns}
+        now: dict[str, object] = {"now_ns": self._now_ns}
         held = [
             object_id
             for object_id, claim in self._db.execute(statements.LEASED, now).fetchall()
@@ -522,8 +552,13 @@ class Decider:
         if held:
             return Known([self._reader.by_id(object_id) for object_id in held])
         limit = max(0, min(mutation.limit, CLAIM_MAX))
-        found = self._db.execute(statements.DUE, now | {"limit": limit}).fetchall()
-        found += self._db.execute(statements.LEASE_EXPIRED, now | {"limit": limit}).fetchall()
+        here = now | {"limit": limit, "node": self._node}
+        found = self._db.execute(statements.DUE, here).fetchall()
+        found += self._db.execute(statements.LEASE_EXPIRED, here).fetchall()
+        for gone in sorted(self.gone):
+            # What this node mirrors for one that has gone is drained from here.
+            of_gone = now | {"limit": limit, "node": gone, "mirror": self._node}
+            found += self._db.execute(statements.MIRRORED_DUE, of_gone).fetchall()
         claimed = tuple(object_id for object_id, _ in sorted(found, key=lambda row: (row[1], row[0]))[:limit])
         if not claimed:
             return Known([])
@@ -556,7 +591,7 @@ class Decider:
         record = self._version(mutation.object_id)
         if record.state is not ObjectState.EVICTED:
             return Known(record)
-        return e.RecallRequested(mutation.object_id, self._now_ns)
+        return e.RecallRequested(mutation.object_id, self._now_ns, self._node)
 
     def _mark_recalled(self, mutation: wire.MarkRecalled) -> e.Entry | Known:
         record = self._version(mutation.object_id)
@@ -572,12 +607,73 @@ class Decider:
         return e.RecallFailed(mutation.object_id, mutation.error)
 
     def _relocate(self, mutation: wire.Relocate) -> e.Entry | Known:
-        extents = self._version(mutation.object_id).extents
+        version = self._version(mutation.object_id)
+        extents = version.extents + version.mirror
         if mutation.old in extents:
             return e.Relocated(mutation.object_id, mutation.old, mutation.new)
         if mutation.new and set(mutation.new) <= set(extents):
             return Known()
         raise StaleVersion("the version no longer has this extent")
+
+    # -- nodes
+    def _put_node(self, mutation: wire.PutNode) -> e.Entry | Known:
+        row = self._db.execute(statements.NODE, {"node": mutation.record.node}).fetchone()
+        if row is not None and rows.decode_node(row[0]) == mutation.record:
+            return Known(mutation.record)
+        return e.NodePut(mutation.record)
+
+    def _mirror_of(self, object_id: bytes, durability: Durability, extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
+        """The second copy that another node holds for a commit. Raises MirrorMissing."""
+        if durability is not Durability.MIRROR or not extents:
+            return ()
+        held = self._db.execute(statements.MIRROR, {"object_id": object_id}).fetchone()
+        if held is None:
+            raise MirrorMissing("no other node holds a copy of this body")
+        mirror = rows.decode_extents(held[0])
+        if sum(extent.length for extent in mirror) != sum(extent.length for extent in extents):
+            raise MirrorMissing("the copy on the other node is not whole")
+        return mirror
+
+    def _hold_mirror(self, mutation: wire.HoldMirror) -> e.Entry | Known:
+        object_id, extents = mutation.object_id, mutation.extents
+        held = self._db.execute(statements.MIRROR, {"object_id": object_id}).fetchone()
+        if held is not None and rows.decode_extents(held[0]) == extents:
+            return Known()
+        row = self._db.execute(statements.BY_ID, {"object_id": object_id}).fetchone()
+        if row is None:
+            if self._known(object_id) is not None or self._part_seen(object_id):
+                raise StaleVersion(f"version {object_id.hex()} was deleted, replaced or committed without this copy")
+            return e.MirrorHeld(object_id, extents, self._now_ns)
+        record = rows.object_record(row)
+        if record.mirror == extents:
+            return Known()
+        whole = sum(extent.length for extent in extents) == record.length
+        replaceable = not record.mirror or record.mirror[0].node in self.gone | self._left()
+        if not (record.extents and record.durability is Durability.MIRROR and whole and replaceable):
+            raise StaleVersion(f"version {object_id.hex()} needs no second copy, or has one")
+        return e.Mirrored(object_id, extents)
+
+    def _part_seen(self, object_id: bytes) -> bool:
+        of = {"object_id": object_id}
+        return (
+            self._db.execute(statements.PART_BY_ID, of).fetchone() is not None
+            or self._db.execute(statements.OUTCOME, of | {"kind": "part"}).fetchone() is not None
+        )
+
+    def _left(self) -> frozenset[int]:
+        return frozenset(node.node for node in self._reader.nodes() if node.state is NodeState.REMOVED)
+
+    def _drop_mirrors(self, mutation: wire.DropMirrors) -> e.Entry | Known:
+        held = tuple(
+            object_id
+            for object_id in mutation.object_ids
+            if self._db.execute(statements.MIRROR, {"object_id": object_id}).fetchone() is not None
+        )
+        return e.MirrorsDropped(held) if held else Known()
+
+    def _restore_object(self, mutation: wire.RestoreObject) -> e.Entry:
+        entry = amend.restore(self._version(mutation.object_id), mutation, self._now_ns)
+        return msgspec.structs.replace(entry, recall_node=self._node) if entry.recall_ns else entry
 
     # -- archive and kernels
     def _mark_archive_moved(self, mutation: wire.MarkArchiveMoved) -> e.Entry | Known:
@@ -606,3 +702,10 @@ class Decider:
         return e.ReductionFailed(
             mutation.object_id, mutation.kernel, mutation.error, mutation.give_up, mutation.counted
         )
+
+
+def _joined(parts: Sequence[PartRecord]) -> tuple[Extent, ...]:
+    """The second copy of a version of parts, where each has one. Like the first copy it may lie on several nodes."""
+    if not all(part.mirror or not part.length for part in parts):
+        return ()
+    return tuple(extent for part in parts for extent in part.mirror)

@@ -15,6 +15,7 @@ from ingest.records import (
     Deleted,
     Extent,
     FrameLedger,
+    NodeRecord,
     ObjectRecord,
     PartialOf,
     PartRecord,
@@ -164,6 +165,8 @@ class Evicted(msgspec.Struct, frozen=True, array_like=True, tag="evicted"):
 class RecallRequested(msgspec.Struct, frozen=True, array_like=True, tag="recall-requested"):
     object_id: bytes
     recall_ns: int
+    node: int = 0
+    """Who fetches it."""
 
 
 class Recalled(msgspec.Struct, frozen=True, array_like=True, tag="recalled"):
@@ -194,6 +197,7 @@ class ObjectAmended(msgspec.Struct, frozen=True, array_like=True, tag="object-am
     """Its recall is asked for, then; 0: it is not."""
     drain_ns: int = 0
     """It is due in the archive by then; 0: when it was."""
+    recall_node: int = 0
 
 
 class Noticed(msgspec.Struct, frozen=True, array_like=True, tag="noticed"):
@@ -207,6 +211,33 @@ class NoticesDone(msgspec.Struct, frozen=True, array_like=True, tag="notices-don
     """Delivered, or given up."""
 
     sequences: tuple[int, ...]
+
+
+class NodePut(msgspec.Struct, frozen=True, array_like=True, tag="node-put"):
+    """A member of the cluster joined, started anew or changed what it is for."""
+
+    record: NodeRecord
+
+
+class MirrorHeld(msgspec.Struct, frozen=True, array_like=True, tag="mirror-held"):
+    """A node has the second copy of a body whose commit is still to come; it takes the place of an earlier one."""
+
+    object_id: bytes
+    extents: tuple[Extent, ...]
+    held_ns: int
+
+
+class MirrorsDropped(msgspec.Struct, frozen=True, array_like=True, tag="mirrors-dropped"):
+    """Their commit will not come."""
+
+    object_ids: tuple[bytes, ...]
+
+
+class Mirrored(msgspec.Struct, frozen=True, array_like=True, tag="mirrored"):
+    """A version has another second copy."""
+
+    object_id: bytes
+    extents: tuple[Extent, ...]
 
 
 class ArchiveMoved(msgspec.Struct, frozen=True, array_like=True, tag="archive-moved"):
@@ -293,6 +324,10 @@ Entry = (
     | ObjectAmended
     | Noticed
     | NoticesDone
+    | NodePut
+    | MirrorHeld
+    | MirrorsDropped
+    | Mirrored
     | ArchiveMoved
     | ArchiveDeleted
     | ReductionFailed

@@ -19,6 +19,7 @@ from ingest.catalog import rows, statements
 from ingest.catalog.amend import AmendIndex
 from ingest.catalog.runs import RunIndex
 from ingest.catalog.versions import locked_detail
+from ingest.cluster import places
 from ingest.errors import StaleVersion
 from ingest.records import Extent, ObjectRecord, ObjectState
 from ingest.runs import run_of
@@ -69,6 +70,10 @@ class Index:
             e.ArchiveMoved: self._archive_moved,
             e.ReductionFailed: self._reduction_failed,
             e.FilterEnded: self._filter_ended,
+            e.NodePut: self._node_put,
+            e.MirrorHeld: self._mirror_held,
+            e.MirrorsDropped: self._mirrors_dropped,
+            e.Mirrored: self._mirrored,
             e.RunClosed: self._runs.closed,
             e.RunStored: lambda _, entry: self._runs.stored(entry),
             e.ReductionsDeferred: self._runs.deferred,
@@ -121,6 +126,7 @@ class Index:
         # Before the replaced version lets go: a copy onto itself shares that version's extents.
         for extent in record.extents:
             self._hold(extent, record.object_id)
+        self._link_mirror(record.object_id, record.mirror)
         if entry.supersedes is not None:
             self._supersede(sequence, entry.supersedes, raw_of=record)
         elif record.raw is not None:
@@ -155,7 +161,7 @@ class Index:
             (path,) = self._one(statements.PUBLISHED, sequence=replaces)
             self._remove(sequence, replaces)
         self._db.execute(statements.INSERT_OBJECT, rows.object_row(record, due_ns, path))
-        slot = record.extents[0].slot if record.extents else 0
+        slot = places.of_extents(record.extents)
         for kernel in reductions:
             self._db.execute(
                 statements.INSERT_REDUCTION,
@@ -192,13 +198,24 @@ class Index:
         new = entry.record
         self._db.executemany(
             statements.PASS_EXTENT,
-            [_extent_key(extent) | {"of": old.object_id, "holder": new.object_id} for extent in old.extents],
+            [
+                _extent_key(extent) | {"of": old.object_id, "holder": new.object_id}
+                for extent in old.extents + old.mirror
+            ],
         )
         for extent in new.extents:
             self._hold(extent, new.object_id)
+        self._link_mirror(new.object_id, new.mirror)
+        mirror = old.mirror + new.mirror
+        if bool(old.mirror) != bool(old.extents) or bool(new.mirror) != bool(new.extents):
+            # Half a second copy is none.
+            for extent in mirror:
+                self._release(extent, new.object_id)
+            mirror = ()
         # The old version goes without what it was made of.
         self._db.execute(statements.SET_EXTENTS, {"of": entry.extends, "extents": rows.NO_EXTENTS})
-        record = msgspec.structs.replace(new, extents=old.extents + new.extents)
+        self._set_mirror(old, ())
+        record = msgspec.structs.replace(new, extents=old.extents + new.extents, mirror=mirror)
         self._insert(sequence, record, entry.due_ns, entry.extends, entry.reductions, filters=entry.filters)
 
     # -- versions
@@ -257,7 +274,7 @@ class Index:
         self._db.execute(statements.FORGET_KERNELS, {"of": record.object_id})
         if not record.settled:
             self._db.execute(statements.DELETE_UNSETTLED_PARTS_OF, of)
-        for extent in record.extents:
+        for extent in record.extents + record.mirror:
             self._release(extent, record.object_id)
         self._outcome(sequence, record.object_id, "object", msgspec.structs.replace(record, parts=()))
         return record
@@ -304,7 +321,7 @@ class Index:
         replaced = self._db.execute(statements.PART, of).fetchone()
         if replaced is not None:
             old = rows.decode_part(replaced[0])
-            for extent in old.extents:
+            for extent in old.extents + old.mirror:
                 self._release(extent, replaced[1])
             self._outcome(sequence, replaced[1], "part", old)
         self._db.execute(
@@ -313,18 +330,20 @@ class Index:
         )
         for extent in part.extents:
             self._hold(extent, entry.object_id)
+        self._link_mirror(entry.object_id, part.mirror)
 
     def _upload_completed(self, sequence: int, entry: e.UploadCompleted) -> None:
         record = entry.record
         used = {part.number for part in record.parts}
+        kept = frozenset(record.mirror)
         if entry.supersedes is not None:
             self._supersede(sequence, entry.supersedes)
         self._insert(sequence, record, entry.due_ns, entry.replaces, entry.reductions, filters=entry.filters)
         found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
         for blob, part_id, settled in found:
             part = rows.decode_part(blob)
-            for extent in part.extents:
-                if part.number in used:
+            for extent in part.extents + part.mirror:
+                if part.number in used and (extent in part.extents or extent in kept):
                     self._pass_on(extent, part_id, record.object_id)
                 else:
                     self._release(extent, part_id)
@@ -337,7 +356,7 @@ class Index:
         found = self._db.execute(statements.PARTS, {"upload_id": entry.upload_id, "after": -1, "limit": -1}).fetchall()
         for blob, part_id, _settled in found:
             part = rows.decode_part(blob)
-            for extent in part.extents:
+            for extent in part.extents + part.mirror:
                 self._release(extent, part_id)
             self._outcome(sequence, part_id, "part", part)
         self._drop_upload(entry.bucket, entry.key, entry.upload_id)
@@ -415,7 +434,7 @@ class Index:
 
     def _evicted(self, _: int, entry: e.Evicted) -> None:
         record = self._record(entry.object_id)
-        for extent in record.extents:
+        for extent in record.extents + record.mirror:
             self._release(extent, entry.object_id)
         self._db.execute(
             statements.SET_EVICTED,
@@ -423,6 +442,7 @@ class Index:
                 "of": record.sequence,
                 "state": transition(record.state, Event.EVICT).value,
                 "extents": rows.NO_EXTENTS,
+                "detail": rows.encode(rows.detail_of(msgspec.structs.replace(record, mirror=()))),
             },
         )
         self._amend.schedule(entry.object_id, None)
@@ -435,6 +455,7 @@ class Index:
                 "of": sequence,
                 "state": transition(state, Event.REQUEST_RECALL).value,
                 "recall_ns": entry.recall_ns,
+                "node": entry.node,
             },
         )
 
@@ -449,6 +470,7 @@ class Index:
                 "state": transition(state, Event.RECALLED).value,
                 "extents": rows.encode(entry.extents),
                 "stored_ns": entry.stored_ns,
+                "node": places.node_of(entry.extents),
             },
         )
         if entry.attributes is not None:
@@ -472,7 +494,7 @@ class Index:
             self._amend.drain_by(record, entry.drain_ns)
         if entry.recall_ns:
             state = transition(record.state, Event.REQUEST_RECALL).value
-            of = {"of": record.sequence, "state": state, "recall_ns": entry.recall_ns}
+            of = {"of": record.sequence, "state": state, "recall_ns": entry.recall_ns, "node": entry.recall_node}
             self._db.execute(statements.SET_RECALLING, of)
 
     def _noticed(self, sequence: int, entry: e.Noticed) -> None:
@@ -485,8 +507,9 @@ class Index:
 
     def _relocated(self, _: int, entry: e.Relocated) -> None:
         record = self._record(entry.object_id)
-        place = record.extents.index(entry.old)
-        moved = record.extents[:place] + entry.new + record.extents[place + 1 :]
+        copy = record.mirror if entry.old in record.mirror else record.extents
+        place = copy.index(entry.old)
+        moved = copy[:place] + entry.new + copy[place + 1 :]
         kept = next((extent for extent in entry.new if _extent_key(extent) == _extent_key(entry.old)), None)
         for extent in entry.new:
             if extent is not kept:
@@ -495,7 +518,58 @@ class Index:
             self._release(entry.old, entry.object_id)
         else:
             self._shorten(entry.old, kept, entry.object_id)
-        self._db.execute(statements.SET_EXTENTS, {"of": record.sequence, "extents": rows.encode(moved)})
+        if copy is record.mirror:
+            self._set_mirror(record, moved)
+        else:
+            self._db.execute(statements.SET_EXTENTS, {"of": record.sequence, "extents": rows.encode(moved)})
+
+    # -- nodes
+    def _node_put(self, _: int, entry: e.NodePut) -> None:
+        self._db.execute(statements.PUT_NODE, {"node": entry.record.node, "record": rows.encode(entry.record)})
+
+    def _mirror_held(self, _: int, entry: e.MirrorHeld) -> None:
+        self._drop_held(entry.object_id)
+        for extent in entry.extents:
+            self._hold(extent, entry.object_id)
+        self._db.execute(
+            statements.PUT_MIRROR,
+            {
+                "object_id": entry.object_id,
+                "node": places.node_of(entry.extents),
+                "extents": rows.encode(entry.extents),
+                "held_ns": entry.held_ns,
+            },
+        )
+
+    def _link_mirror(self, object_id: bytes, mirror: tuple[Extent, ...]) -> None:
+        """What its node has held from now on belongs to a version or part; a copy shares its source's."""
+        if self._db.execute(statements.DELETE_MIRROR, {"object_id": object_id}).rowcount == 0:
+            for extent in mirror:
+                self._hold(extent, object_id)
+
+    def _mirrors_dropped(self, _: int, entry: e.MirrorsDropped) -> None:
+        for object_id in entry.object_ids:
+            self._drop_held(object_id)
+
+    def _drop_held(self, object_id: bytes) -> None:
+        held = self._db.execute(statements.MIRROR, {"object_id": object_id}).fetchone()
+        if held is not None:
+            for extent in rows.decode_extents(held[0]):
+                self._release(extent, object_id)
+            self._db.execute(statements.DELETE_MIRROR, {"object_id": object_id})
+
+    def _mirrored(self, _: int, entry: e.Mirrored) -> None:
+        record = self._record(entry.object_id)
+        for extent in record.mirror:
+            self._release(extent, entry.object_id)
+        for extent in entry.extents:
+            self._hold(extent, entry.object_id)
+        self._set_mirror(record, entry.extents)
+
+    def _set_mirror(self, record: ObjectRecord, mirror: tuple[Extent, ...]) -> None:
+        detail = rows.encode(rows.detail_of(msgspec.structs.replace(record, mirror=mirror)))
+        node = mirror[0].node if mirror else None
+        self._db.execute(statements.SET_MIRROR, {"of": record.sequence, "detail": detail, "node": node})
 
     # -- archive and kernels
     def _archive_moved(self, _: int, entry: e.ArchiveMoved) -> None:

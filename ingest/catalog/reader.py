@@ -14,6 +14,7 @@ from ingest import bucket_settings
 from ingest.catalog import rows, statements
 from ingest.catalog.schema import APART
 from ingest.catalog.versions import named_object
+from ingest.cluster import places
 from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload, NoSuchVersion
 from ingest.records import (
     NULL_VERSION,
@@ -22,6 +23,7 @@ from ingest.records import (
     Extent,
     FilterJob,
     ListedObject,
+    NodeRecord,
     ObjectRecord,
     OwedInRun,
     OwedProduct,
@@ -287,7 +289,9 @@ class Reader:
     # -- queues
     def evictions_due(self, now_ns: int, limit: int) -> list[ObjectRecord]:
         """Archived versions whose buffered copy should have gone by now, whatever the watermarks say."""
-        found = self._db.execute(statements.EVICTIONS_DUE, {"now_ns": now_ns, "limit": limit}).fetchall()
+        found = self._db.execute(
+            statements.EVICTIONS_DUE, {"now_ns": now_ns, "limit": limit, "node": self._node}
+        ).fetchall()
         return rows.all_records(found)
 
     def evictable(self, now_ns: int, limit: int) -> list[ObjectRecord]:
@@ -296,7 +300,7 @@ class Reader:
             bucket.name: bucket_settings.parse(bucket.tags).evict_after_s * 1_000_000_000 for bucket in self.buckets()
         }
         found: list[ObjectRecord] = []
-        cursor = self._db.execute(statements.EVICTABLE, {"now_ns": now_ns})
+        cursor = self._db.execute(statements.EVICTABLE, {"now_ns": now_ns, "node": self._node})
         try:
             for row in cursor:
                 if len(found) >= limit:
@@ -308,11 +312,12 @@ class Reader:
         return found
 
     def recalls(self, limit: int) -> list[ObjectRecord]:
-        return rows.all_records(self._db.execute(statements.RECALLS, {"limit": limit}).fetchall())
+        return rows.all_records(self._db.execute(statements.RECALLS, {"limit": limit, "node": self._node}).fetchall())
 
     def unsettled(self, slot: int, limit: int) -> list[ObjectRecord]:
         found = rows.all_records(self._db.execute(statements.UNSETTLED, {"limit": -1}).fetchall())
-        return [record for record in found if any(extent.slot == slot for extent in record.extents)][:limit]
+        mine = (self._node, slot)
+        return [record for record in found if any((one.node, one.slot) == mine for one in record.extents)][:limit]
 
     def pending_archive_deletes(self, limit: int) -> list[tuple[int, str, str, bytes, bytes | None]]:
         return self._db.execute(statements.TOMBSTONES, {"limit": limit}).fetchall()
@@ -321,7 +326,8 @@ class Reader:
         if slot is None:
             jobs = self._db.execute(statements.REDUCTIONS, {"limit": limit}).fetchall()
         else:
-            jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, {"slot": slot, "limit": limit}).fetchall()
+            of = {"slot": places.place(self._node, slot), "limit": limit}
+            jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, of).fetchall()
         return [
             ReductionJob(kernel, attempts, self.by_id(object_id), bool(released))
             for object_id, kernel, attempts, released in jobs
@@ -330,7 +336,8 @@ class Reader:
     # -- runs
     def released_reductions(self, slot: int) -> bool:
         """Whether the slot has versions that were reduced once and are owed again."""
-        return self._db.execute(statements.RELEASED, {"slot": slot}).fetchone() is not None
+        of = {"slot": places.place(self._node, slot)}
+        return self._db.execute(statements.RELEASED, of).fetchone() is not None
 
     def runs(self, bucket: str, prefix: bytes, after: bytes, limit: int) -> tuple[list[RunRecord], bool]:
         self.bucket(bucket)
@@ -400,7 +407,8 @@ class Reader:
 
     def filters_due(self, slot: int, limit: int) -> list[FilterJob]:
         jobs = []
-        found = self._db.execute(statements.FILTERS_DUE, {"slot": slot, "limit": limit}).fetchall()
+        of = {"slot": places.place(self._node, slot), "limit": limit}
+        found = self._db.execute(statements.FILTERS_DUE, of).fetchall()
         for object_id, attempts, filters in found:
             verdicts = dict(self._db.execute(statements.VERDICTS, {"of": object_id}).fetchall())
             unjudged = frozenset(kernel for (kernel,) in self._db.execute(statements.UNJUDGED, {"of": object_id}))
@@ -413,10 +421,30 @@ class Reader:
         return [(key, error) for key, error in self._db.execute(statements.FILTERS_FAILED, of).fetchall()]
 
     def drain_counts(self) -> DrainCounts:
-        queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS).fetchone()
-        (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, {"node": self._node}).fetchone()
-        (evictable_bytes,) = self._db.execute(statements.EVICTABLE_BYTES).fetchone()
+        """Of what this node holds."""
+        here = {"node": self._node}
+        queued, queued_bytes, failing, oldest_ns = self._db.execute(statements.QUEUE_COUNTS, here).fetchone()
+        (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, here).fetchone()
+        (evictable_bytes,) = self._db.execute(statements.EVICTABLE_BYTES, here).fetchone()
         return DrainCounts(queued, queued_bytes, failing, oldest_ns, buffered_bytes, evictable_bytes)
+
+    # -- nodes
+    def nodes(self) -> list[NodeRecord]:
+        return [rows.decode_node(blob) for (blob,) in self._db.execute(statements.NODES).fetchall()]
+
+    def held_mirrors(self, limit: int) -> list[tuple[bytes, int]]:
+        """Second copies of this node whose commit is still to come: (object id, since when), oldest first."""
+        return self._db.execute(statements.MIRRORS_HELD, {"node": self._node, "limit": limit}).fetchall()
+
+    def unmirrored(self, after: int, limit: int) -> list[ObjectRecord]:
+        """Versions of this node that are to have a second copy and have none, by sequence."""
+        of = {"node": self._node, "after": after, "limit": limit}
+        return rows.all_records(self._db.execute(statements.UNMIRRORED, of).fetchall())
+
+    def mirrored_by(self, mirror: int, limit: int) -> list[ObjectRecord]:
+        """Versions of this node whose second copy another one has."""
+        of = {"node": self._node, "mirror": mirror, "limit": limit}
+        return rows.all_records(self._db.execute(statements.MIRRORED_BY, of).fetchall())
 
     # -- segments
     def segment_use(self, slot: int) -> list[SegmentUse]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from ingest.cluster import places
 from ingest.records import (
     ArchiveCopy,
     BucketRecord,
@@ -17,6 +18,7 @@ from ingest.records import (
     FrameGeometry,
     FrameLedger,
     KernelEpoch,
+    NodeRecord,
     ObjectRecord,
     ObjectState,
     PartRecord,
@@ -45,10 +47,12 @@ class Detail(msgspec.Struct, frozen=True, array_like=True):
     retention: Retention | None = None
     legal_hold: bool = False
     appends: int = 0
+    mirror: tuple[Extent, ...] = ()
 
 
 encode = msgspec.msgpack.Encoder().encode
 decode_bucket = msgspec.msgpack.Decoder(BucketRecord).decode
+decode_node = msgspec.msgpack.Decoder(NodeRecord).decode
 decode_user = msgspec.msgpack.Decoder(UserRecord).decode
 decode_upload = msgspec.msgpack.Decoder(UploadRecord).decode
 decode_part = msgspec.msgpack.Decoder(PartRecord).decode
@@ -129,6 +133,7 @@ def object_record(row: Row) -> ObjectRecord:
         retention=detail.retention,
         legal_hold=detail.legal_hold,
         appends=detail.appends,
+        mirror=detail.mirror,
         archive=None if path is None else ArchiveCopy(target, path, unsigned(crc), verified_ns),
         drain_attempts=attempts,
         drain_error=error,
@@ -149,6 +154,7 @@ def detail_of(record: ObjectRecord) -> Detail:
         record.retention,
         record.legal_hold,
         record.appends,
+        record.mirror,
     )
 
 
@@ -180,6 +186,9 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
         None if record.ledger is None else encode(record.ledger),
         encode(record.extents),
         encode(record.parts) if record.parts else None,
+        places.node_of(record.extents),
+        record.mirror[0].node if record.mirror else None,
+        0,  # recall_node
     )
 
 

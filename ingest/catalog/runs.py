@@ -16,6 +16,7 @@ from collections.abc import Callable
 from ingest.catalog import rows, statements
 from ingest.catalog.entries import ReductionsDeferred, RunClosed, RunStored
 from ingest.catalog.schema import APART
+from ingest.cluster import places
 from ingest.records import ObjectRecord, PartialOf, RunProductOf
 from ingest.runs import closes, run_of
 
@@ -145,7 +146,7 @@ class RunIndex:
                 "object_id": object_id,
                 "kernel": kernel,
                 "sequence": sequence,
-                "slot": record.extents[0].slot if record.extents else 0,
+                "slot": places.of_extents(record.extents),
                 "attempts": 0,
                 "given_up": int(lost),
                 "error": FILTERED if lost else "",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0006"
+SCHEMA_HEAD = "0007"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -98,6 +98,10 @@ objects = Table(
     Column("ledger", LargeBinary),
     Column("extents", LargeBinary, nullable=False),
     Column("parts", LargeBinary),
+    # Whose segments hold it: the node of its first extent. A node drains and evicts what it holds.
+    Column("node", Integer, nullable=False, server_default=text("0")),
+    Column("mirror_node", Integer),  # who holds the second copy
+    Column("recall_node", Integer, nullable=False, server_default=text("0")),  # who fetches it from the archive
     # Newest first: the order of a listing of versions. A version id other than ``null`` is the object id, in hex.
     Index("objects_order", "bucket", "key", text("sequence DESC")),
     # Where the null version is a noncurrent one or a delete marker; else ``objects_visible`` finds it.
@@ -108,6 +112,7 @@ objects = Table(
     # One index for what is due and for the counts of the queue: every commit pays for each index it enters.
     Index(
         "objects_queue",
+        "node",
         "state",
         "settled",
         "due_ns",
@@ -116,7 +121,14 @@ objects = Table(
         "drain_attempts",
         sqlite_where=text("state IN ('buffered', 'draining')"),
     ),
-    Index("objects_evictable", "stored_ns", "length", sqlite_where=text("state = 'archived' AND length > 0")),
+    Index("objects_mirrored", "mirror_node", "node", sqlite_where=text("mirror_node IS NOT NULL")),
+    Index(
+        "objects_unmirrored",
+        "node",
+        "sequence",
+        sqlite_where=text("durability = 'mirror' AND mirror_node IS NULL AND state IN ('buffered', 'draining')"),
+    ),
+    Index("objects_evictable", "node", "stored_ns", "length", sqlite_where=text("state = 'archived' AND length > 0")),
     Index("objects_recalling", "recall_ns", sqlite_where=text("state = 'recalling'")),
     Index("objects_unsettled", "sequence", sqlite_where=text("settled = 0")),
 )
@@ -282,6 +294,26 @@ filter_verdicts = Table(
     Column("verdicts", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
+
+mirrors = Table(
+    "mirrors",
+    metadata,
+    Column("object_id", LargeBinary, primary_key=True),  # of the version or part that is being committed elsewhere
+    Column("node", Integer, nullable=False),
+    Column("extents", LargeBinary, nullable=False),
+    Column("held_ns", BigInteger, nullable=False),
+    Index("mirrors_of_node", "node", "held_ns"),
+    sqlite_with_rowid=False,
+)
+"""Second copies that a node holds for another one whose commit is still to come."""
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node", Integer, primary_key=True, autoincrement=False),
+    Column("record", LargeBinary, nullable=False),
+)
+"""Members of the cluster; none where there is one node."""
 
 evictions = Table(
     "evictions",

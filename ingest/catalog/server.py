@@ -254,6 +254,8 @@ class CatalogueServer:
             self._settle(connection, call.id, request)
         elif isinstance(request, wire.Snapshot):
             self._work(connection, call.id, self._committer.snapshot())
+        elif isinstance(request, wire.Fresh):
+            self._work(connection, call.id, self._committer.fresh())
         elif isinstance(request, wire.Barrier):
             self._work(connection, call.id, self._committer.barrier())
         else:

@@ -23,6 +23,8 @@ from ingest.catalog.schema import (
     filters,
     members,
     meta,
+    mirrors,
+    nodes,
     noncurrent_kernels,
     notices,
     objects,
@@ -177,7 +179,7 @@ ARCHIVED_VERSIONS = _sql(_rows.where(_of_key, objects.c.archive_path.is_not(None
 
 # -- objects: writes
 INSERT_OBJECT = str(sa.insert(objects).compile(dialect=sqlite.dialect(paramstyle="qmark")))
-"""Its 32 parameters go by position: sqlite3 looks up each name again at every execute."""
+"""Its 35 parameters go by position: sqlite3 looks up each name again at every execute."""
 DELETE_OBJECT = _sql(sa.delete(objects).where(objects.c.sequence == _p("sequence")))
 _by_sequence = sa.update(objects).where(objects.c.sequence == _p("of"))
 SET_SETTLED = _sql(_by_sequence.values(settled=_one))
@@ -213,11 +215,19 @@ SET_DRAIN_FAILED = _sql(
         drain_attempts=objects.c.drain_attempts + literal_column("1"),
     )
 )
-SET_EVICTED = _sql(_by_sequence.values(state=_p("state"), extents=_p("extents")))
-SET_RECALLING = _sql(_by_sequence.values(state=_p("state"), recall_ns=_p("recall_ns")))
+SET_EVICTED = _sql(
+    _by_sequence.values(state=_p("state"), extents=_p("extents"), detail=_p("detail"), mirror_node=sa.null())
+)
+SET_RECALLING = _sql(_by_sequence.values(state=_p("state"), recall_ns=_p("recall_ns"), recall_node=_p("node")))
+SET_MIRROR = _sql(_by_sequence.values(detail=_p("detail"), mirror_node=_p("node")))
+SET_NODE = _sql(_by_sequence.values(node=_p("node")))
 SET_RECALLED = _sql(
     _by_sequence.values(
-        state=_p("state"), extents=_p("extents"), stored_ns=_p("stored_ns"), drain_error=literal_column("''")
+        state=_p("state"),
+        extents=_p("extents"),
+        stored_ns=_p("stored_ns"),
+        drain_error=literal_column("''"),
+        node=_p("node"),
     )
 )
 SET_RECALL_FAILED = _sql(_by_sequence.values(state=_p("state"), drain_error=_p("error")))
@@ -226,20 +236,38 @@ SET_RECALL_FAILED = _sql(_by_sequence.values(state=_p("state"), drain_error=_p("
 _buffered = objects.c.state == literal_column("'buffered'")
 _queued = text("state IN ('buffered', 'draining')")  # word for word the index's condition
 _draining = objects.c.state == literal_column("'draining'")
+_here = objects.c.node == _p("node")
 DUE = _sql(
     sa.select(objects.c.object_id, objects.c.due_ns)
-    .where(_queued, _buffered, objects.c.settled == _one, objects.c.due_ns <= _p("now_ns"))
+    .where(_queued, _here, _buffered, objects.c.settled == _one, objects.c.due_ns <= _p("now_ns"))
     .order_by(objects.c.due_ns)
     .limit(_limit)
     .offset(_none)
 )
 LEASE_EXPIRED = _sql(
     sa.select(objects.c.object_id, objects.c.due_ns)
-    .where(_draining, objects.c.lease_until_ns <= _p("now_ns"))
+    .where(_draining, objects.c.lease_until_ns <= _p("now_ns"), _here)
     .order_by(objects.c.lease_until_ns)
     .limit(_limit)
     .offset(_none)
 )
+MIRRORED_DUE = _sql(
+    sa.select(objects.c.object_id, objects.c.due_ns)
+    .where(
+        text("mirror_node IS NOT NULL"),
+        objects.c.mirror_node == _p("mirror"),
+        _here,
+        text("state IN ('buffered', 'draining')"),
+        objects.c.settled == _one,
+        sa.or_(
+            sa.and_(_buffered, objects.c.due_ns <= _p("now_ns")),
+            sa.and_(_draining, objects.c.lease_until_ns <= _p("now_ns")),
+        ),
+    )
+    .limit(_limit)
+    .offset(_none)
+)
+"""What a node mirrors for one that has gone."""
 LEASED = _sql(
     sa.select(objects.c.object_id, objects.c.lease_epoch)
     .where(_draining, objects.c.lease_until_ns > _p("now_ns"))
@@ -251,17 +279,18 @@ QUEUE_COUNTS = _sql(
         sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0")),
         sa.func.coalesce(sa.func.sum(objects.c.drain_attempts > literal_column("0")), literal_column("0")),
         sa.func.min(objects.c.modified_ns),
-    ).where(_queued)
+    ).where(_queued, _here)
 )
 EVICTABLE_BYTES = _sql(
     sa.select(sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0"))).where(
-        text("state = 'archived' AND length > 0")
+        text("state = 'archived' AND length > 0"), _here
     )
 )
 EVICTABLE = _sql(
     sa.select(*RECORD_COLUMNS, objects.c.stored_ns)
     .where(
         text("state = 'archived' AND length > 0"),
+        _here,
         ~sa.exists(_one)
         .where(evictions.c.object_id == objects.c.object_id, evictions.c.due_ns > _p("now_ns"))
         .correlate(objects),
@@ -274,6 +303,7 @@ EVICTIONS_DUE = _sql(
     .where(
         evictions.c.due_ns <= _p("now_ns"),
         text("+state = 'archived' AND settled = 1 AND length > 0"),
+        text("+node = :node"),
         ~sa.exists(_one)
         .where(reductions.c.object_id == objects.c.object_id, reductions.c.given_up == literal_column("0"))
         .correlate(objects),
@@ -303,7 +333,11 @@ PUT_EVICTION = _sql(
 DELETE_EVICTION = _sql(sa.delete(evictions).where(evictions.c.object_id == _p("of")))
 UNSETTLED = _sql(sa.select(*_whole).where(text("settled = 0")).order_by(objects.c.sequence).limit(_limit).offset(_none))
 RECALLS = _sql(
-    sa.select(*_whole).where(text("state = 'recalling'")).order_by(objects.c.recall_ns).limit(_limit).offset(_none)
+    sa.select(*_whole)
+    .where(text("state = 'recalling'"), objects.c.recall_node == _p("node"))
+    .order_by(objects.c.recall_ns)
+    .limit(_limit)
+    .offset(_none)
 )
 
 # -- extents and segments
@@ -424,6 +458,42 @@ UNSETTLED_PART = _sql(sa.select(unsettled_parts.c.object_id).where(unsettled_par
 DELETE_UNSETTLED_PART = _sql(sa.delete(unsettled_parts).where(unsettled_parts.c.part_id == _p("part_id")))
 UNSETTLED_PARTS_OF = _sql(sa.select(unsettled_parts.c.part_id).where(unsettled_parts.c.object_id == _p("object_id")))
 DELETE_UNSETTLED_PARTS_OF = _sql(sa.delete(unsettled_parts).where(unsettled_parts.c.object_id == _p("object_id")))
+
+# -- nodes
+NODES = _sql(sa.select(nodes.c.record).order_by(nodes.c.node))
+NODE = _sql(sa.select(nodes.c.record).where(nodes.c.node == _p("node")))
+PUT_NODE = _sql(
+    sqlite.insert(nodes)
+    .values(node=_p("node"), record=_p("record"))
+    .on_conflict_do_update(index_elements=["node"], set_={"record": _p("record")})
+)
+MIRROR = _sql(sa.select(mirrors.c.extents, mirrors.c.node).where(mirrors.c.object_id == _p("object_id")))
+PUT_MIRROR = _sql(sa.insert(mirrors))
+DELETE_MIRROR = _sql(sa.delete(mirrors).where(mirrors.c.object_id == _p("object_id")))
+MIRRORS_HELD = _sql(
+    sa.select(mirrors.c.object_id, mirrors.c.held_ns)
+    .where(mirrors.c.node == _p("node"))
+    .order_by(mirrors.c.held_ns)
+    .limit(_limit)
+    .offset(_none)
+)
+UNMIRRORED = _sql(
+    sa.select(*RECORD_COLUMNS)
+    .where(
+        text("durability = 'mirror' AND mirror_node IS NULL AND state IN ('buffered', 'draining')"),
+        _here,
+        objects.c.sequence > _p("after"),
+    )
+    .order_by(objects.c.sequence)
+    .limit(_limit)
+    .offset(_none)
+)
+MIRRORED_BY = _sql(
+    sa.select(*RECORD_COLUMNS)
+    .where(text("mirror_node IS NOT NULL"), objects.c.mirror_node == _p("mirror"), _here)
+    .limit(_limit)
+    .offset(_none)
+)
 
 # -- reductions, tombstones, outcomes
 _reduction_key = sa.and_(reductions.c.object_id == _p("of"), reductions.c.kernel == _p("of_kernel"))

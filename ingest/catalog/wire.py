@@ -23,6 +23,7 @@ from ingest.records import (
     Extent,
     FrameLedger,
     FreedExtents,
+    NodeRecord,
     Retention,
     SettleRequest,
     UploadRecord,
@@ -226,6 +227,25 @@ class MarkRunStored(msgspec.Struct, frozen=True, array_like=True, tag="mark-run-
     """It has members that wait for its end."""
 
 
+class PutNode(msgspec.Struct, frozen=True, array_like=True, tag="put-node"):
+    """A member joins, starts anew, or changes what it is for. ``name`` and addresses come with it."""
+
+    record: NodeRecord
+
+
+class HoldMirror(msgspec.Struct, frozen=True, array_like=True, tag="hold-mirror"):
+    """This node has a second copy of a body: of a version that is still to be committed, or of one that has none."""
+
+    object_id: bytes
+    extents: tuple[Extent, ...]
+
+
+class DropMirrors(msgspec.Struct, frozen=True, array_like=True, tag="drop-mirrors"):
+    """The commits of these will not come."""
+
+    object_ids: tuple[bytes, ...]
+
+
 class Settle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
     """Not a mutation: answered when the version's ``settled`` has been committed."""
 
@@ -239,6 +259,11 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
 
 class Barrier(msgspec.Struct, frozen=True, array_like=True, tag="barrier"):
     """Not a mutation: answered when everything visible before it is on disk."""
+
+
+class Fresh(msgspec.Struct, frozen=True, array_like=True, tag="fresh"):
+    """Not a mutation: answered when this node's index has everything that any node of the cluster was answered before; with
+    False where the engine cannot be asked."""
 
 
 Mutation = (
@@ -274,12 +299,15 @@ Mutation = (
     | CloseRun
     | DeferReductions
     | MarkRunStored
+    | PutNode
+    | HoldMirror
+    | DropMirrors
 )
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag="call"):
     id: int
-    request: Mutation | Settle | Snapshot | Barrier
+    request: Mutation | Settle | Snapshot | Barrier | Fresh
     origin: Origin | None = None
 
 
