@@ -64,9 +64,11 @@ class S3:
         two reads of the answer makes a slow reader. ``headers`` have lower-case names."""
         try:
             if self._connection is None:
-                self._connection = http.client.HTTPConnection("127.0.0.1", self._node.port(), timeout=self._timeout_s)
+                self._connection = self._node.connection(self._timeout_s)
             url = f"{path}?{query}" if query else path
-            signed = sign(method, path, query, {"host": f"127.0.0.1:{self._connection.port}", **(headers or {})})
+            signed = sign(
+                method, path, query, {"host": f"{self._node.host}:{self._connection.port}", **(headers or {})}
+            )
             self._connection.putrequest(method, url, skip_host=True, skip_accept_encoding=True)
             for name, value in {**signed, "content-length": str(len(body))}.items():
                 self._connection.putheader(name, value)

@@ -16,6 +16,7 @@ from awscrt import checksums
 
 from ingest.catalog import fsck
 from ingest.label import read_label
+from ingest.paths import NodePaths
 from ingest.records import BLOCK_BYTES
 from ingest.segments import SegmentHeader
 from tests.crash.client import BUCKETS, S3
@@ -133,18 +134,19 @@ class Judge:
         report = self.is_sound()
         assert (report.objects, report.parts, report.live_bytes, report.extents) == (0, 0, 0, 0), report
         until(
-            lambda: not self._held(),
-            lambda: f"segments that are not recycled: {self._held()}\n{self._node.tail(20)}",
+            lambda: not held_segments(self._node.paths),
+            lambda: f"segments that are not recycled: {held_segments(self._node.paths)}\n{self._node.tail(20)}",
             20,
         )
 
-    def _held(self) -> list[Path]:
-        """Segment files beyond the open ones of each slot whose content is still of their current generation."""
-        held = []
-        for slot in sorted(self._node.paths.segments.iterdir()):
-            written = [path for path in sorted(slot.glob("*.seg")) if _is_written(path)]
-            held += written if len(written) > OPEN_SEGMENTS_MAX else []
-        return held
+
+def held_segments(paths: NodePaths) -> list[Path]:
+    """Segment files beyond the open ones of each slot whose content is still of their current generation."""
+    held = []
+    for slot in sorted(paths.segments.iterdir()):
+        written = [path for path in sorted(slot.glob("*.seg")) if _is_written(path)]
+        held += written if len(written) > OPEN_SEGMENTS_MAX else []
+    return held
 
 
 def _is_written(path: Path) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def until(condition: Callable[[], Any], what: str | Callable[[], str], timeout_s
 class Node:
     """``hiss serve`` on a folder of its own. ``environ`` and ``settings`` may be changed between starts."""
 
+    host = "127.0.0.1"
+    ports = (0, 0, 0)
+    """S3, control, WebDAV; 0: a free one."""
+    launcher: Sequence[str] = ()
+    """A command before the node's own."""
+
     def __init__(self, folder: Path, environ: dict[str, str] | None = None, **settings: str) -> None:
         self.paths = NodePaths(folder / "data")
         self.log = folder / "log"
@@ -62,8 +69,10 @@ class Node:
     def start(self) -> None:
         assert self.process is None
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HISS_")}
-        command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.paths.root), "--host", "127.0.0.1"]
-        command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0"]
+        command = [*self.launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(self.paths.root)]
+        command += ["--host", self.host]
+        for name, port in zip(("s3", "control", "dav"), self.ports, strict=True):
+            command += [f"--{name}-port", str(port)]
         for name, value in self.settings.items():
             command += ["--set", f"{name}={value}"]
         with self.log.open("ab") as log:
@@ -101,6 +110,10 @@ class Node:
 
     def port(self, name: str = "s3") -> int:
         return int(json.loads(self.paths.ports.read_text())[name])
+
+    def connection(self, timeout_s: float, name: str = "s3") -> http.client.HTTPConnection:
+        """To one of its ports; made when it is first used."""
+        return http.client.HTTPConnection(self.host, self.port(name), timeout=timeout_s)
 
     def kill(self, role: str, slot: int = 0) -> None:
         """SIGKILL the process of a role; nothing happens when it is between two lives."""
