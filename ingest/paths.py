@@ -53,6 +53,16 @@ class NodePaths:
         return self.root / "segments"
 
     @property
+    def cluster(self) -> Path:
+        """Which node of which cluster this folder is (ingest/cluster/identity.py); missing for a node alone."""
+        return self.root / "cluster.json"
+
+    @property
+    def members(self) -> Path:
+        """While a node of a cluster runs: who else there is, and how they are (ingest/cluster/members.py)."""
+        return self.run / "members.json"
+
+    @property
     def archive(self) -> Path:
         return self.root / "archive"
 

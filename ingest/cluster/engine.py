@@ -1,0 +1,176 @@
+"""The connection to a cluster's engine: transactions that are tried again, errors in our own words, the schema.
+
+In: ``postgresql://…`` of the setting ``catalog``. Out: ``Engine``. What always holds: every statement is built with SQLAlchemy
+Core; nothing waits longer than ENGINE_TIMEOUT_S; a transaction that the engine takes back for another's sake (SQLSTATE
+40001, 40P01) is tried again; trouble with the engine is ``EngineAway``, and a frozen client of it cannot hold up the others
+for longer than IDLE_IN_TRANSACTION_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from ingest.cluster.schema import SCHEMA_HEAD
+from ingest.errors import IngestError
+
+T = TypeVar("T")
+
+ENGINE_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
+IDLE_IN_TRANSACTION_S = 5
+CONNECTIONS = 4
+TRIES = 8
+"""Of one transaction that the engine takes back."""
+_TAKEN_BACK = ("40001", "40P01")
+_PREFIXES = ("postgresql://", "postgres://", "postgresql+asyncpg://")
+
+
+class EngineAway(IngestError):
+    """The engine does not answer, or refuses to; whether a commit under way was made is not known."""
+
+
+class ClusterRefused(IngestError):
+    """This node cannot be part of this cluster; ``str()`` says why and what to do."""
+
+
+def driver_url(url: str) -> sa.URL:
+    """Raises ClusterRefused for what is no address of a PostgreSQL-compatible engine."""
+    if not url.startswith(_PREFIXES):
+        raise ClusterRefused("catalog must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    try:
+        parsed = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise ClusterRefused(f"catalog is no address of an engine: {error}") from None
+    return parsed.set(drivername="postgresql+asyncpg")
+
+
+class Engine:
+    """Use as an async context manager."""
+
+    def __init__(self, url: str) -> None:
+        address = driver_url(url)
+        self.shown = address.render_as_string(hide_password=True)
+        self._engine: AsyncEngine = create_async_engine(
+            address,
+            isolation_level="READ COMMITTED",
+            pool_size=CONNECTIONS,
+            max_overflow=0,
+            pool_timeout=ENGINE_TIMEOUT_S,
+            connect_args={
+                "timeout": CONNECT_TIMEOUT_S,
+                "command_timeout": ENGINE_TIMEOUT_S,
+                "server_settings": {
+                    "application_name": "hiss",
+                    "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_S * 1000),
+                },
+            },
+        )
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._engine.dispose()
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction, not tried again: what is in flight when EngineAway is raised may have been committed."""
+        with translated():
+            async with asyncio.timeout(ENGINE_TIMEOUT_S), self._engine.begin() as connection:
+                yield connection
+
+    async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """``work`` in a transaction, which is tried again when the engine takes it back. Raises EngineAway."""
+        for attempt in range(TRIES):
+            try:
+                async with self.transaction() as connection:
+                    return await work(connection)
+            except TakenBack:
+                await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))
+        raise EngineAway(f"{self.shown} took a transaction back {TRIES} times")
+
+    async def upgrade(self) -> None:
+        """Bring the engine to this program's schema, once; nodes that start meanwhile wait. Raises ClusterRefused, EngineAway."""
+        for attempt in range(TRIES):
+            try:
+                async with self.transaction() as connection:
+                    await connection.run_sync(lambda sync: _gate.create(sync, checkfirst=True))
+                with contextlib.suppress(sa.exc.IntegrityError):
+                    async with self.transaction() as connection:
+                        await connection.execute(sa.insert(_gate).values(id=1))
+                async with self.transaction() as connection:
+                    # Its row's lock is whose turn it is.
+                    await connection.execute(sa.update(_gate).values(id=1))
+                    await connection.run_sync(_upgrade)
+            except (EngineAway, sa.exc.IntegrityError) as error:
+                # Two that create the same table at once: one of them is told so, in words that differ by engine.
+                if attempt == TRIES - 1:
+                    raise EngineAway(f"the schema could not be made: {error}") from error
+                await asyncio.sleep(random.uniform(0.05, 0.3))
+            else:
+                return
+
+
+_gate = sa.Table("hiss_gate", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True, autoincrement=False))
+
+
+def _upgrade(connection: sa.Connection) -> None:
+    found = _revision(connection)
+    if found == SCHEMA_HEAD:
+        return
+    if found is not None and found > SCHEMA_HEAD:
+        raise ClusterRefused(
+            f"the cluster's schema is {found}, this program knows {SCHEMA_HEAD} at most: it is older than the nodes that run; "
+            "install their version here"
+        )
+    import alembic.command
+    import alembic.config
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, "head")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("hiss_schema"):
+        return None
+    row = connection.execute(sa.text("SELECT version_num FROM hiss_schema")).first()
+    return None if row is None else str(row[0])
+
+
+class TakenBack(EngineAway):
+    """The engine took the transaction back for another's sake: nothing of it happened."""
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """The driver's errors in our own words; a violated constraint stays what it is."""
+    try:
+        yield
+    except sa.exc.IntegrityError:
+        raise
+    except sa.exc.DBAPIError as error:
+        raise _translation(error) from error
+    except (OSError, TimeoutError, sa.exc.TimeoutError, sa.exc.InvalidRequestError) as error:
+        raise EngineAway(f"the engine does not answer ({type(error).__name__}: {error})") from error
+
+
+def _translation(error: sa.exc.DBAPIError) -> EngineAway:
+    code = getattr(error.orig, "sqlstate", None)
+    lines = str(error.orig).split(">: ")[-1].splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return TakenBack(text) if code in _TAKEN_BACK else EngineAway(f"the engine refuses: {text}")
