@@ -1,6 +1,6 @@
 """The ceilings: servers that do nothing but move bytes, and the disk's own rate.
 
-``python -m bench.bare receiver [CERT KEY]`` takes PUT bodies straight into a pre-faulted pool and discards them; ``sendfile``
+``python -m bench.bare receiver HOST [CERT KEY]`` takes PUT bodies straight into a pre-faulted pool and discards them; ``sendfile``
 answers every GET with one cached file. Both print their port. They are what Python with uvloop can reach here, not a product.
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvloop
@@ -96,10 +96,10 @@ def _sendfile(listener: socket.socket, path: str) -> None:
 
 
 @contextlib.contextmanager
-def serve(kind: str, *arguments: str) -> Iterator[int]:
-    """Run a bare server in a process of its own; gives its port."""
+def serve(kind: str, *arguments: str, host: str = "127.0.0.1", launcher: Sequence[str] = ()) -> Iterator[int]:
+    """Run a bare server in a process of its own; gives its port. ``launcher``: a command before its own."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.bare", kind, *arguments], stdout=subprocess.PIPE, text=True
+        [*launcher, sys.executable, "-m", "bench.bare", kind, host, *arguments], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -130,15 +130,16 @@ def disk_bytes_per_s(folder: Path, size_bytes: int, flush_bytes: int) -> float:
 
 
 def main() -> None:
-    listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-    if sys.argv[1] == "receiver":
+    kind, host, *arguments = sys.argv[1:]
+    listener = socket.create_server((host, 0), backlog=64)
+    if kind == "receiver":
         tls = None
-        if len(sys.argv) > 2:
+        if arguments:
             tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            tls.load_cert_chain(sys.argv[2], sys.argv[3])
+            tls.load_cert_chain(arguments[0], arguments[1])
         uvloop.run(_receive(listener, tls))
     else:
-        _sendfile(listener, sys.argv[2])
+        _sendfile(listener, arguments[0])
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """``started_s``: when the first byte left, on the machine's monotonic clock (``time.perf_counter``, the same in all processes)."""
+    """``started_s``: when the first byte left, by ``time.perf_counter``, which is one clock for all processes of the machine."""
 
     started_s: float
     seconds: float

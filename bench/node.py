@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.wire import Connection, Endpoint, head
@@ -75,10 +75,15 @@ class Node:
 
     def metric(self, name: str) -> float:
         """Sum of a metric's series, from /metrics."""
-        url = f"{'https' if self.endpoint.ca else 'http'}://127.0.0.1:{self.ports['control']}/metrics"
+        url = f"{'https' if self.endpoint.ca else 'http'}://{self.endpoint.host}:{self.ports['control']}/metrics"
         with urllib.request.urlopen(url, timeout=10, context=_trust(self.endpoint.ca)) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+
+    def kill(self) -> None:
+        """As a host's power goes; the kernel kills the children with the supervisor."""
+        self._process.kill()
+        self._process.wait(30)
 
     def call(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
         connection = Connection(self.endpoint)
@@ -116,33 +121,48 @@ class Node:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *settings: str) -> Iterator[Node]:
-    """A node on free ports, in a fresh folder under ``folder`` that is removed afterwards; its log is DIR/serve.log."""
+def running(
+    folder: Path,
+    *settings: str,
+    host: str = "127.0.0.1",
+    launcher: Sequence[str] = (),
+    secret: str = "",
+    node_key: bytes = b"",
+) -> Iterator[Node]:
+    """A node on free ports, in a fresh folder under ``folder`` that is removed afterwards; its log is DIR/serve.log.
+    ``launcher``: a command before the node's own. Nodes of a cluster have the same ``secret`` and ``node_key``."""
     data = Path(tempfile.mkdtemp(prefix="hiss-bench-", dir=folder))
     try:
-        with started(data, secrets.token_urlsafe(24), *settings) as node:
+        if node_key:
+            (data / "node.key").touch(mode=0o600)
+            (data / "node.key").write_bytes(node_key)
+        secret = secret or secrets.token_urlsafe(24)
+        with started(data, secret, *settings, host=host, launcher=launcher) as node:
             yield node
     finally:
         shutil.rmtree(data, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def started(data: Path, secret: str, *settings: str, ca: str = "") -> Iterator[Node]:
+def started(
+    data: Path, secret: str, *settings: str, ca: str = "", host: str = "127.0.0.1", launcher: Sequence[str] = ()
+) -> Iterator[Node]:
     """A node on the folder ``data``, which stays; ``secret`` is root's, the same each time. ``ca``: it speaks TLS, with this
     certificate."""
     access = "bench"
     environment = {**os.environ, "HISS_ROOT_ACCESS_KEY": access, "HISS_ROOT_SECRET_KEY": secret}
-    command = [sys.executable, "-m", "gateway.cli", "serve", "--data", str(data), "--host", "127.0.0.1"]
+    command = [*launcher, sys.executable, "-m", "gateway.cli", "serve", "--data", str(data), "--host", host]
     command += ["--s3-port", "0", "--control-port", "0", "--dav-port", "0"]
     for setting in ("log_level=warning", *settings):
         command += ["--set", setting]
     log = (data / "serve.log").open("wb")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        ports = _ready(data, process, ca)
-        yield Node(data, process, Endpoint("127.0.0.1", ports["s3"], access, secret, ca), ports)
+        ports = _ready(data, process, ca, host)
+        yield Node(data, process, Endpoint(host, ports["s3"], access, secret, ca), ports)
     finally:
-        process.send_signal(signal.SIGTERM)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -155,7 +175,7 @@ def _trust(ca: str) -> ssl.SSLContext | None:
     return ssl.create_default_context(cafile=ca) if ca else None
 
 
-def _ready(data: Path, process: subprocess.Popen[bytes], ca: str) -> dict[str, int]:
+def _ready(data: Path, process: subprocess.Popen[bytes], ca: str, host: str) -> dict[str, int]:
     scheme = "https" if ca else "http"
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -163,7 +183,7 @@ def _ready(data: Path, process: subprocess.Popen[bytes], ca: str) -> dict[str, i
             break
         with contextlib.suppress(OSError, ValueError, KeyError):
             ports = json.loads((data / "run" / "ports.json").read_text())
-            url = f"{scheme}://127.0.0.1:{ports['control']}/v1/health"
+            url = f"{scheme}://{host}:{ports['control']}/v1/health"
             with urllib.request.urlopen(url, timeout=5, context=_trust(ca)) as answer:
                 if answer.status == 200:
                     return {name: int(ports[name]) for name in ("s3", "control", "dav")}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.cluster.netns import Network, Refused
+from bench.netns import Network, Refused
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.cluster.netns import Host, Network
+from bench.netns import Host, Network
 from tests.crash.node import Node, until
 from tests.engine import Engine
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.cluster.netns import Host, Network
+from bench.netns import Host, Network
 
 PORT = 7000
 

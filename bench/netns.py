@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX = "hiss-test-"
+_PREFIX = "hiss-net-"
 _NAMESPACES = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _SUBNET = "10.83.0"
