@@ -32,11 +32,6 @@ max_connections = 200
 max_wal_size = 256MB
 logging_collector = off
 log_line_prefix = '%m [%p] %q%a '
-# A client that is gone, be it behind a cut link, keeps no row locked for long.
-tcp_keepalives_idle = 2
-tcp_keepalives_interval = 1
-tcp_keepalives_count = 3
-tcp_user_timeout = 5000
 """
 
 
