@@ -1,7 +1,8 @@
 """The ceilings: servers that do nothing but move bytes, and the disk's own rate.
 
 ``python -m bench.bare receiver HOST [CERT KEY]`` takes PUT bodies straight into a pre-faulted pool and discards them;
-``sendfile HOST FILE`` answers every GET with one cached file. Both print their port. They are what Python with uvloop can reach here, not a product.
+``sendfile HOST FILE`` answers every GET with one cached file. Both print their port. They are what Python with uvloop can
+reach here, not a product.
 """
 
 from __future__ import annotations
