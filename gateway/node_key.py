@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from ingest.cluster.signing import PeerKey
 from ingest.records import AccessKey, UserRecord
 from s3api.auth.sessions import SessionSealer
 
@@ -31,6 +32,8 @@ class NodeKey:
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
         self._derived = hmac.digest(key, b"hiss-session-tokens", "sha256")
+        self.peers = PeerKey.derived(key)
+        """Signs requests between nodes that share this key."""
 
     @classmethod
     def load(cls, path: Path) -> NodeKey:

@@ -139,7 +139,27 @@ class Body(abc.ABC):
         self.adopt(None, part.extents)
         return committed
 
-    def _to_limbo(self, request: CommitObject | CommitPart) -> None:
+    async def hold(self) -> None:
+        """Have the catalogue hold the body as the second copy of one that another node receives. Raises CatalogError:
+        StaleVersion where that one has gone already."""
+        extents = self.extents()
+        try:
+            await self.plane.catalog.hold_mirror(self.object_id, extents)
+        except (CatalogUnavailable, asyncio.CancelledError):
+            self._to_limbo(extents)
+            raise
+        self.held(extents)
+
+    def held(self, extents: tuple[Extent, ...]) -> None:
+        """The catalogue knows the body's extents, although no version of ours has them."""
+        if not self.ended:
+            self.plane.ended(self)
+        self.limbo = False
+        self.ended = self.accepted = True
+        self.plane.segments.adopt(extents)
+        self.let_go()
+
+    def _to_limbo(self, request: CommitObject | CommitPart | tuple[Extent, ...]) -> None:
         self.limbo = self.ended = True
         self.plane.ended(self)
         self.plane.resolve(self, request)

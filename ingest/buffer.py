@@ -37,7 +37,7 @@ from ingest.label import Label
 from ingest.landing import Lent, fill, read_into
 from ingest.packing import PACKED_BYTES_MAX, PackedStream, Packer
 from ingest.paths import NodePaths
-from ingest.ports import Catalog, Domain, FrameHost, StreamInfo
+from ingest.ports import Catalog, Domain, FrameHost, FrameReduction, StreamInfo
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import (
     BLOCK_BYTES,
@@ -116,9 +116,7 @@ class Buffer:
 
     def open_stream(self, spec: StreamSpec) -> SpanStream | PackedStream:
         """Admit a body; raises BufferFull. No memory is held before its first byte."""
-        if not self.segments.can_hold(spec.length or 0):
-            self._slow_down.add()
-            raise BufferFull("the buffer has no room for this body until older data has drained")
+        self._check_room(spec)
         object_id = os.urandom(16)
         reduction = None
         kernels: tuple[str, ...] = ()
@@ -134,6 +132,23 @@ class Buffer:
             reduction = self.host.open(info)
             if reduction is None:
                 kernels = self.host.kernels_for(spec.bucket.name, spec.key)
+        stream = self._admitted(spec, object_id, reduction)
+        stream.kernels = kernels
+        return stream
+
+    def open_copy(self, spec: StreamSpec, object_id: bytes) -> SpanStream | PackedStream:
+        """Admit the second copy of a body that another node receives under this id; raises BufferFull. No kernel sees it."""
+        self._check_room(spec)
+        return self._admitted(spec, object_id, None)
+
+    def _check_room(self, spec: StreamSpec) -> None:
+        if not self.segments.can_hold(spec.length or 0):
+            self._slow_down.add()
+            raise BufferFull("the buffer has no room for this body until older data has drained")
+
+    def _admitted(
+        self, spec: StreamSpec, object_id: bytes, reduction: FrameReduction | None
+    ) -> SpanStream | PackedStream:
         stream: SpanStream | PackedStream
         if reduction is None and spec.length is not None and spec.length <= PACKED_BYTES_MAX:
             stream = PackedStream(self, spec, object_id)
@@ -151,7 +166,6 @@ class Buffer:
             self._streams.add(stream)
             if domain is not None:
                 domain.users += 1
-        stream.kernels = kernels
         self._active.add(stream)
         self._active_gauge.set(len(self._active))
         return stream
@@ -309,15 +323,19 @@ class Buffer:
         self.segments.let_go([extent for _, new in moved for extent in new])
         self._tell_settled(object_id)
 
-    def resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
+    def resolve(self, body: Body, request: CommitObject | CommitPart | tuple[Extent, ...]) -> None:
         """The outcome of a commit is unknown: ask until the catalogue says. Never commit again: the client may have been
         told that it failed, and have put something else since."""
         self._keep(self._resolve(body, request))
 
-    async def _resolve(self, body: Body, request: CommitObject | CommitPart) -> None:
+    async def _resolve(self, body: Body, request: CommitObject | CommitPart | tuple[Extent, ...]) -> None:
         while True:
             try:
-                if isinstance(request, CommitPart):
+                if isinstance(request, tuple):
+                    # Held once more: who sent it waits no longer, and what nobody commits is dropped in time.
+                    await self.catalog.hold_mirror(body.object_id, request)
+                    body.held(request)
+                elif isinstance(request, CommitPart):
                     await self.catalog.commit_part(request, only_if_known=True)
                     body.adopt(None, request.part.extents)
                 else:

@@ -47,7 +47,8 @@ S3_OPERATIONS = (
     "PutObject", "GetObject", "HeadObject", "DeleteObject", "DeleteObjects", "ListObjectsV2", "CopyObject",
     "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload", "ListParts",
     "CreateBucket", "HeadBucket", "DeleteBucket", "ListBuckets", "GetBucketLocation", "PutBucketTagging",
-    "GetBucketTagging", "DeleteBucketTagging", "ListObjectVersions", "GetObjectAttributes", "WebDAV", "Other",
+    "GetBucketTagging", "DeleteBucketTagging", "ListObjectVersions", "GetObjectAttributes", "WebDAV",
+    "NodeRead", "NodeMirror", "Other",
 )  # fmt: skip
 ERROR_CLASSES = ("client", "auth", "not_found", "precondition", "slow_down", "server")
 ROLES = ("catalogue", "worker", "drain", "zygote", "control", "epics", "tango")

@@ -141,3 +141,16 @@ class MembersGone(StaleVersion):
 
 class StaleEpoch(CatalogError):
     """This process's slot was taken over by a newer process."""
+
+
+class NodeAway(IngestError):
+    """Another node did not answer, or not as it should. ``str()`` names it and says what happened, fit for a client."""
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"node {node}: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+class MirrorUnavailable(IngestError):
+    """The bucket wants a second copy on another node, and none can take it. ``str()`` says why, fit for a client."""

@@ -206,6 +206,28 @@ class Catalog(Protocol):
         """Compaction moved one extent; StaleVersion if the version no longer has it."""
         ...
 
+    # -- second copies (durability ``mirror``)
+    async def hold_mirror(self, object_id: bytes, extents: Sequence[Extent]) -> None:
+        """These extents of ours are the second copy of a body that another node is about to commit, or has committed without
+        one. They take the place of a copy that was held before. Raises StaleVersion where the version has gone, or has one."""
+        ...
+
+    async def drop_mirror(self, object_ids: Sequence[bytes]) -> None:
+        """These bodies will not be committed: what is held for them is free. Changes nothing for versions that exist."""
+        ...
+
+    async def held_mirrors(self, limit: int) -> Sequence[tuple[bytes, int]]:
+        """What this node holds for commits that are still to come: (object id, since when), oldest first."""
+        ...
+
+    async def unmirrored(self, after: int, limit: int) -> Sequence[ObjectRecord]:
+        """Versions of this node that are not archived, are to have a second copy, and have none: by sequence, after ``after``."""
+        ...
+
+    async def mirrored_by(self, mirror: int, limit: int) -> Sequence[ObjectRecord]:
+        """Versions of this node that have their second copy on that one."""
+        ...
+
     async def archived_versions(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
         """Versions of a key with a copy in the archive."""
         ...

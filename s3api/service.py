@@ -28,6 +28,7 @@ from s3api.call import READS, Buckets, Call, Node, ServiceSettings
 from s3api.errors import S3Error, render, translated
 from s3api.http.message import HttpError, Request, Response
 from s3api.operations.ownership import prepare_write
+from s3api.peers import PeerService
 from s3api.routes import Level, Route, Target, route, target_of
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ _access_log = logging.getLogger("s3api.access")
 
 
 class S3Service:
-    """One worker's S3. ``clock`` gives seconds since the epoch; signatures are judged by it."""
+    """One worker's S3. ``clock`` gives seconds since the epoch; signatures are judged by it. ``peers`` takes what other nodes
+    of the cluster send."""
 
     def __init__(
         self,
@@ -45,7 +47,9 @@ class S3Service:
         settings: ServiceSettings | None = None,
         kernels: FrameHost | None = None,
         clock: Callable[[], float] = time.time,
+        peers: PeerService | None = None,
     ) -> None:
+        self._peers = peers
         self._settings = settings or ServiceSettings()
         self._clock = clock
         region = "" if self._settings.any_region else self._settings.region
@@ -59,6 +63,8 @@ class S3Service:
     async def __call__(self, request: Request) -> Response:
         user_id = ""
         try:
+            if self._peers is not None and self._peers.takes(request):
+                return self._named(request, await self._peers(request))
             target = target_of(request, self._settings.domains, self._settings.limits.key_bytes)
             if request.method == "OPTIONS":
                 return self._named(request, Response(200, await self._preflight(request, target)))

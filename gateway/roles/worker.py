@@ -34,6 +34,7 @@ from gateway.supervisor.resources import write_atomically
 from ingest.arena import SLAB_BYTES, Arena
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.holdings import Holdings
 from ingest.compaction import housekeep
 from ingest.counters import Counters
 from ingest.paths import socket_address
@@ -50,6 +51,7 @@ from s3api.auth.users import CatalogUsers
 from s3api.call import Limits, ServiceSettings
 from s3api.http.limits import HttpLimits
 from s3api.http.listener import Server
+from s3api.peers import PeerService
 from s3api.service import S3Service
 
 log = logging.getLogger(__name__)
@@ -196,6 +198,7 @@ async def _servers(
             any_region=settings.any_region,
         ),
         host,
+        peers=PeerService(Holdings(buffer), key.peers),
     )
     gate = Gate(buffer.catalog, access_defaults(settings))
     dav = DavService(buffer, authenticator(users), sight_maker(gate, lambda: buffer.catalog.now_ns() / 1e9))

@@ -520,6 +520,22 @@ class CatalogClient:
     async def relocate(self, object_id: bytes, old: Extent, new: Sequence[Extent]) -> None:
         await self._call(wire.Relocate(object_id, old, tuple(new)), _nothing)
 
+    # -- second copies
+    async def hold_mirror(self, object_id: bytes, extents: Sequence[Extent]) -> None:
+        await self._call(wire.HoldMirror(object_id, tuple(extents)), _nothing)
+
+    async def drop_mirror(self, object_ids: Sequence[bytes]) -> None:
+        await self._call(wire.DropMirrors(tuple(object_ids)), _nothing)
+
+    async def held_mirrors(self, limit: int) -> Sequence[tuple[bytes, int]]:
+        return self._readers.read(lambda reader: reader.held_mirrors(limit))
+
+    async def unmirrored(self, after: int, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.unmirrored(after, limit))
+
+    async def mirrored_by(self, mirror: int, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.mirrored_by(mirror, limit))
+
     # -- archive, kernels, segments
     async def archived_versions(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
         return self._readers.read(lambda reader: reader.archived_versions(bucket, key))

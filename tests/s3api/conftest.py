@@ -30,6 +30,8 @@ from ingest.arena import Arena, create_regions
 from ingest.buffer import Buffer
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.holdings import Holdings
+from ingest.cluster.signing import PeerKey
 from ingest.counters import CATALOGUE, Counters
 from ingest.paths import NodePaths
 from ingest.ports import FrameHost, KernelRefused
@@ -42,9 +44,11 @@ from s3api.auth.users import CatalogUsers
 from s3api.call import ServiceSettings
 from s3api.http.limits import HttpLimits
 from s3api.http.listener import Server
+from s3api.peers import PeerService
 from s3api.service import S3Service
 
 START_TIMEOUT_S = 20.0
+PEER_KEY = PeerKey.derived(b"the key that nodes of a cluster share")
 REGIONS, REGION_BYTES, SLAB_BYTES = 4, 64 << 20, 4 << 20
 
 
@@ -78,8 +82,9 @@ class CheckingHost:
 class NodeThread:
     """A whole S3 node on its own loop and thread; everything real, nothing mocked."""
 
-    def __init__(self, root: Path, settings: ServiceSettings, kernels: FrameHost | None) -> None:
+    def __init__(self, root: Path, settings: ServiceSettings, kernels: FrameHost | None, number: int = 0) -> None:
         self.paths = NodePaths(root)
+        self.number = number
         self.counters = Counters(None, 0)
         self.catalog: CatalogClient
         self.buffer: Buffer
@@ -143,7 +148,7 @@ class NodeThread:
         self._stop = asyncio.Event()
         up, down = asyncio.Event(), asyncio.Event()
         writer = asyncio.create_task(
-            catalogue.serve(self.paths, Counters(None, CATALOGUE), node=0, ready=up.set, stop=down)
+            catalogue.serve(self.paths, Counters(None, CATALOGUE), node=self.number, ready=up.set, stop=down)
         )
         started = asyncio.create_task(up.wait())
         await asyncio.wait([writer, started], return_when=asyncio.FIRST_COMPLETED)
@@ -151,12 +156,12 @@ class NodeThread:
             started.cancel()
             await writer
         executor = ThreadPoolExecutor(4)
-        async with CatalogClient(self.paths, slot=0) as self.catalog:
+        async with CatalogClient(self.paths, slot=0, node=self.number) as self.catalog:
             arena = Arena(create_regions(REGIONS, REGION_BYTES), self.counters)
             spans = SpanTable(SpanTable.create(REGIONS, REGION_BYTES // SLAB_BYTES), REGION_BYTES // SLAB_BYTES)
             segments = SegmentStore(
                 self.paths,
-                node=0,
+                node=self.number,
                 slot=0,
                 segment_bytes=64 << 20,
                 files_max=8,
@@ -177,7 +182,8 @@ class NodeThread:
                 recall_timeout_s=0.2,
             )
             users = CatalogUsers(self.catalog, lambda _, key: self._secrets[key.secret], SessionSealer(b"k" * 32))
-            self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels)
+            peers = PeerService(Holdings(self.buffer), PEER_KEY)
+            self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels, peers=peers)
             server = Server(
                 [self._listener],
                 self.service,
