@@ -31,9 +31,15 @@ class NodeKeyError(Exception):
 class NodeKey:
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
+        self._fingerprint = hmac.digest(key, b"hiss-node-key-fingerprint", "sha256").hex()[:32]
         self._derived = hmac.digest(key, b"hiss-session-tokens", "sha256")
         self.peers = PeerKey.derived(key)
         """Signs requests between nodes that share this key."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells two keys apart and gives neither away."""
+        return self._fingerprint
 
     @classmethod
     def load(cls, path: Path) -> NodeKey:

@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import os
 import re
+import socket
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,18 @@ class Settings(BaseSettings):
     )
     block_public_access: bool = _setting(
         False, "yes or no", "Block public policies and lists in every bucket, whatever the bucket says."
+    )
+
+    catalog: str = _setting(
+        "", "address", "Engine of a cluster, postgresql://USER:PASSWORD@HOST:PORT/DATABASE; empty: this node is alone. "
+        "HISS_CATALOG or a file keep the password from the command line; PGPASSWORD works, too.",
+    )  # fmt: skip
+    node_name: str = _setting(None, "name", "What the node is called in its cluster.", computed="host name")
+    failure_domain: str = _setting(
+        "", "name", "What is likely to fail together with this node (rack, power feed): second copies go elsewhere."
+    )
+    advertise: str = _setting(
+        "", "address", "Address or host name where other nodes reach this one; empty: host, or the host name."
     )
 
     workers: int = _setting(
@@ -214,6 +227,18 @@ class Settings(BaseSettings):
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for msgpack and JSON."""
         return self.model_dump(mode="json")
+
+    def shown(self) -> dict[str, Any]:
+        """The same without passwords."""
+        values = self.as_dict()
+        values["catalog"] = re.sub(r"(://[^:/@]*:)[^@]*@", r"\1***@", self.catalog)
+        return values
+
+    @property
+    def advertised(self) -> str:
+        """Where other nodes reach this one, as a URL writes it."""
+        address = self.advertise or (self.host if self.host not in ("0.0.0.0", "::", "") else self.node_name)
+        return f"[{address}]" if ":" in address and not address.startswith("[") else address
 
     @property
     def regions_per_worker(self) -> int:
@@ -376,6 +401,7 @@ def _computed(values: Mapping[str, Any], host: machine.Machine) -> dict[str, Any
     # Every slot (workers and drain) keeps three lifetime classes open and wants as many again to go on to.
     share = max(buffer // (6 * (workers + 1)), 16 * MIB)
     decide("segment_bytes", lambda: min(1 << (share.bit_length() - 1), GIB))
+    decide("node_name", socket.gethostname)
     decide("archive_dir", lambda: given.data_dir / "archive")
     return computed
 
@@ -383,6 +409,7 @@ def _computed(values: Mapping[str, Any], host: machine.Machine) -> dict[str, Any
 def _check_relations(settings: Settings) -> None:
     """Limits that concern two settings at once."""
     wrong = [*_wrong_files(settings), *_wrong_sizes(settings), *_wrong_feedback(settings), *_wrong_endpoints(settings)]
+    wrong += _wrong_cluster(settings)
     ports = [port for port in (settings.s3_port, settings.control_port, settings.dav_port) if port]
     if len(set(ports)) != len(ports):
         wrong.append(f"s3_port, control_port, dav_port = {ports}: allowed are three different ports")
@@ -422,6 +449,16 @@ def _wrong_feedback(settings: Settings) -> Iterator[str]:
     for glob in settings.feedback_target_globs:
         if not glob.startswith(tuple(f"{scheme}:" for scheme in TARGET_SCHEMES)):
             yield f"feedback_targets = {glob!r}: allowed are globs that begin with epics: or tango:"
+
+
+def _wrong_cluster(settings: Settings) -> Iterator[str]:
+    if settings.catalog and not settings.catalog.startswith(("postgresql://", "postgres://")):
+        yield "catalog: allowed is postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or nothing for a node alone"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", settings.node_name):
+        yield f"node_name = {settings.node_name!r}: allowed are 1 to 63 letters, digits and ._-, a letter or digit first"
+    for name in ("advertise", "failure_domain"):
+        if not re.fullmatch(r"[A-Za-z0-9.:_\[\]-]{0,255}", getattr(settings, name)):
+            yield f"{name} = {getattr(settings, name)!r}: allowed are letters, digits and .:_-"
 
 
 def _wrong_endpoints(settings: Settings) -> Iterator[str]:

@@ -196,10 +196,24 @@ def root_keys(paths: NodePaths, key: NodeKey, environ: Mapping[str, str] | None 
         return stored, False
     keys = KeyPair(*given) if all(given) else new_keys()
     check_identity(ROOT_ID, keys)
+    _store_root(paths, key, keys)
+    return keys, not all(given)
+
+
+def _store_root(paths: NodePaths, key: NodeKey, keys: KeyPair) -> None:
     sealed = key.seal(keys.secret_key, user_id=ROOT_ID, access_key=keys.access_key)
     document = {"access_key": keys.access_key, "sealed_secret": base64.b64encode(sealed).decode()}
     write_atomically(paths.credentials, json.dumps(document).encode(), durable=True)
-    return keys, not all(given)
+
+
+async def adopt_root(catalog: Catalog, paths: NodePaths, key: NodeKey) -> None:
+    """A node of a cluster has the cluster's root pair: of whichever node was first, or changed it last. Raises NodeKeyError,
+    CatalogError."""
+    root = next((user for user in await catalog.users() if user.root and user.keys), None)
+    if root is not None:
+        keys = KeyPair(root.keys[0].access_key, key.open_secret(root, root.keys[0]))
+        if keys != stored_root_keys(paths, key):
+            _store_root(paths, key, keys)
 
 
 def stored_root_keys(paths: NodePaths, key: NodeKey) -> KeyPair | None:

@@ -30,6 +30,7 @@ from ingest.records import (
     FreedExtents,
     KernelEpoch,
     ListedObject,
+    NodeRecord,
     ObjectRecord,
     OwedInRun,
     OwedProduct,
@@ -314,6 +315,14 @@ class Catalog(Protocol):
 
     async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
         """Products that are not there and of which it is known why, by key."""
+        ...
+
+    # -- nodes of a cluster
+    async def nodes(self) -> Sequence[NodeRecord]: ...
+    async def put_node(self, record: NodeRecord) -> NodeRecord: ...
+    @property
+    def engine_away_s(self) -> float:
+        """How long the engine of the cluster has not answered; 0 while it does, and on a node alone."""
         ...
 
     async def drain_counts(self) -> DrainCounts: ...

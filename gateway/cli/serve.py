@@ -104,9 +104,11 @@ class Node:
         from ingest.catalog.client import CatalogClient
 
         key = NodeKey.load_or_create(self._paths.node_key)
-        self._root, made = users.root_keys(self._paths, key)
-        self._root_is_new = self._root_is_new or made
         async with CatalogClient(self._paths) as catalog:
+            if self._settings.catalog:
+                await users.adopt_root(catalog, self._paths, key)
+            self._root, made = users.root_keys(self._paths, key)
+            self._root_is_new = self._root_is_new or made
             await users.apply(catalog, self._paths, key, self._root, self._read_users())
 
     def _say_serving(self, ports: dict[str, int]) -> None:

@@ -29,7 +29,7 @@ def settings(
     # Without a folder the values are those that a node started here would have.
     flags = {"data_dir": Path("hiss-data"), **parse_sets(sets), **given(data_dir=data)}
     loaded = load(flags, config=config)
-    values = loaded.settings.as_dict()
+    values = loaded.settings.shown()
     rows = table()
     if as_json:
         print_json(

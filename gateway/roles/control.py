@@ -25,7 +25,6 @@ from gateway.control.health import HealthCheck
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from gateway.node_key import NodeKey
-from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
 from gateway.supervisor.slot import SlotState
 from ingest.catalog.client import CatalogClient
@@ -54,7 +53,7 @@ async def _serve(boot: Boot) -> None:
     kernels = SandboxFile(boot.paths.sandbox, settings.kernels)
     publisher = _publisher(settings, counters)
     version = importlib.metadata.version(DISTRIBUTION)
-    async with CatalogClient(boot.paths, node=NODE) as catalog:
+    async with CatalogClient(boot.paths) as catalog:
         actions = ActionDirector(
             catalog,
             counters,
@@ -76,7 +75,7 @@ async def _serve(boot: Boot) -> None:
                 rates,
                 processes,
                 catalog,
-                settings.as_dict(),
+                settings.shown(),
                 version,
                 kernels,
                 lambda: outlets(actions, publisher),

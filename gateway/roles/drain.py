@@ -21,7 +21,6 @@ from archive.threads import IoThreads
 from gateway.boot import Boot
 from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, shortages
 from gateway.notify import Deliverer
-from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
 from gateway.supervisor.table import DRAIN_SLOT
 from ingest.catalog.client import CatalogClient
@@ -47,10 +46,10 @@ async def _serve(boot: Boot) -> None:
     counters = Counters(boot.counters, DRAIN)
     threads = IoThreads(2 * settings.drain_parallel + 2)
     with ThreadPoolExecutor(settings.drain_parallel + 2, "segments") as executor:
-        async with CatalogClient(boot.paths, slot=DRAIN_SLOT, node=NODE) as catalog:
+        async with CatalogClient(boot.paths, slot=DRAIN_SLOT) as catalog:
             segments = SegmentStore(
                 boot.paths,
-                node=NODE,
+                node=catalog.node,
                 slot=DRAIN_SLOT,
                 segment_bytes=settings.segment_bytes,
                 files_max=settings.buffer_bytes // settings.segment_bytes,

@@ -28,7 +28,6 @@ from gateway.control.auth import authenticator, sight_maker
 from gateway.control.process import tls_context
 from gateway.drain_storage import files_elsewhere
 from gateway.node_key import NodeKey
-from gateway.roles.catalogue import NODE
 from gateway.settings import Settings
 from gateway.supervisor.resources import write_atomically
 from ingest.arena import SLAB_BYTES, Arena
@@ -79,12 +78,12 @@ async def _serve(boot: Boot) -> None:
     executor = ThreadPoolExecutor(IO_THREADS, "io")
     arena = Arena(boot.regions, counters, functools.partial(loop.run_in_executor, executor))
     prefault = threading.Thread(target=arena.prefault, args=(stop.is_set,), name="prefault", daemon=True)
-    async with CatalogClient(boot.paths, slot=boot.slot, node=NODE) as catalog:
+    async with CatalogClient(boot.paths, slot=boot.slot) as catalog:
         assert boot.span_table is not None
         spans = SpanTable(boot.span_table, boot.region_bytes // SLAB_BYTES)
         segments = SegmentStore(
             boot.paths,
-            node=NODE,
+            node=catalog.node,
             slot=boot.slot,
             segment_bytes=settings.segment_bytes,
             files_max=settings.buffer_bytes // settings.segment_bytes,

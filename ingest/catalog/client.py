@@ -27,6 +27,7 @@ from ingest import clock
 from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
+from ingest.cluster import identity
 from ingest.errors import CatalogUnavailable, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
 from ingest.origin import ORIGIN
 from ingest.paths import NodePaths, socket_address
@@ -44,6 +45,7 @@ from ingest.records import (
     FrameLedger,
     FreedExtents,
     ListedObject,
+    NodeRecord,
     ObjectRecord,
     OwedInRun,
     OwedProduct,
@@ -67,6 +69,8 @@ PushHandler = Callable[[FreedExtents | SettleRequest], Awaitable[None]]
 
 CALL_TIMEOUT_S = 30.0
 """How long an unanswered call is sent again before the outcome is given up as unknown."""
+FRESH_TIMEOUT_S = 2.0
+"""How long a look-up on a node of a cluster waits to be told that it sees everything."""
 RECONNECT_FIRST_S, RECONNECT_LAST_S = 0.01, 1.0
 SETTLE_GRACE_S = 5.0
 
@@ -77,6 +81,8 @@ _bucket = msgspec.msgpack.Decoder(BucketRecord).decode
 _deleted = msgspec.msgpack.Decoder(Deleted).decode
 _text = msgspec.msgpack.Decoder(str).decode
 _nothing = msgspec.msgpack.Decoder(None).decode
+_flag = msgspec.msgpack.Decoder(bool).decode
+_node = msgspec.msgpack.Decoder(NodeRecord).decode
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -186,8 +192,12 @@ class CatalogClient:
     """``slot``: the segment slot this process owns, None for a process without one. Use as an async context manager."""
 
     def __init__(
-        self, paths: NodePaths, *, slot: int | None = None, node: int = 0, timeout_s: float = CALL_TIMEOUT_S
+        self, paths: NodePaths, *, slot: int | None = None, node: int | None = None, timeout_s: float = CALL_TIMEOUT_S
     ) -> None:
+        """``node``: None: the one that the folder is."""
+        known = identity.read(paths)
+        self._clustered = known is not None
+        self.node = node if node is not None else known.node if known is not None and known.joined else 0
         self._paths = paths
         self._clock = clock.of(paths)
         self._slot = slot
@@ -205,7 +215,7 @@ class CatalogClient:
         self._pusher: asyncio.Task[None] | None = None
         self._pushes: asyncio.Queue[FreedExtents | SettleRequest] = asyncio.Queue()
         self._handlers: list[PushHandler] = []
-        self._readers = _Readers(paths, node)
+        self._readers = _Readers(paths, self.node)
         self._thread = ThreadPoolExecutor(2, "catalogue-reads")
 
     async def __aenter__(self) -> CatalogClient:
@@ -248,8 +258,8 @@ class CatalogClient:
         self._handlers.append(handler)
 
     def now_ns(self) -> int:
-        """The node's time (ingest/clock.py)."""
-        return self._clock()
+        """The node's time (ingest/clock.py), by the engine's clock in a cluster."""
+        return self._clock() + self._readers.generation().ahead_ns if self._clustered else self._clock()
 
     def generation(self) -> int:
         """Changes with every commit that changes buckets, users or kernels."""
@@ -307,7 +317,7 @@ class CatalogClient:
 
     async def _call(
         self,
-        request: wire.Mutation | wire.Settle | wire.Snapshot | wire.Barrier,
+        request: wire.Mutation | wire.Settle | wire.Snapshot | wire.Barrier | wire.Fresh,
         decode: Callable[[msgspec.Raw], T],
         **extra: Any,
     ) -> T:
@@ -342,6 +352,28 @@ class CatalogClient:
                 CatalogUnavailable(f"no answer from the catalogue process in {timeout_s:g} s: the outcome is unknown")
             )
 
+    # -- a cluster
+    @property
+    def engine_away_s(self) -> float:
+        """How long a cluster's engine has not answered; 0 while it does, and on a node alone."""
+        return self._readers.generation().engine_away_s
+
+    async def _fresh(self) -> None:
+        """On a node of a cluster: see everything that any node was answered before; while the engine is away, what is known."""
+        if self._clustered and not self.engine_away_s:
+            # Without an answer, too, what is known is better than nothing.
+            with contextlib.suppress(CatalogUnavailable, StaleEpoch):
+                await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S)
+
+    async def _look(self, look: Callable[[Reader], T]) -> T:
+        """A point look-up that a client's request rests on."""
+        await self._fresh()
+        return self._readers.read(look)
+
+    async def _scan_fresh(self, look: Callable[[Reader], T]) -> T:
+        await self._fresh()
+        return await self._scan(look)
+
     async def _scan(self, look: Callable[[Reader], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._readers.read, look)
 
@@ -362,10 +394,14 @@ class CatalogClient:
         return await self._call(wire.ConfigureBucket(name, dict(documents)), _bucket)
 
     async def bucket(self, name: str) -> BucketRecord:
-        return self._readers.read(lambda reader: reader.bucket(name))
+        try:
+            return self._readers.read(lambda reader: reader.bucket(name))
+        except NoSuchBucket:
+            # Another node may have made it a moment ago. What is changed is known here a moment later.
+            return await self._look(lambda reader: reader.bucket(name))
 
     async def buckets(self) -> Sequence[BucketRecord]:
-        return await self._scan(Reader.buckets)
+        return await self._scan_fresh(Reader.buckets)
 
     async def put_user(self, user: UserRecord) -> None:
         await self._call(wire.PutUser(user), _nothing)
@@ -383,7 +419,7 @@ class CatalogClient:
         return [_deleted_or_error(result) for result in results]
 
     async def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
-        return self._readers.read(lambda reader: reader.head(bucket, key, version_id))
+        return await self._look(lambda reader: reader.head(bucket, key, version_id))
 
     async def by_id(self, object_id: bytes) -> ObjectRecord:
         return self._readers.read(lambda reader: reader.by_id(object_id))
@@ -392,7 +428,7 @@ class CatalogClient:
         self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000
     ) -> tuple[Sequence[ListedObject], bool]:
         """As the port says; the records of a listing come without ``parts``."""
-        return await self._scan(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
+        return await self._scan_fresh(lambda reader: reader.list_objects(bucket, prefix, after, delimiter, limit))
 
     async def notices(self, target: str, limit: int) -> Sequence[tuple[int, bytes]]:
         return await self._scan(lambda reader: reader.notices(target, limit))
@@ -421,7 +457,7 @@ class CatalogClient:
         return await self._call(wire.RestoreObject(object_id, days, day_s), _record)
 
     async def newest(self, bucket: str, key: bytes) -> ObjectRecord | None:
-        return self._readers.read(lambda reader: reader.newest(bucket, key))
+        return await self._look(lambda reader: reader.newest(bucket, key))
 
     async def list_versions(
         self,
@@ -433,7 +469,7 @@ class CatalogClient:
         delimiter: bytes = b"",
         limit: int = 1000,
     ) -> tuple[Sequence[ListedObject], bool]:
-        return await self._scan(
+        return await self._scan_fresh(
             lambda reader: reader.list_versions(bucket, prefix, after, after_version, delimiter, limit)
         )
 
@@ -450,12 +486,12 @@ class CatalogClient:
         await self._call(wire.CreateUpload(upload), _nothing)
 
     async def upload(self, bucket: str, key: bytes, upload_id: str) -> UploadRecord:
-        return self._readers.read(lambda reader: reader.upload(bucket, key, upload_id))
+        return await self._look(lambda reader: reader.upload(bucket, key, upload_id))
 
     async def uploads(
         self, bucket: str, *, prefix: bytes = b"", after: tuple[bytes, str] = (b"", ""), limit: int = 1000
     ) -> tuple[Sequence[UploadRecord], bool]:
-        return await self._scan(lambda reader: reader.uploads(bucket, prefix, after, limit))
+        return await self._scan_fresh(lambda reader: reader.uploads(bucket, prefix, after, limit))
 
     async def commit_part(self, request: CommitPart, *, only_if_known: bool = False) -> PartRecord:
         return await self._call(wire.PutPart(request, only_if_known), _part)
@@ -463,7 +499,7 @@ class CatalogClient:
     async def parts(
         self, bucket: str, key: bytes, upload_id: str, *, after: int = 0, limit: int = 1000
     ) -> tuple[Sequence[PartRecord], bool]:
-        return await self._scan(lambda reader: reader.parts(bucket, key, upload_id, after, limit))
+        return await self._scan_fresh(lambda reader: reader.parts(bucket, key, upload_id, after, limit))
 
     async def complete_upload(self, request: CompleteUpload) -> ObjectRecord:
         return await self._call(wire.Complete(request), _record)
@@ -613,6 +649,13 @@ class CatalogClient:
 
     async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
         return await self._scan(lambda reader: reader.owed_with_reason(bucket, prefix, limit))
+
+    # -- nodes
+    async def nodes(self) -> Sequence[NodeRecord]:
+        return await self._scan_fresh(Reader.nodes)
+
+    async def put_node(self, record: NodeRecord) -> NodeRecord:
+        return await self._call(wire.PutNode(record), _node)
 
     async def drain_counts(self) -> DrainCounts:
         return await self._scan(Reader.drain_counts)

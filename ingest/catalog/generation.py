@@ -1,14 +1,16 @@
-"""Two counters every process of the node maps: one look instead of a question to the catalogue process.
+"""What every process of the node maps of the catalogue: one look instead of a question to the catalogue process.
 
-DIR/run/generation holds two little-endian 64-bit words with one writer, the catalogue process:
-``generation`` (buckets, users or kernels changed: caches are stale) and ``incarnation`` (the database file was replaced:
-connections must be opened anew). An aligned 8-byte store is atomic on every machine this runs on.
+DIR/run/generation holds little-endian 64-bit words with one writer, the catalogue process: ``generation`` (buckets, users or
+kernels changed: caches are stale), ``incarnation`` (the database file was replaced: connections must be opened anew), and for
+a node of a cluster since when the engine does not answer, and by how much its clock is ahead. An aligned 8-byte store is
+atomic on every machine this runs on.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 _BYTES = 4096
@@ -40,6 +42,27 @@ class GenerationFile:
 
     def bump_incarnation(self) -> None:
         self._words[1] += 1
+
+    @property
+    def engine_away_s(self) -> float:
+        """How long a cluster's engine has not answered; 0 while it does, and on a node alone."""
+        since_ns = self._words[2]
+        return (time.monotonic_ns() - since_ns) / 1e9 if since_ns else 0.0
+
+    def engine_away(self) -> None:
+        self._words[2] = time.monotonic_ns()
+
+    def engine_back(self) -> None:
+        self._words[2] = 0
+
+    @property
+    def ahead_ns(self) -> int:
+        """By how much the engine's clock is ahead of this machine's."""
+        ahead = self._words[3]
+        return ahead - (1 << 64) if ahead >> 63 else ahead
+
+    def set_ahead(self, ahead_ns: int) -> None:
+        self._words[3] = ahead_ns & (1 << 64) - 1
 
     def close(self) -> None:
         self._words.release()

@@ -14,17 +14,19 @@ import logging
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import cast
 
 import msgspec
 import uvloop
 
 from ingest.catalog import lock, recovery, rows, snapshot, statements, wire
-from ingest.catalog.committer import Batch, Committer, Limits
+from ingest.catalog.batching import Batch, BatchMaker, Limits
+from ingest.catalog.committer import Committer
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.lock import CatalogueBusy
 from ingest.catalog.reader import Reader
+from ingest.catalog.recovery import Recovered
 from ingest.counters import Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion
 from ingest.journal import FileOps
@@ -144,34 +146,28 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
 
+MakeCommitter = Callable[
+    [Recovered, GenerationFile, Callable[[Batch], None], Callable[[tuple[Extent, ...]], None]], BatchMaker
+]
+"""(the index, what other processes see, called after each batch, called with extents that nobody refers to any more)"""
+
+
 class CatalogueServer:
     """Slots, settles and sockets around a ``Committer``."""
 
-    def __init__(
-        self, paths: NodePaths, counters: Counters, *, node: int, limits: Limits, ops: FileOps | None = None
-    ) -> None:
-        """Recovers. The caller holds the lock. Raises JournalDamaged, JournalLost, sqlite3.Error, OSError."""
+    def __init__(self, paths: NodePaths, *, node: int, recovered: Recovered, make: MakeCommitter) -> None:
+        """The caller holds the lock. Raises JournalLost, sqlite3.Error, OSError."""
         self._paths = paths
         self._node = node
-        recovered = recovery.recover(paths, node)
         self._database = recovered.database
-        self._committer = Committer(
-            paths,
-            recovered.database,
-            recovered.applied,
-            counters,
-            limits=limits,
-            committed=self._committed,
-            freed=self._push_freed,
-            ops=ops,
-        )
         # Looks at what is committed, whatever the batch at hand has written so far.
-        self._reader = Reader(rows.connect(paths.catalogue, read_only=True), node)
+        self.reader = Reader(rows.connect(paths.catalogue, read_only=True), node)
         self._lookup = rows.connect(paths.catalogue, read_only=True)
         self._generation = GenerationFile(paths.run / "generation", writable=True)
         self._generation.bump_generation()
         if recovered.rebuilt:
             self._generation.bump_incarnation()
+        self.committer = make(recovered, self._generation, self._committed, self._push_freed)
         self.connections: set[_Connection] = set()
         self._slots: dict[int, _Connection] = {}
         self._epochs: dict[int, int] = {}
@@ -179,18 +175,27 @@ class CatalogueServer:
         self._working: set[asyncio.Task[None]] = set()
         logger.info("catalogue at entry %d, %d replayed", recovered.applied, recovered.replayed)
 
-    async def serve(self, ready: Callable[[], None], stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set. Raises what ends the committer early (see ``Committer.run``)."""
+    async def serve(
+        self,
+        ready: Callable[[], None],
+        stop: asyncio.Event,
+        before_ready: Callable[[CatalogueServer], Awaitable[None]],
+    ) -> None:
+        """Serve until ``stop`` is set; ``before_ready`` runs once commits are made. Raises what ends the committer early (see
+        ``BatchMaker.run``)."""
         loop = asyncio.get_running_loop()
         self._paths.catalogue_socket.unlink(missing_ok=True)
         listener = await loop.create_unix_server(
             lambda: _Connection(self), socket_address(self._paths.catalogue_socket), backlog=128
         )
         self._paths.catalogue_socket.chmod(0o600)
-        committing = asyncio.ensure_future(self._committer.run())
-        if not recovery.rebuildable(self._paths):
-            # After a restore: the journal begins later than the index, so nothing else could bring the index back.
-            await self._committer.snapshot()
+        committing = asyncio.ensure_future(self.committer.run())
+        beginning = asyncio.ensure_future(before_ready(self))
+        await asyncio.wait((committing, beginning), return_when=asyncio.FIRST_COMPLETED)
+        if not beginning.done():
+            beginning.cancel()
+            await committing
+        await beginning
         stopping = asyncio.ensure_future(stop.wait())
         ready()
         try:
@@ -198,7 +203,7 @@ class CatalogueServer:
             listener.close()
             if self._working and not committing.done():
                 await asyncio.gather(*self._working)
-            self._committer.stop()
+            self.committer.stop()
             await committing
         finally:
             stopping.cancel()
@@ -208,7 +213,7 @@ class CatalogueServer:
         self._close()
 
     def _close(self) -> None:
-        self._reader.close()
+        self.reader.close()
         self._lookup.close()
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         self._database.close()
@@ -253,13 +258,13 @@ class CatalogueServer:
         elif isinstance(request, wire.Settle):
             self._settle(connection, call.id, request)
         elif isinstance(request, wire.Snapshot):
-            self._work(connection, call.id, self._committer.snapshot())
+            self._work(connection, call.id, self.committer.snapshot())
         elif isinstance(request, wire.Fresh):
-            self._work(connection, call.id, self._committer.fresh())
+            self._work(connection, call.id, self.committer.fresh())
         elif isinstance(request, wire.Barrier):
-            self._work(connection, call.id, self._committer.barrier())
+            self._work(connection, call.id, self.committer.barrier())
         else:
-            self._committer.submit(connection.ticket(call.id, request, call.origin))
+            self.committer.submit(connection.ticket(call.id, request, call.origin))
 
     def _work(self, connection: _Connection, call: int, work: Coroutine[None, None, object]) -> None:
         async def answer() -> None:
@@ -277,7 +282,7 @@ class CatalogueServer:
     # -- settling
     def _settle(self, connection: _Connection, call: int, request: wire.Settle) -> None:
         try:
-            record = self._reader.by_id(request.object_id)
+            record = self.reader.by_id(request.object_id)
         except NoSuchKey:
             connection.refuse(call, StaleVersion("the version was deleted or replaced"))
             return
@@ -314,7 +319,7 @@ class CatalogueServer:
         for object_id in list(self._waiters):
             record: ObjectRecord | None = None
             with contextlib.suppress(NoSuchKey):
-                record = self._reader.by_id(object_id)
+                record = self.reader.by_id(object_id)
             if record is not None and not record.settled:
                 continue
             for waiter in list(self._waiters[object_id]):
@@ -351,15 +356,46 @@ async def serve(
     limits: Limits | None = None,
     ops: FileOps | None = None,
 ) -> None:
-    """Recover and serve until ``stop`` is set; ``ready`` is called when mutations are taken.
+    """A node alone: recover and serve until ``stop`` is set; ``ready`` is called when mutations are taken.
 
     Raises CatalogueBusy where another process serves this folder, JournalDamaged, JournalLost, sqlite3.Error, OSError.
     """
+
+    def make(
+        recovered: Recovered,
+        _: GenerationFile,
+        committed: Callable[[Batch], None],
+        freed: Callable[[tuple[Extent, ...]], None],
+    ) -> Committer:
+        return Committer(
+            paths,
+            recovered.database,
+            recovered.applied,
+            counters,
+            node=node,
+            limits=limits or Limits(),
+            committed=committed,
+            freed=freed,
+            ops=ops,
+        )
+
+    async def before_ready(server: CatalogueServer) -> None:
+        if not recovery.rebuildable(paths):
+            # After a restore: the journal begins later than the index, so nothing else could bring the index back.
+            await server.committer.snapshot()
+
+    async with locked(paths):
+        server = CatalogueServer(paths, node=node, recovered=recovery.recover(paths, node), make=make)
+        await server.serve(ready, stop, before_ready)
+
+
+@contextlib.asynccontextmanager
+async def locked(paths: NodePaths) -> AsyncIterator[None]:
+    """Hold the catalogue of a folder. Raises CatalogueBusy."""
     paths.create()
     held = await _lock(paths)
     try:
-        server = CatalogueServer(paths, counters, node=node, limits=limits or Limits(), ops=ops)
-        await server.serve(ready, stop)
+        yield
     finally:
         os.close(held)
 
@@ -375,23 +411,15 @@ async def _lock(paths: NodePaths) -> int:
             await asyncio.sleep(0.05)
 
 
-def run(
-    paths: NodePaths,
-    counters: Counters,
-    *,
-    node: int,
-    ready: Callable[[], None],
-    limits: Limits | None = None,
-    ops: FileOps | None = None,
-) -> None:
-    """The whole process: returns after SIGTERM or SIGINT once everything is written back. Raises as ``serve``."""
+def run(serving: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> None:
+    """The whole process: ``serving(stop)`` until SIGTERM or SIGINT, then until everything is written back."""
 
     async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await serve(paths, counters, node=node, ready=ready, stop=stop, limits=limits, ops=ops)
+        await serving(stop)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

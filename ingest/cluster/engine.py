@@ -23,9 +23,9 @@ from ingest.errors import IngestError
 
 T = TypeVar("T")
 
-ENGINE_TIMEOUT_S = 10.0
+ENGINE_TIMEOUT_S = 8.0
 CONNECT_TIMEOUT_S = 5.0
-IDLE_IN_TRANSACTION_S = 5
+IDLE_IN_TRANSACTION_S = 3
 CONNECTIONS = 4
 TRIES = 8
 """Of one transaction that the engine takes back."""

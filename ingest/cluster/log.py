@@ -128,7 +128,11 @@ class EngineLog:
 
     async def _head(self, connection: AsyncConnection, *, lock: bool) -> Head:
         asked = sa.select(
-            cluster.c.next_sequence, cluster.c.chain, cluster.c.time_ns, cluster.c.cluster_id, sa.func.current_timestamp()
+            cluster.c.next_sequence,
+            cluster.c.chain,
+            cluster.c.time_ns,
+            cluster.c.cluster_id,
+            sa.func.current_timestamp(),
         ).where(cluster.c.id == THE_ONE)
         row = (await connection.execute(asked.with_for_update() if lock else asked)).first()
         if row is None or row[3] != self._cluster_id:
@@ -143,7 +147,8 @@ class EngineLog:
     async def first_sequence(self) -> int | None:
         """Of the oldest batch that the log still has."""
         async with self._engine.transaction() as connection:
-            return (await connection.execute(sa.select(sa.func.min(log.c.first_sequence)))).scalar()
+            first: int | None = (await connection.execute(sa.select(sa.func.min(log.c.first_sequence)))).scalar()
+            return first
 
     async def trim(self, before: int) -> int:
         """Remove batches that end before ``before``; returns how many."""

@@ -23,8 +23,8 @@ import pytest
 from awscrt import checksums
 
 from ingest.catalog import fsck, server
+from ingest.catalog.batching import Limits
 from ingest.catalog.client import CatalogClient
-from ingest.catalog.committer import Limits
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import IngestError, NoSuchBucket, NoSuchKey
 from ingest.paths import NodePaths

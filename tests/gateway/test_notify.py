@@ -15,8 +15,8 @@ import pytest
 
 from gateway.notify import REFUSALS_MAX, Deliverer
 from ingest.catalog import server
+from ingest.catalog.batching import Batch
 from ingest.catalog.client import CatalogClient
-from ingest.catalog.committer import Batch
 from ingest.catalog.entries import Noticed, NoticesDone, ObjectCommitted
 from ingest.counters import CATALOGUE, DRAIN, Counters
 from ingest.notification import Target

@@ -8,7 +8,7 @@ import multiprocessing
 import multiprocessing.synchronize
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,8 +17,11 @@ import pytest
 
 from ingest import crashpoints
 from ingest.catalog import server
+from ingest.catalog.batching import Limits
 from ingest.catalog.client import CatalogClient
-from ingest.catalog.committer import Limits
+from ingest.cluster import node as cluster_node
+from ingest.cluster.join import Joining
+from ingest.cluster.members import Load
 from ingest.counters import CATALOGUE, Counters
 from ingest.journal import FileOps
 from ingest.paths import NodePaths
@@ -36,7 +39,12 @@ def _catalogue_process(
 ) -> None:
     # The server of forks was started with another environment, so HISS_CRASHPOINT would not reach this process.
     crashpoints._name, crashpoints._left = crashpoint
-    server.run(NodePaths(root), Counters(None, CATALOGUE), node=0, ready=ready.set, limits=limits)
+
+    def serving(stop: asyncio.Event) -> Coroutine[None, None, None]:
+        counters = Counters(None, CATALOGUE)
+        return server.serve(NodePaths(root), counters, node=0, ready=ready.set, stop=stop, limits=limits)
+
+    server.run(serving)
 
 
 class CatalogueProcess:
@@ -103,8 +111,23 @@ def make_catalogue() -> Iterator[Callable[..., CatalogueProcess]]:
         process.kill()
 
 
+BOTH_ENGINES = ("test_catalog", "test_catalog_versions", "test_catalog_multipart")
+"""Files whose tests are the contract of ``ingest.ports.Catalog``: they run on a node alone and on a node of a cluster."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine_url" in metafunc.fixturenames and metafunc.module.__name__.rpartition(".")[2] in BOTH_ENGINES:
+        metafunc.parametrize("engine_url", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def serving(paths: NodePaths) -> Serving:
+def engine_url(request: pytest.FixtureRequest) -> str:
+    """Address of a cluster's engine; empty for a node alone."""
+    return str(request.getfixturevalue("database")) if getattr(request, "param", "") == "postgresql" else ""
+
+
+@pytest.fixture
+def serving(paths: NodePaths, engine_url: str) -> Serving:
     """``async with serving(ops=…, **limits)``: the same server and socket, inside the test's own loop."""
 
     @contextlib.asynccontextmanager
@@ -112,18 +135,14 @@ def serving(paths: NodePaths) -> Serving:
         ops: FileOps | None = None, counters: Counters | None = None, **limits: int | float
     ) -> AsyncIterator[None]:
         stop, ready = asyncio.Event(), asyncio.Event()
-        values = {"part_bytes_min": 100, "journal_bytes": 1 << 20} | limits
-        task = asyncio.create_task(
-            server.serve(
-                paths,
-                counters or Counters(None, CATALOGUE),
-                node=0,
-                ready=ready.set,
-                stop=stop,
-                limits=Limits(**values),  # type: ignore[arg-type]
-                ops=ops,
-            )
-        )
+        values = Limits(**({"part_bytes_min": 100, "journal_bytes": 1 << 20} | limits))  # type: ignore[arg-type]
+        counters = counters or Counters(None, CATALOGUE)
+        if engine_url:
+            options = cluster_node.NodeOptions(engine_url, Joining("one", "key"))
+            work = cluster_node.serve(paths, counters, options, load=Load, ready=ready.set, stop=stop, limits=values)
+        else:
+            work = server.serve(paths, counters, node=0, ready=ready.set, stop=stop, limits=values, ops=ops)
+        task = asyncio.create_task(work)
         started = asyncio.create_task(ready.wait())
         await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
         started.cancel()

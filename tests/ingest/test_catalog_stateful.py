@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ingest.catalog import fsck, server
+from ingest.catalog.batching import Limits
 from ingest.catalog.client import CatalogClient
-from ingest.catalog.committer import Limits
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import NoSuchKey
 from ingest.paths import NodePaths

@@ -1,0 +1,377 @@
+"""Group commit of a node of a cluster: batches go to the engine's log, and what other nodes decided comes from there.
+
+In: tickets, and the log. Out: one answer for each ticket once its batch is in the log and in this node's index; the batches of
+others in the index soon after (FOLLOW_S), or at once when somebody asks (``fresh``).
+
+The order of a batch is the order of safety: hold the head, apply what others appended, decide and apply inside an SQLite
+transaction, append, commit in the engine, commit SQLite, answer. A crash before the engine's commit loses what nobody was told;
+after it, the start applies it from the log. Where the engine's answer to the commit is lost, the log says whether it
+happened: the batch's answers are kept until then.
+
+Trouble with the engine is waited out: what was submitted is refused after ENGINE_WAIT_S, what is read goes on from what is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+
+from ingest.catalog import entries as e
+from ingest.catalog import snapshot, statements, wire
+from ingest.catalog.batching import Batch, BatchMaker, Limits
+from ingest.catalog.generation import GenerationFile
+from ingest.catalog.index import distinct
+from ingest.cluster.engine import EngineAway, TakenBack
+from ingest.cluster.log import Diverged, EngineLog, Logged, chained
+from ingest.cluster.members import LEASE_S
+from ingest.counters import Counters
+from ingest.crashpoints import crashpoint
+from ingest.errors import CatalogUnavailable, StorageFailed
+from ingest.paths import NodePaths
+from ingest.records import Extent
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_S = 0.05
+"""Longest time until this node knows, unasked, what another one has decided."""
+RETRY_S = 0.25
+ENGINE_WAIT_S = 8.0
+"""How long a mutation waits for an engine that is away: longer than a restart, shorter than a client's patience."""
+FRESH_WAIT_S = 1.0
+"""How long a reader waits to be told that it sees everything; then it sees what is known here."""
+_NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror)
+CHAIN = "log_chain"
+"""Name of the chain in the index's ``meta``: the digest of everything applied."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Doubtful:
+    """A batch whose commit was not answered."""
+
+    batch: Batch
+    chain: int
+
+
+class ClusterCommitter(BatchMaker):
+    """``committed`` is called after each batch, own or not; ``freed`` with extents, of any node, nobody refers to any more.
+
+    ``generation``: where other processes see whether the engine is there, and what its clock says."""
+
+    def __init__(
+        self,
+        paths: NodePaths,
+        database: sqlite3.Connection,
+        applied: int,
+        counters: Counters,
+        *,
+        log: EngineLog,
+        limits: Limits,
+        committed: Callable[[Batch], None],
+        freed: Callable[[tuple[Extent, ...]], None],
+        generation: GenerationFile,
+    ) -> None:
+        super().__init__(paths, database, applied, counters, node=log.node, limits=limits)
+        self._log = log
+        self._committed = committed
+        self._freed = freed
+        self._generation = generation
+        self._chain = chain_of(database)
+        self._doubtful: _Doubtful | None = None
+        self._askers: list[asyncio.Future[bool]] = []
+        self._asked = asyncio.Event()
+        self._away_since: float | None = None
+        self._snapshot_lock = asyncio.Lock()
+        self._ahead_ns = 0
+        generation.engine_back()
+
+    @property
+    def applied(self) -> int:
+        """The last entry in this node's index."""
+        return self._next - 1
+
+    @property
+    def away_s(self) -> float:
+        """How long the engine has not answered; 0 while it does."""
+        return 0.0 if self._away_since is None else time.monotonic() - self._away_since
+
+    async def run(self) -> None:
+        """As the base says; also raises Fenced, Diverged, ClusterRefused."""
+        following = asyncio.ensure_future(self._follow())
+        deciding = asyncio.ensure_future(self._decide())
+        try:
+            await asyncio.wait((following, deciding), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            if not deciding.done():
+                deciding.cancel()
+            self._release_askers(False)
+        for task in (deciding, following):
+            if task.done() and not task.cancelled():
+                task.result()
+        await asyncio.gather(*self._tasks)
+        self._chore_thread.shutdown()
+
+    async def barrier(self) -> None:
+        """What is visible here is durable in the engine."""
+        async with self._deciding:
+            pass
+
+    async def fresh(self) -> bool:
+        if self._away_since is not None:
+            return False
+        asker: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._askers.append(asker)
+        self._asked.set()
+        try:
+            async with asyncio.timeout(FRESH_WAIT_S):
+                return await asker
+        except TimeoutError:
+            return False
+
+    async def snapshot(self) -> str:
+        loop = asyncio.get_running_loop()
+        async with self._snapshot_lock:
+            try:
+                made = await loop.run_in_executor(
+                    self._chore_thread, snapshot.write, self._paths.catalogue, self._paths.snapshots
+                )
+                published = await loop.run_in_executor(self._chore_thread, snapshot.publish, made)
+                await loop.run_in_executor(
+                    self._chore_thread, snapshot.prune, self._paths.snapshots, self._paths.journal
+                )
+            except (OSError, sqlite3.Error) as error:
+                raise StorageFailed(f"no snapshot could be written: {error}") from error
+        return str(published.path)
+
+    # -- own batches
+    async def _decide(self) -> None:
+        while self._waiting or self._doubtful or not self._stopping:
+            if not self._waiting and self._doubtful is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
+                async with self._deciding:
+                    await self._commit_batch()
+            except TakenBack:
+                continue
+            except EngineAway as error:
+                self._engine_away(error)
+                self._refuse_late()
+                if self._stopping:
+                    self._refuse_all()
+                    return
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._engine_here()
+            self._write_back()
+
+    async def _commit_batch(self) -> None:
+        """Raises EngineAway; what was not appended waits again, or is doubtful."""
+        started = time.perf_counter()
+        batch: Batch | None = None
+        chain = 0
+        try:
+            async with self._log.turn() as turn:
+                while self._next < turn.head.next_sequence:
+                    self._apply_logged(await turn.since(self._next))
+                self._check_end(self._next, turn.head.next_sequence)
+                if turn.head.chain != self._chain:
+                    raise Diverged(f"entry {self._next - 1} of this node's index is not that of the engine's log")
+                self._settle_doubt()
+                if not self._waiting:
+                    return
+                if any(isinstance(ticket.mutation, _NEEDS_GONE) for ticket in self._waiting):
+                    self._decider.gone = await turn.gone(LEASE_S) - {self._log.node}
+                batch = Batch(self._next)
+                now_ns = self._tell_time(turn.head.now_ns)
+                self._db.execute("BEGIN IMMEDIATE")
+                self._gather(batch, started + self._limits.batch_work_s, now_ns)
+                if batch.entries:
+                    payload = e.join(batch.encoded)
+                    chain = chained(self._chain, payload)
+                    crashpoint("log-before")
+                    await turn.append(len(batch.entries), payload, turn.head.now_ns)
+                    self._bytes.add(len(payload))
+                    crashpoint("log-appended")
+        except BaseException as error:
+            self._take_all_back()
+            if batch is not None:
+                if batch.entries and isinstance(error, EngineAway):
+                    self._doubtful = _Doubtful(batch, chain)
+                else:
+                    self._waiting.extendleft(ticket for ticket, _ in reversed(batch.outcomes))
+            raise
+        crashpoint("index-before")
+        if batch.entries:
+            self._note(batch.first_sequence + len(batch.entries), chain)
+        self._db.execute("COMMIT")
+        crashpoint("index-committed")
+        self._done(batch, started)
+        crashpoint("answer-before")
+        self._answer(batch)
+
+    def _done(self, batch: Batch, started: float) -> None:
+        if not batch.entries:
+            return
+        self._mutations_in_wal += len(batch.entries)
+        self._commit_seconds.observe(time.perf_counter() - started)
+        self._mutations.add(len(batch.entries))
+        self._committed(batch)
+        if batch.freed:
+            self._freed(distinct(batch.freed))
+
+    def _take_all_back(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        self._notices.forget()
+        self._decider.forget()
+
+    def _tell_time(self, engine_ns: int) -> int:
+        """The time that this batch is decided at: the engine's, moved as a test has moved this node's clock."""
+        self._ahead_ns = engine_ns - time.time_ns()
+        self._generation.set_ahead(self._ahead_ns)
+        return engine_ns + self._clock() - time.time_ns()
+
+    # -- doubt
+    def _settle_doubt(self) -> None:
+        """Everything in the log has been applied: a batch that is still in doubt never happened, and is decided anew."""
+        doubtful, self._doubtful = self._doubtful, None
+        if doubtful is not None:
+            self._waiting.extendleft(ticket for ticket, _ in reversed(doubtful.batch.outcomes))
+
+    def _resolve_doubt(self, logged: Logged) -> None:
+        """The batch in doubt is this one: it did happen, its askers get the answers of then."""
+        doubtful = self._doubtful
+        if (
+            doubtful is not None
+            and logged.node == self._log.node
+            and (logged.first_sequence, logged.chain) == (doubtful.batch.first_sequence, doubtful.chain)
+        ):
+            self._doubtful = None
+            self._answer(doubtful.batch)
+
+    # -- the engine is away
+    def _engine_away(self, error: EngineAway) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            logger.error("%s; commits wait, what is known can be read", error)
+            self._generation.engine_away()
+        self._release_askers(False)
+
+    def _engine_here(self) -> None:
+        if self._away_since is not None:
+            logger.warning("the engine answers again after %.1f s", self.away_s)
+            self._away_since = None
+            self._generation.engine_back()
+
+    def _refuse_late(self) -> None:
+        """Nobody waits longer than ENGINE_WAIT_S; what may have been committed is asked for again by whoever wants to know."""
+        if self.away_s > ENGINE_WAIT_S:
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if self._doubtful is not None:
+            waiting += [ticket for ticket, _ in self._doubtful.batch.outcomes]
+            self._doubtful.batch.outcomes.clear()
+        for ticket in waiting:
+            ticket.refuse(CatalogUnavailable("the cluster's engine is away: the outcome is unknown"))
+
+    # -- batches of others
+    async def _follow(self) -> None:
+        """Raises Diverged, Fenced, ClusterRefused."""
+        while True:
+            try:
+                async with asyncio.timeout(RETRY_S if self._away_since is not None else FOLLOW_S):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+            self._asked.clear()
+            askers, self._askers = self._askers, []
+            known = self._next
+            try:
+                head = await self._log.head()
+                self._tell_time(head.now_ns)
+                self._check_end(known, head.next_sequence)
+                while self._next < head.next_sequence:
+                    async with self._deciding:
+                        if self._next < head.next_sequence:
+                            self._apply_logged(await self._log.since(self._next))
+            except EngineAway as error:
+                self._askers += askers
+                self._engine_away(error)
+                continue
+            self._engine_here()
+            for asker in askers:
+                if not asker.done():
+                    asker.set_result(True)
+
+    def _release_askers(self, answer: bool) -> None:
+        askers, self._askers = self._askers, []
+        for asker in askers:
+            if not asker.done():
+                asker.set_result(answer)
+
+    @staticmethod
+    def _check_end(known: int, next_sequence: int) -> None:
+        if next_sequence < known:
+            raise Diverged(
+                f"this node knows entry {known - 1}, the engine's log ends at {next_sequence - 1}: the engine was restored from "
+                "an older back-up, or lost what it had confirmed"
+            )
+
+    def _apply_logged(self, batches: Sequence[Logged]) -> None:
+        """Apply batches of the log in order. The caller holds the deciding lock and no transaction is open."""
+        if not batches:
+            raise Diverged(f"the log lacks entry {self._next}, which other nodes know")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            applied = [self._applied(logged) for logged in batches]
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._next, self._chain = next_of(self._db), chain_of(self._db)
+            raise
+        for batch, logged in zip(applied, batches, strict=True):
+            if batch.changes_generation:
+                self._decider.forget()
+            self._notices.forget()
+            self._mutations_in_wal += len(batch.entries)
+            self._committed(batch)
+            if batch.freed:
+                self._freed(distinct(batch.freed))
+            self._resolve_doubt(logged)
+
+    def _applied(self, logged: Logged) -> Batch:
+        if logged.first_sequence != self._next or chained(self._chain, logged.payload) != logged.chain:
+            raise Diverged(
+                f"batch {logged.first_sequence} of the engine's log does not follow entry {self._next - 1} of this node"
+            )
+        batch = Batch(logged.first_sequence)
+        for sequence, entry in enumerate(e.decode(logged.payload), logged.first_sequence):
+            batch.freed += self._index.apply(sequence, entry)
+            batch.entries.append(entry)
+        self._index.set_applied(logged.first_sequence + logged.entries - 1)
+        self._note(logged.first_sequence + logged.entries, logged.chain)
+        return batch
+
+    def _note(self, next_sequence: int, chain: int) -> None:
+        self._db.execute(statements.SET_META, {"name": CHAIN, "value": chain})
+        self._next, self._chain = next_sequence, chain
+
+
+def chain_of(database: sqlite3.Connection) -> int:
+    """The chain of everything in an index; 0 for an index that was never of a cluster's log."""
+    return int(dict(database.execute(statements.META).fetchall()).get(CHAIN, 0))
+
+
+def next_of(database: sqlite3.Connection) -> int:
+    (applied,) = database.execute(statements.APPLIED).fetchone()
+    return int(applied) + 1

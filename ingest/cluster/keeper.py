@@ -1,0 +1,124 @@
+"""What a node of a cluster does beside its commits: it says that it lives, learns who else does, and keeps the log short.
+
+In: the engine, what this node says of itself. Out: a heartbeat each HEARTBEAT_S, DATA/run/members.json, checkpoints and a log
+that does not grow for ever. Raises Fenced when another process has this node's number; trouble with the engine is waited out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import sqlalchemy as sa
+
+from ingest.catalog import rows, snapshot
+from ingest.catalog.reader import Reader
+from ingest.cluster import checkpoint, members
+from ingest.cluster.engine import Engine, EngineAway
+from ingest.cluster.join import Place
+from ingest.cluster.log import EngineLog, Fenced
+from ingest.cluster.members import HEARTBEAT_S, LEASE_S, Load, Member, Membership
+from ingest.cluster.schema import nodes
+from ingest.paths import NodePaths
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_ENTRIES = 200_000
+"""So many entries behind the last checkpoint there is another one: some ten seconds' replay, some hundred megabytes of log."""
+_CHECKPOINT_LOOK_S = 10.0
+
+
+class Keeper:
+    """``applied``: the last entry that this node knows. ``load``: how it is."""
+
+    def __init__(
+        self,
+        paths: NodePaths,
+        engine: Engine,
+        log: EngineLog,
+        place: Place,
+        reader: Reader,
+        *,
+        applied: Callable[[], int],
+        load: Callable[[], Load],
+        checkpoint_entries: int = CHECKPOINT_ENTRIES,
+    ) -> None:
+        self._paths = paths
+        self._engine = engine
+        self._log = log
+        self._place = place
+        self._reader = reader
+        self._applied = applied
+        self._load = load
+        self._checkpoint_entries = checkpoint_entries
+
+    async def run(self) -> None:
+        looked = time.monotonic()
+        while True:
+            started = time.monotonic()
+            try:
+                await self._beat()
+                if started - looked >= _CHECKPOINT_LOOK_S:
+                    looked = started
+                    await self._shorten()
+            except EngineAway as error:
+                logger.debug("no heartbeat: %s", error)
+            await asyncio.sleep(max(0.05, HEARTBEAT_S - (time.monotonic() - started)))
+
+    async def _beat(self) -> None:
+        async with self._engine.transaction() as connection:
+            status = msgspec.json.encode(self._load()).decode()
+            mine = sa.and_(nodes.c.node == self._place.node, nodes.c.epoch == self._place.epoch)
+            beat = (
+                sa.update(nodes)
+                .where(mine)
+                .values(heartbeat=sa.func.current_timestamp(), applied=self._applied(), status=status)
+            )
+            if (await connection.execute(beat)).rowcount != 1:
+                raise Fenced(f"another process runs as node {self._place.node} of the cluster, or it was removed")
+            silent = sa.extract("epoch", sa.func.current_timestamp() - nodes.c.heartbeat)
+            found = (await connection.execute(sa.select(nodes.c.node, silent, nodes.c.applied, nodes.c.status))).all()
+        self._tell({node: (float(silent_s), applied, status) for node, silent_s, applied, status in found})
+
+    def _tell(self, lives: dict[int, tuple[float, int, str]]) -> None:
+        known = []
+        for record in self._reader.nodes():
+            silent_s, applied, status = lives.get(record.node, (2 * LEASE_S, 0, "{}"))
+            known.append(Member(record, max(0.0, silent_s), applied, msgspec.json.decode(status, type=Load)))
+        told = Membership(self._place.node, self._place.cluster_id, time.monotonic(), tuple(known))
+        members.write(self._paths, told)
+
+    # -- checkpoints
+    async def _shorten(self) -> None:
+        """The first node that lives does it for all."""
+        if not members.Members(self._paths).leads():
+            return
+        last = await checkpoint.newest(self._engine)
+        if self._applied() - (0 if last is None else last.sequence) >= self._checkpoint_entries:
+            await self.checkpoint()
+
+    async def checkpoint(self) -> int:
+        """Publish this node's index; shorten the log behind the checkpoint before. The entry it holds."""
+        copy = self._paths.catalogue.with_name(f"checkpoint-{os.getpid()}.sqlite")
+        try:
+            sequence = await asyncio.to_thread(_copy, self._paths.catalogue, copy)
+            await checkpoint.publish(self._engine, copy, sequence)
+            oldest = await checkpoint.prune(self._engine)
+            if oldest is not None:
+                trimmed = await self._log.trim(oldest + 1)
+                logger.info("checkpoint at entry %d; %d batches of the log are no longer needed", sequence, trimmed)
+        finally:
+            snapshot.discard(copy)
+        return sequence
+
+
+def _copy(catalogue: Path, target: Path) -> int:
+    snapshot.discard(target)
+    with contextlib.closing(rows.connect(catalogue, read_only=True)) as source:
+        return snapshot.copy_database(source, target)
