@@ -36,7 +36,7 @@ from ingest.records import Extent
 
 logger = logging.getLogger(__name__)
 
-FOLLOW_S = 0.05
+FOLLOW_S = 0.1
 """Longest time until this node knows, unasked, what another one has decided."""
 RETRY_S = 0.25
 ENGINE_WAIT_S = 8.0

@@ -74,6 +74,8 @@ class Engine:
             },
         )
 
+        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+
     async def __aenter__(self) -> Engine:
         return self
 
@@ -90,6 +92,13 @@ class Engine:
         """One transaction, not tried again: what is in flight when EngineAway is raised may have been committed."""
         with translated():
             async with asyncio.timeout(ENGINE_TIMEOUT_S), self._engine.begin() as connection:
+                yield connection
+
+    @contextlib.asynccontextmanager
+    async def single(self) -> AsyncIterator[AsyncConnection]:
+        """For one statement, which is a transaction of its own: a third of the round trips."""
+        with translated():
+            async with asyncio.timeout(ENGINE_TIMEOUT_S), self._single.connect() as connection:
                 yield connection
 
     async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

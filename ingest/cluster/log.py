@@ -123,7 +123,7 @@ class EngineLog:
             yield Turn(connection, self.node, self.epoch, await self._head(connection, lock=True))
 
     async def head(self) -> Head:
-        async with self._engine.transaction() as connection:
+        async with self._engine.single() as connection:
             return await self._head(connection, lock=False)
 
     async def _head(self, connection: AsyncConnection, *, lock: bool) -> Head:
@@ -141,7 +141,7 @@ class EngineLog:
 
     async def since(self, sequence: int) -> list[Logged]:
         """The batches from the one that begins at ``sequence`` on, BATCHES_READ at most."""
-        async with self._engine.transaction() as connection:
+        async with self._engine.single() as connection:
             return await _since(connection, sequence)
 
     async def first_sequence(self) -> int | None:
