@@ -137,6 +137,10 @@ class Settings(BaseSettings):
         None, "bytes", "One segment file.", low=16 * MIB, high=4 * GIB,
         computed="1 GiB, less where the buffer is small",
     )  # fmt: skip
+    ingest_bytes_per_s: Size = _setting(
+        0, "bytes/s", "What the node takes in, at most: reservations share it out; 0: not known, any rate may be reserved.",
+        low=0, high=TIB,
+    )  # fmt: skip
     etag: Literal["checksum", "md5"] = _setting(
         "checksum", "name", "ETag of buckets that do not say: derived from CRC64NVME, or MD5."
     )

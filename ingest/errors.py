@@ -63,6 +63,22 @@ class RestoreInProgress(CatalogError):
     """The version is being restored already."""
 
 
+class BadReservation(CatalogError):
+    """What is asked for makes no sense; ``str()`` says why."""
+
+
+class DoesNotFit(CatalogError):
+    """A reservation of what is not free; ``str()`` says what would fit."""
+
+
+class NoSuchReservation(CatalogError):
+    pass
+
+
+class ReservationEnded(CatalogError):
+    """It cannot be changed any more."""
+
+
 class BadDocument(CatalogError):
     """A configuration document of a bucket that nobody knows, that is too large or cannot be read; ``str()`` says which."""
 

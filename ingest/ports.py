@@ -32,12 +32,15 @@ from ingest.records import (
     ListedObject,
     NodeRecord,
     ObjectRecord,
+    Offer,
     OwedInRun,
     OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
     ReductionJob,
+    Reservation,
+    ReservationUse,
     Retention,
     RunProductRecord,
     RunRecord,
@@ -70,6 +73,28 @@ class Catalog(Protocol):
     async def buckets(self) -> Sequence[BucketRecord]: ...
     async def put_user(self, user: UserRecord) -> None: ...
     async def users(self) -> Sequence[UserRecord]: ...
+
+    # -- reservations
+    async def reserve(self, reservation: Reservation, offers: Sequence[Offer]) -> Reservation:
+        """With its shares, decided against everything reserved so far. Idempotent in ``reservation_id``. Raises NoSuchBucket,
+        BadReservation, DoesNotFit."""
+        ...
+
+    async def extend_reservation(self, reservation_id: str, until_ns: int, offers: Sequence[Offer]) -> Reservation:
+        """Raises NoSuchReservation, ReservationEnded, BadReservation, DoesNotFit."""
+        ...
+
+    async def release_reservation(self, reservation_id: str) -> Reservation:
+        """It ends now. Raises NoSuchReservation, ReservationEnded."""
+        ...
+
+    async def reservation(self, reservation_id: str) -> ReservationUse:
+        """Raises NoSuchReservation."""
+        ...
+
+    async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
+        """Those of all buckets and nodes that end later than that, grace included, in the order they begin."""
+        ...
 
     # -- objects
     async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:

@@ -284,6 +284,51 @@ class UploadRecord(msgspec.Struct, frozen=True):
     legal_hold: bool = False
 
 
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """What a node has to be reserved."""
+
+    node: int
+    buffer_bytes: int
+    rate_bytes_per_s: int
+    """0: it does not say; any rate is taken."""
+
+
+class Share(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """What a reservation holds on one node."""
+
+    node: int
+    capacity_bytes: int
+    rate_bytes_per_s: int
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """Capacity and rate that a bucket has in a slot of time (ingest/reservations.py says what state it is in)."""
+
+    reservation_id: str
+    """Made by the asker: the idempotence key."""
+    bucket: str
+    owner: str
+    capacity_bytes: int
+    rate_bytes_per_s: int
+    from_ns: int
+    until_ns: int
+    grace_s: int = 300
+    """So long after ``until_ns`` bodies that began in the slot go on in what others leave."""
+    shares: tuple[Share, ...] = ()
+    """On which nodes, by number; they sum to the whole."""
+    created_ns: int = 0
+    released_ns: int = 0
+    """When it was given up early; 0: it was not."""
+
+
+class ReservationUse(msgspec.Struct, frozen=True):
+    """A reservation, and what its bucket has committed in it that still lies in the buffers."""
+
+    reservation: Reservation
+    used_bytes: dict[int, int] = {}
+    """Node -> bytes of its segments."""
+
+
 class Grant(msgspec.Struct, frozen=True):
     """``bucket`` is a glob (``*`` for all), ``prefix`` a plain key prefix; ``admin`` implies write implies read."""
 

@@ -47,7 +47,7 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
 
 def build_app() -> typer.Typer:
     """The command with all its groups. Each module loads what it needs when its command runs, so that all start fast."""
-    from gateway.cli import catalog, demo, kernel, run, send, serve, settings, status, user
+    from gateway.cli import catalog, demo, kernel, reserve, run, send, serve, settings, status, user
 
     app = typer.Typer(
         name="hiss",
@@ -65,6 +65,7 @@ def build_app() -> typer.Typer:
     app.command("settings")(settings.settings)
     app.command("fsck")(catalog.check)
     app.add_typer(run.app, name="run")
+    app.add_typer(reserve.app, name="reserve")
     app.add_typer(kernel.build(), name="kernel")
     app.add_typer(user.app, name="user")
     app.add_typer(catalog.app, name="catalog")

@@ -58,12 +58,16 @@ class Node:
         """POST, and the JSON document that answers. Raises CliError."""
         return self._json("POST", path, params)
 
-    def _json(self, method: str, path: str, params: dict[str, str | int]) -> Any:
+    def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A JSON document there, if there is one, and the one that answers. Raises CliError."""
+        return self._json(method, path, {}, body)
+
+    def _json(self, method: str, path: str, params: dict[str, str | int], body: dict[str, Any] | None = None) -> Any:
         import httpx
 
         with self.control() as client:
             try:
-                answer = client.request(method, path, params=params)
+                answer = client.request(method, path, params=params, json=body)
             except httpx.TransportError as error:
                 raise CliError(f"{self.control_url} does not answer: {error}", ExitCode.NO_NODE) from None
         if answer.status_code in (401, 403):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,8 @@ from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
 from archive.dav.auth import Authenticator
-from gateway.control.auth import User, require_read, require_write, signed_in
+from gateway.control import reservations
+from gateway.control.auth import User, require_operator, require_read, require_write, signed_in
 from gateway.control.feedback import websocket
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub, TooManySubscribers
@@ -32,9 +33,17 @@ from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
 from gateway.metrics import Exposition
-from ingest.errors import CatalogError, NoSuchBucket, NoSuchKey
+from ingest.errors import (
+    BadReservation,
+    CatalogError,
+    DoesNotFit,
+    NoSuchBucket,
+    NoSuchKey,
+    NoSuchReservation,
+    ReservationEnded,
+)
 from ingest.ports import Catalog
-from ingest.records import UserRecord
+from ingest.records import Offer, UserRecord
 from s3api.auth.sight import UserSight
 from s3api.http.message import Request
 
@@ -62,6 +71,8 @@ class ControlContext:
     run_folder: Path
     """Where the node's processes say how they are."""
     actions: ActionDirector
+    offers: Callable[[], Sequence[Offer]]
+    """What each node has to be reserved."""
 
 
 def create_app(context: ControlContext) -> FastAPI:
@@ -73,12 +84,19 @@ def create_app(context: ControlContext) -> FastAPI:
     _add_node_routes(app, context)
     _add_bucket_routes(app, context)
     _add_feedback_routes(app, context)
+    _add_reservation_routes(app, context)
     return app
 
 
 async def _catalog_error(_: HTTPConnection, error: Exception) -> Response:
     if isinstance(error, NoSuchBucket):
         return JSONResponse({"detail": "there is no such bucket"}, 404)
+    if isinstance(error, NoSuchReservation):
+        return JSONResponse({"detail": "there is no such reservation"}, 404)
+    if isinstance(error, BadReservation):
+        return JSONResponse({"detail": str(error)}, 422)
+    if isinstance(error, DoesNotFit | ReservationEnded):
+        return JSONResponse({"detail": str(error)}, 409)
     return JSONResponse({"detail": "the catalogue does not answer; try again"}, 503, {"Retry-After": "2"})
 
 
@@ -208,3 +226,36 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
 async def refuse(socket: WebSocket, answer: Response) -> None:
     """Answer a handshake with an ordinary HTTP error (ASGI's websocket.http.response extension)."""
     await socket.send_denial_response(answer)
+
+
+def _add_reservation_routes(app: FastAPI, context: ControlContext) -> None:
+    catalog, offers = context.catalog, context.offers
+
+    @app.post("/v1/reservations", status_code=201, summary="Reserve capacity and rate for a bucket and a time")
+    async def post_reservation(user: User, wanted: reservations.Wanted) -> reservations.Described:
+        """409 says what would fit."""
+        require_operator(user)
+        return await reservations.reserve(catalog, offers(), user, wanted)
+
+    @app.get("/v1/reservations", summary="The calendar: reservations, and what is free when")
+    async def get_reservations(
+        user: User,
+        bucket: Annotated[str, Query(max_length=63, description="Only of this bucket.")] = "",
+        ended: Annotated[bool, Query(description="Those that have ended, too.")] = False,
+    ) -> reservations.Calendar:
+        """Whose a slot is says the calendar only to those who may read the bucket."""
+        return await reservations.calendar(catalog, offers(), user, bucket=bucket, ended=ended)
+
+    @app.get("/v1/reservations/{reservation_id}", summary="One reservation and what is used of it")
+    async def get_reservation(user: User, reservation_id: str) -> reservations.Described:
+        return await reservations.one(catalog, user, reservation_id)
+
+    @app.post("/v1/reservations/{reservation_id}/extend", summary="A later end, if the nodes are free until then")
+    async def post_extend(user: User, reservation_id: str, until: reservations.Until) -> reservations.Described:
+        require_operator(user)
+        return await reservations.extend(catalog, offers(), user, reservation_id, until)
+
+    @app.delete("/v1/reservations/{reservation_id}", summary="Release: what is left of it is free now")
+    async def delete_reservation(user: User, reservation_id: str) -> reservations.Described:
+        require_operator(user)
+        return await reservations.release(catalog, user, reservation_id)

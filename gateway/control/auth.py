@@ -16,6 +16,8 @@ from starlette.requests import HTTPConnection
 
 from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
 from ingest.records import UserRecord
+from s3api.auth.actions import Access
+from s3api.auth.grants import allows
 from s3api.auth.principal import of_user
 from s3api.auth.rules import Gate
 from s3api.auth.sight import UserSight
@@ -93,6 +95,12 @@ def sight_maker(gate: Gate, clock: Callable[[], float]) -> Callable[[UserRecord,
 
 
 User = Annotated[Caller, Depends(_signed_in)]
+
+
+def require_operator(caller: Caller) -> None:
+    """Raises 403 unless the user administers every bucket: what is given to one is taken from the others."""
+    if not (caller.user.root or allows(caller.user.grants, Access.ADMIN, "*")):
+        raise HTTPException(403, "this needs root, or a key pair that administers all buckets")
 
 
 async def require_write(caller: Caller, bucket: str, prefix: bytes = b"") -> None:

@@ -71,6 +71,7 @@ class LoadMeter:
 
     def __init__(self, settings: Settings, counters: Counters) -> None:
         self._capacity_bytes = settings.buffer_bytes
+        self._ingest_bytes_per_s = settings.ingest_bytes_per_s
         self._reader = Reader(counters)
         self._received = -1.0
         self._at = 0.0
@@ -86,4 +87,5 @@ class LoadMeter:
             receiving_bytes_per_s=int(max(0.0, rate)),
             bodies=int(self._reader.value("hiss_ingest_active_streams")),
             log_format=LOG_FORMAT,
+            ingest_bytes_per_s=self._ingest_bytes_per_s,
         )

@@ -22,12 +22,14 @@ from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
+from gateway.control.reservations import offers_of
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from gateway.supervisor.slot import SlotState
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.members import Members
 from ingest.counters import CONTROL, Counters
 from ingest.ports import Catalog
 from s3api.auth.rules import Gate
@@ -53,6 +55,7 @@ async def _serve(boot: Boot) -> None:
     kernels = SandboxFile(boot.paths.sandbox, settings.kernels)
     publisher = _publisher(settings, counters)
     version = importlib.metadata.version(DISTRIBUTION)
+    members = Members(boot.paths)
     async with CatalogClient(boot.paths) as catalog:
         actions = ActionDirector(
             catalog,
@@ -84,6 +87,7 @@ async def _serve(boot: Boot) -> None:
             feedback=feedback,
             actions=actions,
             run_folder=boot.paths.run,
+            offers=lambda: offers_of(settings, members.all()),
         )
         tls = None
         if settings.tls_cert is not None and settings.tls_key is not None:

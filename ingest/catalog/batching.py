@@ -109,6 +109,8 @@ def _changes_generation(entry: e.Entry) -> bool:
     match entry:
         case e.BucketCreated() | e.BucketDeleted() | e.BucketTagged() | e.BucketConfigured() | e.UserPut():
             return True
+        case e.ReservationPut():
+            return True
         case e.ObjectCommitted() | e.ObjectAppended() | e.MarkerCommitted() | e.UploadCompleted():
             return entry.record.key.startswith(KERNEL_PREFIX)
         case e.ObjectDeleted():
@@ -230,6 +232,7 @@ class BatchMaker(abc.ABC):
             self._db.execute("ROLLBACK")
         self._notices.forget()
         self._decider.forget()
+        self._index.forget()
         self._db.execute("BEGIN IMMEDIATE")
         for sequence, entry in enumerate(batch.entries, batch.first_sequence):
             try:

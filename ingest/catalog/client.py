@@ -47,12 +47,15 @@ from ingest.records import (
     ListedObject,
     NodeRecord,
     ObjectRecord,
+    Offer,
     OwedInRun,
     OwedProduct,
     PartialRecord,
     PartRecord,
     ReductionCount,
     ReductionJob,
+    Reservation,
+    ReservationUse,
     Retention,
     RunProductRecord,
     RunRecord,
@@ -78,6 +81,7 @@ _record = msgspec.msgpack.Decoder(ObjectRecord).decode
 _records = msgspec.msgpack.Decoder(list[ObjectRecord]).decode
 _part = msgspec.msgpack.Decoder(PartRecord).decode
 _bucket = msgspec.msgpack.Decoder(BucketRecord).decode
+_reservation = msgspec.msgpack.Decoder(Reservation).decode
 _deleted = msgspec.msgpack.Decoder(Deleted).decode
 _text = msgspec.msgpack.Decoder(str).decode
 _nothing = msgspec.msgpack.Decoder(None).decode
@@ -408,6 +412,22 @@ class CatalogClient:
 
     async def users(self) -> Sequence[UserRecord]:
         return await self._scan(Reader.users)
+
+    # -- reservations
+    async def reserve(self, reservation: Reservation, offers: Sequence[Offer]) -> Reservation:
+        return await self._call(wire.Reserve(reservation, tuple(offers)), _reservation)
+
+    async def extend_reservation(self, reservation_id: str, until_ns: int, offers: Sequence[Offer]) -> Reservation:
+        return await self._call(wire.ExtendReservation(reservation_id, until_ns, tuple(offers)), _reservation)
+
+    async def release_reservation(self, reservation_id: str) -> Reservation:
+        return await self._call(wire.ReleaseReservation(reservation_id), _reservation)
+
+    async def reservation(self, reservation_id: str) -> ReservationUse:
+        return self._readers.read(lambda reader: reader.reservation(reservation_id))
+
+    async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
+        return self._readers.read(lambda reader: reader.reservations(ends_after_ns))
 
     # -- objects
     async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:

@@ -125,6 +125,7 @@ class Committer(BatchMaker):
             self._db.execute("ROLLBACK")
             self._notices.forget()
             self._decider.forget()
+            self._index.forget()
             self._errors.add()
             logger.error("the journal failed, this batch is refused: %s", error)
             # Only when the next file says that this batch never happened may anybody be told so.

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from ingest import bucket_documents, bucket_settings, versioning
+from ingest import bucket_documents, bucket_settings, reservations, versioning
 from ingest.catalog import amend, append, rows, statements, wire
 from ingest.catalog import entries as e
 from ingest.catalog.reader import Reader
@@ -32,6 +32,7 @@ from ingest.errors import (
     MirrorMissing,
     NoSuchBucket,
     NoSuchKey,
+    NoSuchReservation,
     NoSuchUpload,
     StaleVersion,
 )
@@ -47,6 +48,7 @@ from ingest.records import (
     ObjectState,
     PartialOf,
     PartRecord,
+    Reservation,
 )
 from ingest.states import Event, transition
 
@@ -112,6 +114,9 @@ class Decider:
             wire.TagBucket: self._tag_bucket,
             wire.ConfigureBucket: self._configure_bucket,
             wire.PutUser: self._put_user,
+            wire.Reserve: self._reserve,
+            wire.ExtendReservation: self._extend_reservation,
+            wire.ReleaseReservation: self._release_reservation,
             wire.AmendObject: self._amend_object,
             wire.RestoreObject: self._restore_object,
             wire.MarkNoticed: lambda m: e.NoticesDone(m.sequences) if m.sequences else Known(),
@@ -161,7 +166,7 @@ class Decider:
     def answer(self, entry: e.Entry) -> object:
         """What the asker gets for an entry that was applied."""
         match entry:
-            case e.ObjectCommitted() | e.UploadCompleted() | e.BucketCreated():
+            case e.ObjectCommitted() | e.UploadCompleted() | e.BucketCreated() | e.ReservationPut():
                 return entry.record
             case e.ObjectAppended():
                 return self._reader.by_id(entry.record.object_id)
@@ -233,6 +238,30 @@ class Decider:
         if len(set(names)) < len(names):
             raise CatalogError(f"an access key of user {user.user_id} is there twice")
         return e.UserPut(user)
+
+    # -- reservations
+    def _reserve(self, mutation: wire.Reserve) -> e.Entry | Known:
+        wanted = mutation.reservation
+        try:
+            return Known(self._reader.reservation(wanted.reservation_id).reservation)
+        except NoSuchReservation:
+            pass
+        self._reader.bucket(wanted.bucket)
+        admitted = reservations.admitted(wanted, mutation.offers, self._reserved(), self._now_ns)
+        return e.ReservationPut(admitted, self._now_ns)
+
+    def _extend_reservation(self, mutation: wire.ExtendReservation) -> e.Entry | Known:
+        found = self._reader.reservation(mutation.reservation_id).reservation
+        extended = reservations.extended(found, mutation.until_ns, mutation.offers, self._reserved(), self._now_ns)
+        return Known(found) if extended == found else e.ReservationPut(extended, self._now_ns)
+
+    def _release_reservation(self, mutation: wire.ReleaseReservation) -> e.Entry | Known:
+        found = self._reader.reservation(mutation.reservation_id).reservation
+        released = reservations.released(found, self._now_ns)
+        return Known(found) if released == found else e.ReservationPut(released, self._now_ns)
+
+    def _reserved(self) -> list[Reservation]:
+        return [use.reservation for use in self._reader.reservations(self._now_ns)]
 
     # -- objects
     def _commit(self, mutation: wire.Commit) -> e.Entry | Known:
@@ -433,7 +462,7 @@ class Decider:
         self._reader.upload(request.bucket, request.key, request.upload_id)
         mirror = self._mirror_of(request.object_id, mutation.request.durability, request.part.extents)
         part = msgspec.structs.replace(request.part, modified_ns=self._now_ns, mirror=mirror)
-        return e.PartCommitted(request.upload_id, request.object_id, part)
+        return e.PartCommitted(request.upload_id, request.object_id, part, request.bucket)
 
     def _complete(self, mutation: wire.Complete) -> e.Entry | Known:
         request = mutation.request

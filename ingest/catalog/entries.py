@@ -19,6 +19,7 @@ from ingest.records import (
     ObjectRecord,
     PartialOf,
     PartRecord,
+    Reservation,
     Retention,
     RunProductOf,
     UploadRecord,
@@ -50,6 +51,13 @@ class BucketConfigured(msgspec.Struct, frozen=True, array_like=True, tag="bucket
 
 class UserPut(msgspec.Struct, frozen=True, array_like=True, tag="user-put"):
     user: UserRecord
+
+
+class ReservationPut(msgspec.Struct, frozen=True, array_like=True, tag="reservation-put"):
+    """Made, extended or released."""
+
+    record: Reservation
+    decided_ns: int
 
 
 class ObjectCommitted(msgspec.Struct, frozen=True, array_like=True, tag="object-committed"):
@@ -103,6 +111,7 @@ class PartCommitted(msgspec.Struct, frozen=True, array_like=True, tag="part-comm
     upload_id: str
     object_id: bytes
     part: PartRecord
+    bucket: str = ""
 
 
 class UploadCompleted(msgspec.Struct, frozen=True, array_like=True, tag="upload-completed"):
@@ -302,6 +311,7 @@ Entry = (
     | BucketTagged
     | BucketConfigured
     | UserPut
+    | ReservationPut
     | ObjectCommitted
     | ObjectAppended
     | MarkerCommitted

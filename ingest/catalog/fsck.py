@@ -210,6 +210,7 @@ def _same_meaning(table: str, one: dict[str, Any], two: dict[str, Any]) -> bool:
 _PACKED: dict[str, dict[str, Callable[[bytes], Any]]] = {
     "buckets": {"record": rows.decode_bucket},
     "users": {"record": rows.decode_user},
+    "reservations": {"record": rows.decode_reservation},
     "uploads": {"record": rows.decode_upload},
     "parts": {"record": rows.decode_part},
     "outcomes.object": {"record": rows.decode_object},

@@ -17,6 +17,7 @@ from ingest import bucket_documents
 from ingest.catalog import entries as e
 from ingest.catalog import rows, statements
 from ingest.catalog.amend import AmendIndex
+from ingest.catalog.charges import ChargeIndex
 from ingest.catalog.runs import RunIndex
 from ingest.catalog.versions import locked_detail
 from ingest.cluster import places
@@ -38,12 +39,14 @@ class Index:
         self._freed: list[Extent] = []
         self._runs = RunIndex(database, self._delete)
         self._amend = AmendIndex(database)
+        self._charges = ChargeIndex(database)
         self._apply: dict[type, Callable[[int, Any], None]] = {
             e.BucketCreated: self._bucket_created,
             e.BucketDeleted: self._bucket_deleted,
             e.BucketTagged: self._bucket_tagged,
             e.BucketConfigured: self._bucket_configured,
             e.UserPut: self._user_put,
+            e.ReservationPut: lambda _, entry: self._charges.put(entry),
             e.ObjectCommitted: self._object_committed,
             e.ObjectAppended: self._object_appended,
             e.MarkerCommitted: self._marker_committed,
@@ -87,6 +90,10 @@ class Index:
             self._db.execute(statements.TRIM_OUTCOMES, {"sequence": sequence - OUTCOMES_KEPT})
         return self._freed
 
+    def forget(self) -> None:
+        """The transaction was rolled back: what was applied in it never was."""
+        self._charges.forget()
+
     def set_applied(self, sequence: int) -> None:
         self._db.execute(statements.SET_APPLIED, {"sequence": sequence})
 
@@ -97,6 +104,7 @@ class Index:
     def _bucket_deleted(self, _: int, entry: e.BucketDeleted) -> None:
         self._db.execute(statements.DELETE_BUCKET, {"name": entry.name})
         self._runs.bucket_deleted(entry.name)
+        self._charges.bucket_deleted(entry.name)
 
     def _bucket_tagged(self, _: int, entry: e.BucketTagged) -> None:
         (blob,) = self._one(statements.BUCKET, name=entry.name)
@@ -124,8 +132,9 @@ class Index:
     def _object_committed(self, sequence: int, entry: e.ObjectCommitted) -> None:
         record = entry.record
         # Before the replaced version lets go: a copy onto itself shares that version's extents.
+        charge = self._charges.of(record.bucket, record.modified_ns)
         for extent in record.extents:
-            self._hold(extent, record.object_id)
+            self._hold(extent, record.object_id, charge)
         self._link_mirror(record.object_id, record.mirror)
         if entry.supersedes is not None:
             self._supersede(sequence, entry.supersedes, raw_of=record)
@@ -203,8 +212,9 @@ class Index:
                 for extent in old.extents + old.mirror
             ],
         )
+        charge = self._charges.of(new.bucket, new.modified_ns)
         for extent in new.extents:
-            self._hold(extent, new.object_id)
+            self._hold(extent, new.object_id, charge)
         self._link_mirror(new.object_id, new.mirror)
         mirror = old.mirror + new.mirror
         if bool(old.mirror) != bool(old.extents) or bool(new.mirror) != bool(new.extents):
@@ -328,8 +338,9 @@ class Index:
             statements.PUT_PART,
             of | {"object_id": entry.object_id, "settled": int(part.settled), "record": rows.encode(part)},
         )
+        charge = self._charges.of(entry.bucket, part.modified_ns)
         for extent in part.extents:
-            self._hold(extent, entry.object_id)
+            self._hold(extent, entry.object_id, charge)
         self._link_mirror(entry.object_id, part.mirror)
 
     def _upload_completed(self, sequence: int, entry: e.UploadCompleted) -> None:
@@ -511,9 +522,10 @@ class Index:
         place = copy.index(entry.old)
         moved = copy[:place] + entry.new + copy[place + 1 :]
         kept = next((extent for extent in entry.new if _extent_key(extent) == _extent_key(entry.old)), None)
+        charge = self._charges.charged(entry.old)
         for extent in entry.new:
             if extent is not kept:
-                self._hold(extent, entry.object_id)
+                self._hold(extent, entry.object_id, charge)
         if kept is None:
             self._release(entry.old, entry.object_id)
         else:
@@ -610,7 +622,8 @@ class Index:
             self._db.execute(statements.DELETE_VERDICTS, {"of": object_id})
 
     # -- extents
-    def _hold(self, extent: Extent, holder: bytes) -> None:
+    def _hold(self, extent: Extent, holder: bytes, charge: str | None = None) -> None:
+        """``charge``: the reservation that pays for it, if nobody holds it yet."""
         key = _extent_key(extent)
         shared = self._db.execute(statements.EXTENT_HELD, key).fetchone() is not None
         self._db.execute(statements.HOLD_EXTENT, key | {"holder": holder, "length": extent.length})
@@ -625,6 +638,8 @@ class Index:
                     "bytes": extent.stored_bytes,
                 },
             )
+            if charge is not None:
+                self._charges.charge(charge, extent)
 
     def _pass_on(self, extent: Extent, of: bytes, holder: bytes) -> None:
         self._db.execute(statements.PASS_EXTENT, _extent_key(extent) | {"of": of, "holder": holder})
@@ -642,6 +657,7 @@ class Index:
         }
         self._db.execute(statements.SEGMENT_LOSES, segment | {"bytes": extent.stored_bytes})
         self._db.execute(statements.DROP_DEAD_SEGMENT, segment)
+        self._charges.discharge(extent)
         self._freed.append(extent)
 
     def _shorten(self, extent: Extent, kept: Extent, holder: bytes) -> None:
@@ -653,6 +669,10 @@ class Index:
         losing = {f"of_{name}": value for name, value in segment.items()}
         self._db.execute(statements.SEGMENT_LOSES, losing | {"bytes": extent.stored_bytes})
         self._db.execute(statements.SEGMENT_GAINS, segment | {"bytes": kept.stored_bytes})
+        charge = self._charges.charged(extent)
+        if charge is not None:
+            self._charges.discharge(extent)
+            self._charges.charge(charge, kept)
 
     # -- rows an entry counts on: it was decided in this state of the index
     def _one(self, statement: str, **parameters: object) -> rows.Row:

@@ -15,7 +15,7 @@ from ingest.catalog import rows, statements
 from ingest.catalog.schema import APART
 from ingest.catalog.versions import named_object
 from ingest.cluster import places
-from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchUpload, NoSuchVersion
+from ingest.errors import NoSuchBucket, NoSuchKey, NoSuchReservation, NoSuchUpload, NoSuchVersion
 from ingest.records import (
     NULL_VERSION,
     BucketRecord,
@@ -31,6 +31,7 @@ from ingest.records import (
     PartRecord,
     ReductionCount,
     ReductionJob,
+    ReservationUse,
     RunProductRecord,
     RunRecord,
     SegmentUse,
@@ -71,6 +72,18 @@ class Reader:
 
     def users(self) -> list[UserRecord]:
         return [rows.decode_user(blob) for (blob,) in self._db.execute(statements.USERS).fetchall()]
+
+    # -- reservations
+    def reservation(self, reservation_id: str) -> ReservationUse:
+        found = self._db.execute(statements.RESERVATION, {"reservation_id": reservation_id}).fetchall()
+        if not found:
+            raise NoSuchReservation(reservation_id)
+        return rows.reservation_uses(found)[0]
+
+    def reservations(self, ends_after_ns: int) -> list[ReservationUse]:
+        """Those that have not ended by then, their grace included, by the time they begin."""
+        of = {"ends_after_ns": ends_after_ns}
+        return rows.reservation_uses(self._db.execute(statements.RESERVATIONS, of).fetchall())
 
     # -- objects
     def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:

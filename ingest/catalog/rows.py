@@ -23,6 +23,8 @@ from ingest.records import (
     ObjectState,
     PartRecord,
     RawVersion,
+    Reservation,
+    ReservationUse,
     Retention,
     UploadRecord,
     UserRecord,
@@ -55,6 +57,7 @@ decode_bucket = msgspec.msgpack.Decoder(BucketRecord).decode
 decode_node = msgspec.msgpack.Decoder(NodeRecord).decode
 decode_user = msgspec.msgpack.Decoder(UserRecord).decode
 decode_upload = msgspec.msgpack.Decoder(UploadRecord).decode
+decode_reservation = msgspec.msgpack.Decoder(Reservation).decode
 decode_part = msgspec.msgpack.Decoder(PartRecord).decode
 decode_object = msgspec.msgpack.Decoder(ObjectRecord).decode
 decode_extents = msgspec.msgpack.Decoder(tuple[Extent, ...]).decode
@@ -194,3 +197,13 @@ def object_row(record: ObjectRecord, due_ns: int, published_path: str | None) ->
 
 def all_records(rows: Iterable[Row]) -> list[ObjectRecord]:
     return [object_record(row) for row in rows]
+
+
+def reservation_uses(found: Iterable[Row]) -> list[ReservationUse]:
+    """Rows of (record, node or None, used bytes) as one value for each reservation, in the order they begin."""
+    uses: dict[bytes, ReservationUse] = {}
+    for blob, node, used_bytes in found:
+        use = uses.setdefault(blob, ReservationUse(decode_reservation(blob), {}))
+        if node is not None:
+            use.used_bytes[node] = used_bytes
+    return sorted(uses.values(), key=lambda use: (use.reservation.from_ns, use.reservation.reservation_id))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Table, Text, text
 
-SCHEMA_HEAD = "0007"
+SCHEMA_HEAD = "0008"
 """Newest migration; a database at this revision needs no upgrade."""
 LABEL_FORMAT = 1
 """Format version of extent labels that the catalogue's extents point at."""
@@ -159,6 +159,43 @@ segments = Table(
     sqlite_with_rowid=False,
 )
 """Maintained with every reference; a segment generation without a row holds nothing alive."""
+
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("reservation_id", Text, primary_key=True),
+    Column("bucket", Text, nullable=False),
+    Column("from_ns", BigInteger, nullable=False),
+    Column("ends_ns", BigInteger, nullable=False),  # its grace included, or when it was released
+    Column("record", LargeBinary, nullable=False),
+    Index("reservations_ends", "ends_ns"),
+    Index("reservations_bucket", "bucket"),
+    sqlite_with_rowid=False,
+)
+
+reservation_use = Table(
+    "reservation_use",
+    metadata,
+    Column("reservation_id", Text, primary_key=True),
+    Column("node", Integer, primary_key=True),
+    Column("used_bytes", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""Sums over ``charges``: what a PUT asks, without a scan."""
+
+charges = Table(
+    "charges",
+    metadata,
+    Column("node", Integer, primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("segment", Integer, primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("offset", BigInteger, primary_key=True),
+    Column("reservation_id", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""Live extents that were committed in a bucket's slot, and the reservation whose capacity they take."""
 
 uploads = Table(
     "uploads",

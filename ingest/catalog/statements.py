@@ -17,6 +17,7 @@ from sqlalchemy.dialects import sqlite
 from ingest.catalog.schema import (
     access_keys,
     buckets,
+    charges,
     evictions,
     extents,
     filter_verdicts,
@@ -32,6 +33,8 @@ from ingest.catalog.schema import (
     partials,
     parts,
     reductions,
+    reservation_use,
+    reservations,
     run_products,
     runs,
     segments,
@@ -102,6 +105,75 @@ PUT_USER = _sql(
 )
 DELETE_KEYS_OF_USER = _sql(sa.delete(access_keys).where(access_keys.c.user_id == _p("user_id")))
 PUT_KEY_OF_USER = _sql(sqlite.insert(access_keys).values(access_key=_p("access_key"), user_id=_p("user_id")))
+
+# -- reservations
+PUT_RESERVATION = _sql(
+    sqlite.insert(reservations)
+    .values(
+        reservation_id=_p("reservation_id"),
+        bucket=_p("bucket"),
+        from_ns=_p("from_ns"),
+        ends_ns=_p("ends_ns"),
+        record=_p("record"),
+    )
+    .on_conflict_do_update(index_elements=["reservation_id"], set_={"ends_ns": _p("ends_ns"), "record": _p("record")})
+)
+_use_of = reservation_use.c.reservation_id == reservations.c.reservation_id
+_with_use = sa.select(reservations.c.record, reservation_use.c.node, reservation_use.c.used_bytes).select_from(
+    reservations.outerjoin(reservation_use, _use_of)
+)
+RESERVATION = _sql(_with_use.where(reservations.c.reservation_id == _p("reservation_id")))
+RESERVATIONS = _sql(_with_use.where(reservations.c.ends_ns > _p("ends_after_ns")))
+DELETE_USE_ENDED = _sql(
+    sa.delete(reservation_use).where(
+        reservation_use.c.reservation_id.in_(
+            sa.select(reservations.c.reservation_id).where(reservations.c.ends_ns < _p("before_ns"))
+        )
+    )
+)
+DELETE_RESERVATIONS_ENDED = _sql(sa.delete(reservations).where(reservations.c.ends_ns < _p("before_ns")))
+DELETE_USE_OF_BUCKET = _sql(
+    sa.delete(reservation_use).where(
+        reservation_use.c.reservation_id.in_(
+            sa.select(reservations.c.reservation_id).where(reservations.c.bucket == _p("name"))
+        )
+    )
+)
+DELETE_RESERVATIONS_OF_BUCKET = _sql(sa.delete(reservations).where(reservations.c.bucket == _p("name")))
+USE_GAINS = _sql(
+    sqlite.insert(reservation_use)
+    .values(reservation_id=_p("reservation_id"), node=_p("node"), used_bytes=_p("bytes"))
+    .on_conflict_do_update(
+        index_elements=["reservation_id", "node"],
+        set_={"used_bytes": reservation_use.c.used_bytes + _p("bytes")},
+    )
+)
+USE_LOSES = _sql(
+    sa.update(reservation_use)
+    .where(reservation_use.c.reservation_id == _p("of"), reservation_use.c.node == _p("of_node"))
+    .values(used_bytes=reservation_use.c.used_bytes - _p("bytes"))
+)
+INSERT_CHARGE = _sql(
+    sqlite.insert(charges).values(
+        node=_p("node"),
+        slot=_p("slot"),
+        segment=_p("segment"),
+        generation=_p("generation"),
+        offset=_p("offset"),
+        reservation_id=_p("reservation_id"),
+        bytes=_p("bytes"),
+    )
+)
+_charged = sa.and_(
+    charges.c.node == _p("node"),
+    charges.c.slot == _p("slot"),
+    charges.c.segment == _p("segment"),
+    charges.c.generation == _p("generation"),
+    charges.c.offset == _p("offset"),
+)
+CHARGE = _sql(sa.select(charges.c.reservation_id, charges.c.bytes).where(_charged))
+DELETE_CHARGE = _sql(sa.delete(charges).where(_charged))
+ANY_CHARGE = _sql(sa.select(_one).select_from(charges).limit(_one).offset(_none))
 
 # -- objects: reads
 RECORD_COLUMNS = (

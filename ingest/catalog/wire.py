@@ -24,6 +24,8 @@ from ingest.records import (
     FrameLedger,
     FreedExtents,
     NodeRecord,
+    Offer,
+    Reservation,
     Retention,
     SettleRequest,
     UploadRecord,
@@ -73,6 +75,23 @@ class ConfigureBucket(msgspec.Struct, frozen=True, array_like=True, tag="configu
 
 class PutUser(msgspec.Struct, frozen=True, array_like=True, tag="put-user"):
     user: UserRecord
+
+
+class Reserve(msgspec.Struct, frozen=True, array_like=True, tag="reserve"):
+    reservation: Reservation
+    """Its shares are decided; ``from_ns`` in the past is now."""
+    offers: tuple[Offer, ...]
+    """What every node of the cluster has in all."""
+
+
+class ExtendReservation(msgspec.Struct, frozen=True, array_like=True, tag="extend-reservation"):
+    reservation_id: str
+    until_ns: int
+    offers: tuple[Offer, ...]
+
+
+class ReleaseReservation(msgspec.Struct, frozen=True, array_like=True, tag="release-reservation"):
+    reservation_id: str
 
 
 class AmendObject(msgspec.Struct, frozen=True, array_like=True, tag="amend-object"):
@@ -274,6 +293,9 @@ Mutation = (
     | TagBucket
     | ConfigureBucket
     | PutUser
+    | Reserve
+    | ExtendReservation
+    | ReleaseReservation
     | AmendObject
     | RestoreObject
     | MarkNoticed

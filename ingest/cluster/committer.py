@@ -231,6 +231,7 @@ class ClusterCommitter(BatchMaker):
             self._db.execute("ROLLBACK")
         self._notices.forget()
         self._decider.forget()
+        self._index.forget()
 
     def _tell_time(self, engine_ns: int) -> int:
         """The time that this batch is decided at: the engine's, moved as a test has moved this node's clock."""
@@ -337,6 +338,7 @@ class ClusterCommitter(BatchMaker):
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            self._index.forget()
             self._next, self._chain = next_of(self._db), chain_of(self._db)
             raise
         for batch, logged in zip(applied, batches, strict=True):

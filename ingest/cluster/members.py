@@ -29,6 +29,8 @@ class Load(msgspec.Struct, frozen=True):
     bodies: int = 0
     """Bodies that arrive now."""
     log_format: int = 0
+    ingest_bytes_per_s: int = 0
+    """What it takes in, at most; 0: it does not say."""
 
 
 class Member(msgspec.Struct, frozen=True):

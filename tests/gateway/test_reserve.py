@@ -1,0 +1,184 @@
+"""``hiss reserve`` and ``/v1/reservations`` on a real node: made, listed, extended, released, refused with what would fit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+
+from gateway.cli.output import CliError
+from gateway.cli.quantities import parse_duration, parse_rate, parse_size, parse_time
+
+NOW = datetime.datetime(2026, 12, 1, 10, 0, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("20TB", 20 * 10**12), ("1.5 TiB", 3 << 39), ("0", 0), ("7", 7), ("512 MiB", 512 << 20)]
+)
+def test_sizes_as_people_write_them(text: str, size_bytes: int) -> None:
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "rate_bytes_per_s"),
+    [("20Gbps", 2_500_000_000), ("2.5GB/s", 2_500_000_000), ("800 Mbit/s", 10**8), ("1GiB/s", 1 << 30), ("8bps", 1)],
+)
+def test_a_small_b_is_a_bit(text: str, rate_bytes_per_s: int) -> None:
+    assert parse_rate(text) == rate_bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("now", NOW),
+        ("+8h", NOW + datetime.timedelta(hours=8)),
+        ("2026-12-02T08:00Z", datetime.datetime(2026, 12, 2, 8, tzinfo=datetime.UTC)),
+        ("2026-12-02 08:00+02:00", datetime.datetime(2026, 12, 2, 6, tzinfo=datetime.UTC)),
+        ("2026-12-02 08:00", datetime.datetime(2026, 12, 2, 8).astimezone()),
+    ],
+)
+def test_times_as_people_write_them(text: str, moment: datetime.datetime) -> None:
+    assert parse_time(text, NOW) == moment
+
+
+def test_a_time_of_day_is_the_next_one() -> None:
+    later = parse_time("12:30", NOW)
+    assert NOW < later <= NOW + datetime.timedelta(days=1)
+    assert (later.astimezone().hour, later.astimezone().minute) == (12, 30)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (parse_size, "many"),
+        (parse_rate, "20"),
+        (parse_rate, "20 TB"),
+        (parse_duration, "soon"),
+        (lambda text: parse_time(text, NOW), "25:00"),
+        (lambda text: parse_time(text, NOW), "tomorrow"),
+    ],
+)
+def test_what_cannot_be_read_says_its_form(parse: Callable[[str], object], text: str) -> None:
+    with pytest.raises(CliError, match=text):
+        parse(text)
+
+
+@pytest.fixture(scope="module")
+def node(start_node: Callable[..., Any]) -> Any:
+    node = start_node("--set", "kernels=off", "--set", "ingest_bytes_per_s=1GB")
+    s3 = _s3(node)
+    for bucket in ("scan-a", "scan-b", "scan-c"):
+        s3.create_bucket(Bucket=bucket)
+    return node
+
+
+def _s3(node: Any) -> Any:
+    keys = node.keys()
+    return boto3.client(
+        "s3",
+        endpoint_url=node.url("s3"),
+        aws_access_key_id=keys["access_key"],
+        aws_secret_access_key=keys["secret_key"],
+        region_name="us-east-1",
+    )
+
+
+def _api(node: Any) -> httpx.Client:
+    keys = node.keys()
+    return httpx.Client(base_url=node.url("control"), auth=(keys["access_key"], keys["secret_key"]), timeout=30)
+
+
+def test_an_operator_reserves_lists_extends_and_releases(node: Any, here: Callable[..., Any]) -> None:
+    at = ("--data", str(node.data_dir))
+    begins = "2031-05-06T08:00Z"
+    wanted = ("--capacity", "600MB", "--rate", "4Gbps", "--from", begins, "--until", "+8h")
+    made = here("reserve", "scan-a", *wanted, *at, "--json").json
+    assert (made["bucket"], made["state"], made["capacity_bytes"]) == ("scan-a", "planned", 600_000_000)
+    assert made["nodes"] == [
+        {"node": 0, "capacity_bytes": 600_000_000, "rate_bytes_per_s": 500_000_000, "used_bytes": 0}
+    ]
+    assert made["until"] == "2031-05-06T16:00:00Z"
+
+    refused = here("reserve", "scan-b", *wanted, *at)
+    assert refused.code == 2
+    assert "366.4 MB and 4 Gbps are free over the whole time" in refused.err
+    assert "it fits from 2031-05-06T16:00:00Z on" in refused.err
+
+    longer = here("reserve", "extend", made["id"], "--until", "+2h", *at, "--json").json
+    assert longer["until"] == "2031-05-06T18:00:00Z"
+
+    calendar = here("reserve", "list", *at, "--json").json
+    assert [one["id"] for one in calendar["reservations"]] == [made["id"]]
+    (busy,) = (step for step in calendar["free"] if step["from"] == "2031-05-06T08:00:00Z")
+    assert (busy["until"], busy["rate_bytes_per_s"]) == ("2031-05-06T18:00:00Z", 500_000_000)
+    table = here("reserve", "list", *at).out
+    assert "scan-a" in table
+    assert "free from" in table
+
+    released = here("reserve", "release", made["id"], *at, "--json").json
+    assert released["state"] == "released"
+    assert here("reserve", "list", *at, "--json").json["reservations"] == []
+    assert here("reserve", "list", "--ended", *at, "--json").json["reservations"][0]["id"] == made["id"]
+    assert here("reserve", "show", made["id"], *at, "--json").json == released
+    assert "released" in here("reserve", "show", made["id"], *at).out
+
+
+def test_mistakes_are_one_line(node: Any, here: Callable[..., Any]) -> None:
+    at = ("--data", str(node.data_dir))
+    for arguments, complaint in (
+        (("no-such-bucket", "--rate", "1Gbps", "--until", "+1h"), "there is no such bucket"),
+        (("scan-a", "--until", "+1h"), "neither capacity nor rate"),
+        (("scan-a", "--rate", "1Gbps", "--until", "2020-01-01"), "is not after"),
+        (("show", "nobody"), "there is no such reservation"),
+    ):
+        done = here("reserve", *arguments, *at)
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
+        assert complaint in done.err
+
+
+def test_the_api_describes_itself_and_asks_for_an_operator(node: Any) -> None:
+    with _api(node) as api:
+        paths = api.get("/openapi.json").json()["paths"]
+        assert set(paths["/v1/reservations"]) == {"get", "post"}
+        assert set(paths["/v1/reservations/{reservation_id}"]) == {"get", "delete"}
+        wanted = {
+            "id": "night-1",
+            "bucket": "scan-c",
+            "rate_bytes_per_s": 10**6,
+            "from": "2031-06-01T20:00:00Z",
+            "until": "2031-06-02T06:00:00+00:00",
+        }
+        first = api.post("/v1/reservations", json=wanted)
+        assert (first.status_code, first.json()["id"]) == (201, "night-1")
+        assert api.post("/v1/reservations", json=wanted).json() == first.json()
+        assert api.post("/v1/reservations", json=wanted | {"bucket": "scan-b"}).status_code == 409
+        assert api.post("/v1/reservations", json=wanted | {"until": "2031-06-02T06:00:00"}).status_code == 422
+        assert api.post("/v1/reservations", json=wanted | {"colour": "red"}).status_code == 422
+        busy = wanted | {"id": "", "bucket": "scan-b", "rate_bytes_per_s": 10**9}
+        refused = api.post("/v1/reservations", json=busy)
+        assert refused.status_code == 409
+        assert "7.992 Gbps are free" in refused.json()["detail"]
+        with httpx.Client(base_url=node.url("control")) as nobody:
+            assert nobody.post("/v1/reservations", json=wanted).status_code == 401
+            assert nobody.get("/v1/reservations").status_code == 401
+        assert api.delete("/v1/reservations/night-1").json()["state"] == "released"
+
+
+def test_a_user_of_one_bucket_sees_when_and_not_whose(node: Any) -> None:
+    keys = json.loads(node.hiss("user", "add", "guest", "--grant", "write:scan-b", "--json").stdout)
+    with _api(node) as api:
+        wanted = {"bucket": "scan-c", "rate_bytes_per_s": 10**6, "until": "2031-06-02T06:00:00Z"}
+        made_id = api.post("/v1/reservations", json=wanted).json()["id"]
+    credentials = (keys["access_key"], keys["secret_key"])
+    with httpx.Client(base_url=node.url("control"), auth=credentials, timeout=30) as guest:
+        (seen,) = guest.get("/v1/reservations").json()["reservations"]
+        assert (seen["id"], seen["bucket"], seen["owner"], seen["state"]) == (made_id, None, None, "active")
+        assert guest.post("/v1/reservations", json=wanted).status_code == 403
+        assert guest.delete(f"/v1/reservations/{made_id}").status_code == 403
+    with _api(node) as api:
+        api.delete(f"/v1/reservations/{made_id}")
