@@ -14,35 +14,42 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 
 from ingest.blockio import AlignedBuffer, write_fully
+from ingest.cluster.neighbours import Neighbours
+from ingest.cluster.relay import RelayReader, open_copies
 from ingest.counters import SLOTS, Counters
 from ingest.errors import CatalogUnavailable, DataLost, StorageFailed
 from ingest.label import Label, write_label
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
-from ingest.reader import SegmentReader, StaleExtent
+from ingest.reader import SegmentReader, StaleExtent, lies_on
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
 from ingest.segments import Reservation, SegmentStore
 
 STAGING_BYTES = 8 << 20
 SETTLE_TIMEOUT_S = 30.0
 OPEN_TRIES = 5
+REOPEN_WAIT_S = 0.05
 OPEN_SEGMENTS_PER_SLOT = 3
 """One for each lifetime class: partly filled, and not to be counted as full."""
 
 
-async def open_version(paths: NodePaths, catalog: Catalog, executor: Executor, record: ObjectRecord) -> SegmentReader:
-    """Open all bytes of a version where they are now. Raises NoSuchKey (deleted meanwhile), DataLost,
-    CatalogUnavailable."""
+async def open_version(
+    paths: NodePaths, catalog: Catalog, executor: Executor, neighbours: Neighbours | None, me: int, record: ObjectRecord
+) -> SegmentReader | RelayReader:
+    """Open all bytes of a version where they are now, here (``me``) or on another node. Raises NoSuchKey (deleted meanwhile),
+    DataLost, NodeAway, CatalogUnavailable."""
     for _ in range(OPEN_TRIES):
         if not record.settled:
             record = await catalog.settle(record.object_id, SETTLE_TIMEOUT_S)
         try:
-            return await SegmentReader.open(paths, executor, record.extents, 0, record.stored_length)
+            return await open_copies(paths, executor, neighbours, me, record, 0, record.stored_length)
         except StaleExtent as stale:
             # Compaction moved it, or it was deleted: the catalogue knows.
             fresh = await catalog.by_id(record.object_id)
             if fresh.extents == record.extents and fresh.settled == record.settled:
-                raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
+                if lies_on(me, record.extents, 0, record.stored_length):
+                    raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
+                await asyncio.sleep(REOPEN_WAIT_S)  # its node knows of a change that has not reached us
             record = fresh
     raise CatalogUnavailable(f"{record.bucket}/{record.key!r} moves faster than it can be opened")
 

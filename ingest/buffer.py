@@ -22,6 +22,8 @@ import msgspec
 from ingest import bucket_settings
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
 from ingest.body import Body
+from ingest.cluster.neighbours import Neighbours
+from ingest.cluster.relay import RelayReader, open_copies
 from ingest.counters import Counters
 from ingest.errors import (
     BufferFull,
@@ -34,11 +36,11 @@ from ingest.errors import (
     StorageFailed,
 )
 from ingest.label import Label
-from ingest.landing import Lent, fill, read_into
+from ingest.landing import Lent, fill, gather, read_into
 from ingest.packing import PACKED_BYTES_MAX, PackedStream, Packer
 from ingest.paths import NodePaths
 from ingest.ports import Catalog, Domain, FrameHost, FrameReduction, StreamInfo
-from ingest.reader import SegmentReader, StaleExtent
+from ingest.reader import SegmentReader, StaleExtent, lies_on
 from ingest.records import (
     BLOCK_BYTES,
     CommitObject,
@@ -63,6 +65,7 @@ GUARANTEED_SHARE = 0.75
 """Admitted streams may be promised this share of the arena; the rest keeps packing slabs and bursts going."""
 SETTLE_TIMEOUT_S = 30.0
 OPEN_TRIES = 5
+REOPEN_WAIT_S = 0.05
 READ_BYTES = 1 << 20
 """One piece of a range that is read to be stored anew."""
 RESOLVE_RETRY_S = 0.5
@@ -93,6 +96,8 @@ class Buffer:
         self.writer = Writer(segments, executor, counters, lambda: arena.used_bytes / max(1, arena.size_bytes))
         self.packer = Packer(self)
         self.host: FrameHost | None = None
+        self.neighbours: Neighbours | None = None
+        """The other nodes, where this one is of a cluster."""
         self._spans = spans
         self._streams: set[SpanStream] = set()
         """Streams that have not ended, and ended ones whose frames a kernel still reads."""
@@ -360,24 +365,27 @@ class Buffer:
 
     # -- bytes out
 
-    async def open_reader(self, record: ObjectRecord, start: int, stop: int) -> SegmentReader:
-        """Open bytes [start, stop) of a version, settled and recalled if need be.
+    async def open_reader(self, record: ObjectRecord, start: int, stop: int) -> SegmentReader | RelayReader:
+        """Open bytes [start, stop) of a version, settled and recalled if need be, from this node or another.
 
-        Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, CatalogUnavailable.
+        Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, NodeAway, CatalogUnavailable.
         """
+        me = self.segments.node
         for _ in range(OPEN_TRIES):
             if start >= stop:
                 return SegmentReader(self.executor)
-            if not record.settled:
+            if not record.settled and (self.neighbours is None or record.extents[0].node == me):
                 record = await self.catalog.settle(record.object_id, SETTLE_TIMEOUT_S)
             if record.state in (ObjectState.EVICTED, ObjectState.RECALLING):
                 record = await self._recall(record)
             try:
-                return await SegmentReader.open(self.paths, self.executor, record.extents, start, stop)
+                return await open_copies(self.paths, self.executor, self.neighbours, me, record, start, stop)
             except StaleExtent as stale:
                 fresh = await self.catalog.by_id(record.object_id)
                 if fresh.extents == record.extents and fresh.state == record.state:
-                    raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
+                    if lies_on(me, record.extents, start, stop):
+                        raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
+                    await asyncio.sleep(REOPEN_WAIT_S)  # its node knows of a change that has not reached us
                 record = fresh
         raise CatalogUnavailable("the object moves faster than it can be opened")
 
@@ -473,10 +481,14 @@ class Buffer:
                 self.wait_for_memory(freed.set)
                 await freed.wait()
             try:
-                skip = reader.pieces[0].offset % BLOCK_BYTES
-                await asyncio.get_running_loop().run_in_executor(
-                    self.executor, read_into, reader, span.view[skip : skip + length], span.view
-                )
+                skip = 0
+                if isinstance(reader, RelayReader):
+                    await gather(reader.chunks(READ_BYTES), span.view[:length])
+                else:
+                    skip = reader.pieces[0].offset % BLOCK_BYTES
+                    await asyncio.get_running_loop().run_in_executor(
+                        self.executor, read_into, reader, span.view[skip : skip + length], span.view
+                    )
             except BaseException:
                 self.give_span(span)
                 raise

@@ -7,7 +7,7 @@ What always holds: a span is given back exactly once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from ingest.arena import Span
 from ingest.blockio import open_direct, read_fully
@@ -46,6 +46,16 @@ async def fill(stream: BodySink, piece: memoryview) -> None:
         view[:count] = piece[done : done + count]
         stream.received(count)
         done += count
+
+
+async def gather(pieces: AsyncIterator[memoryview], view: memoryview) -> None:
+    """Copy pieces one behind the other into ``view``, which they fill."""
+    done = 0
+    async for piece in pieces:
+        view[done : done + len(piece)] = piece
+        done += len(piece)
+    if done != len(view):
+        raise DataLost(f"{len(view)} bytes were opened and {done} read")
 
 
 def read_into(reader: SegmentReader, view: memoryview, span: memoryview) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import fcntl
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Executor
 
 from ingest.blockio import AlignedBuffer, open_direct, read_fully
@@ -47,6 +47,12 @@ def pieces_of(extents: Iterable[Extent], start: int, stop: int) -> Iterable[tupl
         if low < high:
             yield extent, low - position, high - low
         position += extent.length
+
+
+def lies_on(node: int, copy: Sequence[Extent], start: int, stop: int) -> bool:
+    """Do body bytes [start, stop) of a copy lie on ``node``, all of them?"""
+    found = list(pieces_of(copy, start, stop))
+    return sum(count for _, _, count in found) == stop - start and all(extent.node == node for extent, _, _ in found)
 
 
 class SegmentReader:
@@ -111,7 +117,7 @@ class SegmentReader:
             os.close(fd)
         self._fds.clear()
 
-    async def chunks(self, size_bytes: int) -> AsyncIterator[memoryview]:
+    async def chunks(self, size_bytes: int) -> AsyncGenerator[memoryview, None]:
         """The range read past the page cache, one read ahead; each view is valid until the next is asked for."""
         size_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         loop = asyncio.get_running_loop()

@@ -190,6 +190,9 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
     ingest.StorageFailed: "InternalError",
     ingest.DataLost: "InternalError",
     ingest.ObjectOffline: "SlowDown",
+    ingest.NodeAway: "ServiceUnavailable",
+    ingest.MirrorUnavailable: "ServiceUnavailable",
+    ingest.MirrorMissing: "ServiceUnavailable",
     ingest.CatalogUnavailable: "ServiceUnavailable",
     ingest.NoSuchBucket: "NoSuchBucket",
     ingest.BucketExists: "BucketAlreadyExists",
@@ -245,6 +248,8 @@ def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
     if isinstance(error, ingest.BucketExists) and error.owner == user_id:
         return S3Error("BucketAlreadyOwnedByYou")
     if isinstance(error, ingest.KernelsUnavailable):
+        return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
+    if isinstance(error, ingest.NodeAway | ingest.MirrorUnavailable):
         return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
     if isinstance(error, ingest.PreconditionFailed):
         return S3Error("PreconditionFailed", fields=[("Condition", error.condition)])

@@ -77,11 +77,7 @@ class PeerService:
             reader = await self._holdings.open(object_id, start, stop, base, extents, settle=settle)
         except NotHere as error:
             raise S3Error("NoSuchKey", str(error)) from None
-
-        async def closed() -> None:
-            reader.close()
-
-        return Response(206, [], FileBody(reader.pieces, stop - start, closed))
+        return Response(206, [], FileBody.of(reader, stop - start))
 
     async def _mirror(self, request: Request, object_id: bytes) -> Response:
         body = _described(request, object_id)

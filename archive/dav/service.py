@@ -148,11 +148,7 @@ class DavService:
             if not self._recalls[user_id]:
                 del self._recalls[user_id]
         await reader.__aenter__()
-
-        async def closed() -> None:
-            await reader.__aexit__(None, None, None)
-
-        return Response(status, headers, FileBody(reader.pieces, stop - start, closed))
+        return Response(status, headers, FileBody.of(reader, stop - start))
 
 
 def _validators(record: ObjectRecord) -> list[tuple[str, str]]:

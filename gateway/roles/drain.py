@@ -20,6 +20,8 @@ from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from gateway.boot import Boot
 from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, shortages
+from gateway.neighbours import neighbours
+from gateway.node_key import NodeKey
 from gateway.notify import Deliverer
 from gateway.settings import Settings
 from gateway.supervisor.table import DRAIN_SLOT
@@ -81,6 +83,7 @@ async def _serve(boot: Boot) -> None:
                 day_s=settings.lifecycle_day_s,
                 every_s=settings.lifecycle_scan_s,
             )
+            others = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
             deliverer = Deliverer(catalog, counters, settings.notification_urls)
             watching = asyncio.create_task(_watch(usage))
             boot.ready()
@@ -88,7 +91,7 @@ async def _serve(boot: Boot) -> None:
                 await process.serve(
                     catalog=catalog,
                     target=PosixTarget(settings.archive_dir, threads, identity_file=boot.paths.archive_identity),
-                    open_reader=functools.partial(open_version, boot.paths, catalog, executor),
+                    open_reader=functools.partial(open_version, boot.paths, catalog, executor, others, catalog.node),
                     landing=SegmentLanding(segments),
                     usage=usage,
                     snapshots_dir=boot.paths.snapshots,
@@ -101,6 +104,7 @@ async def _serve(boot: Boot) -> None:
                 watching.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
+                await others.client.close()
                 segments.close()
                 threads.close()
 

@@ -27,6 +27,7 @@ from gateway.boot import Boot
 from gateway.control.auth import authenticator, sight_maker
 from gateway.control.process import tls_context
 from gateway.drain_storage import files_elsewhere
+from gateway.neighbours import neighbours
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from gateway.supervisor.resources import write_atomically
@@ -103,6 +104,7 @@ async def _serve(boot: Boot) -> None:
             counters=counters,
             recall_timeout_s=settings.recall_timeout_s,
         )
+        buffer.neighbours = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
         prefault.start()
         async with _kernels(boot, settings, buffer, counters) as host:
             buffer.host = host
@@ -114,6 +116,7 @@ async def _serve(boot: Boot) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
         await buffer.close(settings.shutdown_grace_s / 2)
+        await buffer.neighbours.client.close()
     executor.shutdown(wait=True)
     segments.close()
 

@@ -15,8 +15,8 @@ from ingest.buffer import Buffer
 from ingest.cluster.peer import MirrorAnswer, MirrorOf
 from ingest.errors import NoSuchKey
 from ingest.packing import PackedStream
-from ingest.reader import SegmentReader, StaleExtent, pieces_of
-from ingest.records import BucketRecord, Extent, ObjectRecord
+from ingest.reader import SegmentReader, StaleExtent, lies_on
+from ingest.records import BucketRecord, Extent
 from ingest.stream import SpanStream
 from ingest.stream_types import StreamDigest, StreamSpec
 
@@ -56,7 +56,7 @@ class Holdings:
         except NoSuchKey:
             raise NotHere(f"no version {object_id.hex()} is here") from None
         for copy in (record.extents, record.mirror):
-            if local(copy, self.node, start, stop):
+            if lies_on(self.node, copy, start, stop):
                 try:
                     return await SegmentReader.open(buffer.paths, buffer.executor, copy, start, stop)
                 except StaleExtent:
@@ -78,14 +78,3 @@ class Holdings:
         """The copy is durable: hold it until the catalogue knows of the version it belongs to. Raises CatalogError."""
         await stream.hold()
         return MirrorAnswer(self.node, digest.length, f"{digest.crc64nvme:016x}")
-
-
-def local(copy: Sequence[Extent], node: int, start: int, stop: int) -> bool:
-    """Do body bytes [start, stop) of a copy lie on ``node``, all of them?"""
-    found = list(pieces_of(copy, start, stop))
-    return sum(count for _, _, count in found) == stop - start and all(extent.node == node for extent, _, _ in found)
-
-
-def copies(record: ObjectRecord) -> tuple[tuple[Extent, ...], ...]:
-    """The copies of a version's bytes that are in buffers."""
-    return tuple(copy for copy in (record.extents, record.mirror) if copy)

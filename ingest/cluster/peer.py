@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 from urllib.parse import quote, urlsplit
 
@@ -272,8 +272,12 @@ class Fetched:
         self._wire: Wire | None = wire
         self._answer = answer
 
-    async def chunks(self) -> AsyncIterator[memoryview]:
-        """The bytes in order; each view is valid until the next is asked for. Raises NodeAway."""
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def chunks(self, size_bytes: int = BUFFER_BYTES) -> AsyncGenerator[memoryview, None]:
+        """The bytes in order, as they come (``size_bytes`` is for readers of files); each view is valid until the next is asked
+        for. Raises NodeAway."""
         wire = self._wire
         assert wire is not None
         try:
@@ -365,12 +369,16 @@ class MirrorStream:
         return answer, document
 
 
+class NotThere(NodeAway):
+    """The node is there, and does not hold these bytes (any more)."""
+
+
 def refusal(member: PeerAddress, answer: Answer, document: bytes) -> NodeAway | BufferFull:
     """What an answer that is not the one hoped for means."""
     said = error_message(document)
     if answer.status == 503 and said.startswith("SlowDown"):
         return BufferFull(f"node {member.name} has no room for another copy")
-    return NodeAway(member.name, f"answered {answer.status} {said}".strip())
+    return (NotThere if answer.status == 404 else NodeAway)(member.name, f"answered {answer.status} {said}".strip())
 
 
 def error_message(document: bytes) -> str:

@@ -239,7 +239,7 @@ class Wire(asyncio.BufferedProtocol):
             return early
         while True:
             view = ring.take()
-            if self._left:
+            if self._left and not ring.starved:
                 self._resume()
             if view is not None:
                 return view

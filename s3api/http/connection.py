@@ -29,6 +29,7 @@ from s3api.http.send import (
     CONTINUE,
     FileSender,
     response_head,
+    send_chunks,
     send_file_encrypted,
     send_iterated,
     send_small_file,
@@ -418,14 +419,7 @@ class HttpConnection(asyncio.BufferedProtocol):
                 self.progress(len(body))
         elif isinstance(body, FileBody):
             wire = response_head(response, length=body.length, chunked=False, close=close)
-            if bodiless or not body.length:
-                self.write(wire)
-            elif body.length <= self.limits.small_send_bytes:
-                await send_small_file(self, wire, body)
-            elif self.server.secure:
-                await send_file_encrypted(self, wire, body)
-            else:
-                await FileSender(self, wire, body).send()
+            await self._send_stored(wire, None if bodiless else body)
         else:
             chunked = length is None and head.http11
             self.write(response_head(response, length=length, chunked=chunked, close=close or not head.http11))
@@ -433,6 +427,18 @@ class HttpConnection(asyncio.BufferedProtocol):
                 await send_iterated(self, body, chunked=chunked, length=length)
         # A peer that asks and never reads must not fill our memory.
         await self.drained(empty=False)
+
+    async def _send_stored(self, wire: bytes, body: FileBody | None) -> None:
+        if body is None or not body.length:
+            self.write(wire)
+        elif body.chunks is not None:
+            await send_chunks(self, wire, body.chunks(self.limits.send_window_bytes), body.length)
+        elif body.length <= self.limits.small_send_bytes:
+            await send_small_file(self, wire, body)
+        elif self.server.secure:
+            await send_file_encrypted(self, wire, body)
+        else:
+            await FileSender(self, wire, body).send()
 
     def _close_after_answer(self, *, clean: bool) -> None:
         if clean or self._eof:

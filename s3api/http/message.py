@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
-from ingest.ports import BodySink, FilePiece
+from ingest.ports import BodySink, FilePiece, ObjectReader
 
 
 class Headers:
@@ -128,6 +128,17 @@ class FileBody:
     pieces: Sequence[FilePiece]
     length: int
     closed: Callable[[], Awaitable[None]]
+    chunks: Callable[[int], AsyncIterator[memoryview]] | None = None
+    """Where the bytes are in no file here: views of them, each valid until the next."""
+
+    @classmethod
+    def of(cls, reader: ObjectReader, length: int) -> FileBody:
+        """What an entered ``reader`` has opened; it is left when everything is sent."""
+
+        async def closed() -> None:
+            await reader.__aexit__(None, None, None)
+
+        return cls(reader.pieces, length, closed, None if reader.pieces else reader.chunks)
 
 
 @dataclasses.dataclass(slots=True)

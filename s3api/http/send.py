@@ -333,6 +333,19 @@ async def send_file_encrypted(outlet: Outlet, head: bytes, body: FileBody) -> No
             offset += count
 
 
+async def send_chunks(outlet: Outlet, head: bytes, chunks: AsyncIterator[memoryview], length: int) -> None:
+    """Bytes that come from elsewhere, in memory that is used again once the peer has taken them."""
+    outlet.write(head)
+    sent = 0
+    async for view in chunks:
+        outlet.write(view)
+        await outlet.drained(empty=True)
+        sent += len(view)
+        outlet.progress(len(view))
+    if sent != length:
+        raise OSError(errno.EIO, f"{length} bytes were announced and {sent} came")
+
+
 async def in_thread(loop: asyncio.AbstractEventLoop, work: Callable[[], int]) -> int:
     """Run in the default executor; a cancelled caller still waits, for the thread uses its descriptors and memory."""
     future: Awaitable[int] = loop.run_in_executor(None, work)

@@ -230,11 +230,7 @@ async def _read(call: Call, *, body: bool) -> Response:
         return Response(status, answer, content_length=stop - start)
     reader = await open_version(call, record, settings, start, stop)
     await reader.__aenter__()
-
-    async def closed() -> None:
-        await reader.__aexit__(None, None, None)
-
-    return Response(status, answer, FileBody(reader.pieces, stop - start, closed))
+    return Response(status, answer, FileBody.of(reader, stop - start))
 
 
 _KEPT_BY_304 = frozenset({"etag", "last-modified", "cache-control", "expires", "x-amz-version-id"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import secrets
 import socket
@@ -31,7 +32,10 @@ from ingest.buffer import Buffer
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
 from ingest.cluster.holdings import Holdings
-from ingest.cluster.signing import PeerKey
+from ingest.cluster.members import Members
+from ingest.cluster.neighbours import Neighbours
+from ingest.cluster.peer import PeerClient, PeerLimits
+from ingest.cluster.signing import PeerKey, Sender
 from ingest.counters import CATALOGUE, Counters
 from ingest.paths import NodePaths
 from ingest.ports import FrameHost, KernelRefused
@@ -48,6 +52,7 @@ from s3api.peers import PeerService
 from s3api.service import S3Service
 
 START_TIMEOUT_S = 20.0
+PEER_LIMITS = PeerLimits(connect_s=2.0, answer_s=3.0, stall_s=2.0)
 PEER_KEY = PeerKey.derived(b"the key that nodes of a cluster share")
 REGIONS, REGION_BYTES, SLAB_BYTES = 4, 64 << 20, 4 << 20
 
@@ -182,6 +187,8 @@ class NodeThread:
                 recall_timeout_s=0.2,
             )
             users = CatalogUsers(self.catalog, lambda _, key: self._secrets[key.secret], SessionSealer(b"k" * 32))
+            client = PeerClient(PEER_KEY, lambda: Sender(self.number, 1), limits=PEER_LIMITS)
+            self.buffer.neighbours = Neighbours(Members(self.paths), client)
             peers = PeerService(Holdings(self.buffer), PEER_KEY)
             self.service = S3Service(self.buffer, users, self.counters, self._settings, self._kernels, peers=peers)
             server = Server(
@@ -201,11 +208,76 @@ class NodeThread:
             await self._stop.wait()
             await asyncio.gather(server.close(2.0), tls_server.close(2.0))
             await self.buffer.close(5.0)
+            await client.close()
         down.set()
         await writer
         executor.shutdown()
         self._listener.close()
         self._tls_listener.close()
+
+
+class Link:
+    """A TCP proxy in front of a node, in a thread: it can be cut, or go silent, after so many bytes in either direction."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.cut_after: int | None = None
+        self.silent_after: int | None = None
+        self.passed = 0
+        self._pairs: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._acceptor = threading.Thread(target=self._accept, name="link")
+        self._acceptor.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:
+                near.close()
+                continue
+            self._pairs += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                thread = threading.Thread(target=self._pump, args=(source, sink))
+                self._threads.append(thread)
+                thread.start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(64 << 10):
+                self.passed += len(data)
+                if self.cut_after is not None and self.passed > self.cut_after:
+                    break
+                if self.silent_after is None or self.passed <= self.silent_after:
+                    sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Everything passes again; what was cut stays cut."""
+        self.cut_after = self.silent_after = None
+        self.passed = 0
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._acceptor.join()
+        for end in self._pairs:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in self._pairs:
+            end.close()
 
 
 def write_certificate(path: Path) -> None:
