@@ -53,6 +53,8 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     span_table: int | None = None
     """memfd of the slot (ingest/span_table.py): what a successor must know of the regions' content."""
     counters: int | None = None
+    shares: int | None = None
+    """memfd of ingest/share_table.py."""
     ready_fd: int | None = None
     """Write end of a pipe: one byte says ready. Use ``Boot.ready``."""
     restarts: int = 0
@@ -67,7 +69,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
 
     def descriptors(self) -> list[int]:
         """Every descriptor named here: what the spawn must pass on."""
-        single = (*msgspec.structs.astuple(self.listeners), self.span_table, self.counters, self.ready_fd)
+        single = (*msgspec.structs.astuple(self.listeners), self.span_table, self.counters, self.shares, self.ready_fd)
         return [*self.regions, *(fd for fd in single if fd is not None)]
 
     def ready(self) -> None:

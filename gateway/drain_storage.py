@@ -245,6 +245,18 @@ class BufferUsage:
         return self._used_bytes, self._capacity_bytes
 
 
+def reserved_usage(
+    usage: Callable[[], tuple[int, int]], held: Callable[[], int], evict_high: float
+) -> Callable[[], tuple[int, int]]:
+    """``usage``, made to look above the high mark where what is reserved and not used yet (``held``) does not fit beside it."""
+
+    def reserved() -> tuple[int, int]:
+        used_bytes, capacity_bytes = usage()
+        return max(used_bytes, used_bytes + held() - int((1 - evict_high) * capacity_bytes)), capacity_bytes
+
+    return reserved
+
+
 def shortages(counters: Counters) -> int:
     """How often a body found no room, over all slots."""
     return sum(int(counters.read(slot, "hiss_segment_short_total", (), 1)[0]) for slot in range(SLOTS))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingest.admission import Admission
 from ingest.errors import CatalogUnavailable, IngestError, StreamAborted
 from ingest.records import CommitObject, CommitPart, Durability, Extent, FrameGeometry, ObjectRecord, PartRecord
+from ingest.share_table import ACTIVE, BEST
 from ingest.stream_types import StreamSpec
 
 if TYPE_CHECKING:
@@ -35,11 +38,19 @@ class Body(abc.ABC):
     discarded_bytes: int | None = None
     """Bytes of the body that are not stored, once a STOP has cut it short."""
     cut: asyncio.Event | None = None
+    lane = BEST
+    lane_version = -1
+    counted = 0
+    """For ingest/shaping.py: the lane, as of which version of the table, and the bytes that it counted."""
 
     def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
         self.plane = plane
         self.spec = spec
         self.object_id = object_id
+        self.began_ns = 0
+        self.admission = Admission()
+        self.backlog: Callable[[], int] = _none
+        """Bytes that have come and wait in the socket."""
         self.length = 0
         self.memory = spec.settings.durability is Durability.MEMORY and not spec.part
         self.ended = False
@@ -84,6 +95,19 @@ class Body(abc.ABC):
         self._waiter = asyncio.get_running_loop().create_future()
         self.plane.wait_for_memory(self.wake)
         await self._waiter
+
+    async def wait_for_turn(self) -> None:
+        """Until whoever has a reservation leaves something."""
+        shaper = self.plane.shaper
+        while shaper.words[ACTIVE] and self.failure is None and not shaper.may_read(self):
+            self._waiter = asyncio.get_running_loop().create_future()
+            shaper.queue(self)
+            await self._waiter
+
+    @property
+    def received_total(self) -> int:
+        """Bytes that have come, stored or not."""
+        return self.length + (self.discarded_bytes or 0)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -222,3 +246,7 @@ class Body(abc.ABC):
     @property
     def is_refused(self) -> bool:
         return self.ended and not self.accepted and not self.limbo
+
+
+def _none() -> int:
+    return 0

@@ -41,6 +41,8 @@ class BucketSettings:
     the connection is closed) or ``ignore`` (stored, not judged). What arrived before is stored in every case."""
     raw_filter_wait_s: int = 3600
     """How long the drain waits for a filter before it takes the raw data as they are."""
+    outside_slot: str = "best-effort"
+    """``best-effort`` or ``refuse``: what becomes of a PUT while the bucket has no reservation."""
     archive_mode: int = 0o640
     archive_group: int | None = None
     """Numeric group id of archived files; None keeps the archive process's own."""
@@ -85,6 +87,7 @@ _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
     "hiss.run-timeout-s": ("run_timeout_s", _whole(0, 52 * _WEEK_S)),
     "hiss.stop": ("stop", _choice("discard", "answer", "ignore")),
     "hiss.raw-filter-wait-s": ("raw_filter_wait_s", _whole(0, 52 * _WEEK_S)),
+    "hiss.outside-slot": ("outside_slot", _choice("best-effort", "refuse")),
     "hiss.archive-mode": ("archive_mode", _whole(0o400, 0o777, 8)),
     "hiss.archive-group": ("archive_group", _whole(0, 2**32 - 2)),
     "hiss.archive-owner": ("archive_owner", _whole(0, 2**32 - 2)),

@@ -20,6 +20,7 @@ from concurrent.futures import Executor
 import msgspec
 
 from ingest import bucket_settings
+from ingest.admission import Admission, Admissions
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
 from ingest.body import Body
 from ingest.cluster.neighbours import Neighbours
@@ -31,6 +32,7 @@ from ingest.errors import (
     CatalogUnavailable,
     DataLost,
     IngestError,
+    NotAdmitted,
     ObjectOffline,
     StaleVersion,
     StorageFailed,
@@ -52,7 +54,9 @@ from ingest.records import (
     ObjectState,
     SettleRequest,
 )
-from ingest.segments import Reservation, SegmentStore
+from ingest.segments import OPEN_EXTENT_BYTES, Reservation, SegmentStore
+from ingest.shaping import EXEMPT, Shaper
+from ingest.share_table import ShareTable
 from ingest.span_table import OwedSpan, SpanTable
 from ingest.storage_class import needs_restore
 from ingest.stream import SpanStream
@@ -63,6 +67,10 @@ logger = logging.getLogger(__name__)
 
 GUARANTEED_SHARE = 0.75
 """Admitted streams may be promised this share of the arena; the rest keeps packing slabs and bursts going."""
+RESERVED_MEMORY_S = 0.25
+"""A reserved stream can count on memory for so much of its rate,"""
+RESERVED_ARENA_SHARE = 0.5
+"""and on so much of the arena at most."""
 SETTLE_TIMEOUT_S = 30.0
 OPEN_TRIES = 5
 REOPEN_WAIT_S = 0.05
@@ -86,6 +94,7 @@ class Buffer:
         executor: Executor,
         counters: Counters,
         recall_timeout_s: float = 30.0,
+        shares: ShareTable | None = None,
     ) -> None:
         self.paths = paths
         self.arena = arena
@@ -94,6 +103,9 @@ class Buffer:
         self.executor = executor
         self.recall_timeout_s = recall_timeout_s
         self.writer = Writer(segments, executor, counters, lambda: arena.used_bytes / max(1, arena.size_bytes))
+        shares = shares or ShareTable(None)
+        self.admissions = Admissions(catalog, shares, segments.node, segments.slot)
+        self.shaper = Shaper(shares, segments.slot, self.admissions.lane_of)
         self.packer = Packer(self)
         self.host: FrameHost | None = None
         self.neighbours: Neighbours | None = None
@@ -112,6 +124,7 @@ class Buffer:
         self.aborted_streams = counters.cell("hiss_ingest_aborted_streams_total")
         self.backpressure = counters.cell("hiss_ingest_backpressure_total")
         self.discarded_bytes = counters.cell("hiss_ingest_discarded_bytes_total")
+        self._not_admitted = counters.cell("hiss_reservation_refused_total")
         self._slow_down = counters.cell("hiss_ingest_slow_down_total")
         self._active_gauge = counters.cell("hiss_ingest_active_streams")
         self._active_gauge.set(0)
@@ -121,7 +134,29 @@ class Buffer:
 
     def open_stream(self, spec: StreamSpec) -> SpanStream | PackedStream:
         """Admit a body; raises BufferFull. No memory is held before its first byte."""
-        self._check_room(spec)
+        admission = self._let_in(spec)
+        try:
+            return self._opened(spec, admission)
+        except BaseException:
+            self.admissions.let_go(admission)
+            raise
+
+    def _let_in(self, spec: StreamSpec) -> Admission:
+        """What is reserved lets the body in, and leaves it room. Raises BufferFull."""
+        try:
+            admission = self.admissions.admit(spec)
+        except NotAdmitted:
+            self._slow_down.add()
+            self._not_admitted.add()
+            raise
+        try:
+            self._check_room(spec, self.admissions.held_bytes(admission))
+        except BufferFull:
+            self.admissions.let_go(admission)
+            raise
+        return admission
+
+    def _opened(self, spec: StreamSpec, admission: Admission) -> SpanStream | PackedStream:
         object_id = os.urandom(16)
         reduction = None
         kernels: tuple[str, ...] = ()
@@ -139,15 +174,20 @@ class Buffer:
                 kernels = self.host.kernels_for(spec.bucket.name, spec.key)
         stream = self._admitted(spec, object_id, reduction)
         stream.kernels = kernels
+        stream.admission = admission
+        stream.began_ns = self.catalog.now_ns()
         return stream
 
     def open_copy(self, spec: StreamSpec, object_id: bytes) -> SpanStream | PackedStream:
         """Admit the second copy of a body that another node receives under this id; raises BufferFull. No kernel sees it."""
         self._check_room(spec)
-        return self._admitted(spec, object_id, None)
+        stream = self._admitted(spec, object_id, None)
+        stream.lane = EXEMPT
+        return stream
 
-    def _check_room(self, spec: StreamSpec) -> None:
-        if not self.segments.can_hold(spec.length or 0):
+    def _check_room(self, spec: StreamSpec, held_bytes: int = 0) -> None:
+        """``held_bytes``: room that must be left."""
+        if not self.segments.can_hold((spec.length or 0) + held_bytes):
             self._slow_down.add()
             raise BufferFull("the buffer has no room for this body until older data has drained")
 
@@ -182,12 +222,28 @@ class Buffer:
     def _streams_of(self, domain: ArenaDomain | None) -> list[SpanStream]:
         return [stream for stream in self._streams if stream.domain is domain and not stream.ended]
 
-    @staticmethod
-    def _guarantee(stream: SpanStream) -> int:
-        return SPANS_GUARANTEED * stream.span_slabs
+    def _guarantee(self, stream: SpanStream) -> int:
+        """Slabs that the stream can count on: what is reserved must not wait for a disk that others keep busy."""
+        least = SPANS_GUARANTEED * stream.span_slabs
+        share = self.shaper.share_of(stream)
+        if not share:
+            return least
+        most = int(RESERVED_ARENA_SHARE * self.arena.total_slabs(stream.domain))
+        return max(least, min(most, -(-int(share * RESERVED_MEMORY_S) // SLAB_BYTES)))
+
+    def before_extent(self, stream: SpanStream, left_bytes: int | None) -> None:
+        """The stream is about to take more room on disk. Raises BufferFull where that is reserved for others, or where a body
+        of unknown length has come to the end of what its own bucket has reserved."""
+        if left_bytes is None:
+            self.admissions.grow(stream.spec, stream.admission, OPEN_EXTENT_BYTES)
+        held_bytes = self.admissions.held_bytes(stream.admission)
+        if held_bytes and stream.began_ns and not self.segments.can_hold(held_bytes + 1):
+            raise BufferFull("what room there is has been reserved")
 
     def ended(self, body: Body) -> None:
         """The body has been committed, refused, or is in limbo."""
+        self.shaper.ended(body)
+        self.admissions.let_go(body.admission)
         self._active.discard(body)
         self._active_gauge.set(len(self._active))
 

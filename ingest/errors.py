@@ -15,6 +15,14 @@ class BufferFull(IngestError):
     """No room in the arena or in the segments: ask the client to slow down (before its body)."""
 
 
+class NotAdmitted(BufferFull):
+    """What is reserved does not let the body in now; ``str()`` says why, fit for the sender."""
+
+    def __init__(self, why: str, retry_after_s: int = 1) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+
+
 class KernelsUnavailable(IngestError):
     """A submitted kernel could not be tried at the moment; ``str()`` says why, fit for the scientist."""
 

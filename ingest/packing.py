@@ -21,6 +21,7 @@ from ingest.errors import IngestError, StorageFailed, StreamAborted
 from ingest.label import Label, write_label
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass
 from ingest.segments import Reservation, Segment
+from ingest.share_table import ACTIVE
 from ingest.span_table import OwedSpan
 from ingest.stream_types import StreamDigest, StreamSpec
 from ingest.writer import MOVE_RETRY_S, REHOMES_MAX
@@ -259,6 +260,7 @@ class PackedStream(Body):
 
     def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
         super().__init__(plane, spec, object_id)
+        self._shares = plane.shaper.words
         self.offset = 0
         self.hastened = False
         self._crcs = RunningCrcs(spec.algorithms)
@@ -275,6 +277,8 @@ class PackedStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
+        if self._shares[ACTIVE] and not self.plane.shaper.may_read(self):
+            return None
         if self._slab is None and not self._place_first():
             return None
         assert self._slab is not None
@@ -293,6 +297,8 @@ class PackedStream(Body):
 
     async def writable(self) -> None:
         while True:
+            if self._shares[ACTIVE]:
+                await self.wait_for_turn()
             if self.failure is not None:
                 raise self.failure
             if self._slab is not None or self._place_first():

@@ -96,6 +96,14 @@ class Catalog(Protocol):
         """Those of all buckets and nodes that end later than that, grace included, in the order they begin."""
         ...
 
+    def reserved(self) -> Sequence[ReservationUse]:
+        """Those that have not ended, as this process can read them at once: no message, no waiting."""
+        ...
+
+    def used_bytes(self, reservation_id: str, node: int) -> int:
+        """What is used of a reservation on a node, as ``reserved``; 0 for one that nobody knows."""
+        ...
+
     # -- objects
     async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:
         """Idempotent in ``object_id``. ``memory`` + unsettled objects live until settled in shared memory of a slot.

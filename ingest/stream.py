@@ -31,6 +31,7 @@ from ingest.ports import BodyChange, FrameReduction, FrameScanner
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, FrameGeometry
 from ingest.rest import Rest
 from ingest.segments import Reservation, Segment
+from ingest.share_table import ACTIVE
 from ingest.span_table import OwedSpan
 from ingest.stream_types import BodyDigest, StreamDigest, StreamSpec
 from ingest.writer import MOVE_RETRY_S, REHOMES_MAX
@@ -61,6 +62,7 @@ class SpanStream(Body):
     ) -> None:
         super().__init__(plane, spec, object_id)
         self.domain = domain
+        self._shares = plane.shaper.words
         self.held_slabs = 0
         self.span_slabs = 1
         self.reduction = reduction
@@ -97,6 +99,8 @@ class SpanStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
+        if self._shares[ACTIVE] and not self.plane.shaper.may_read(self):
+            return None
         if self._rest is not None:
             return self._rest.get_buffer()
         piece = self._open or self._next_piece()
@@ -137,6 +141,8 @@ class SpanStream(Body):
 
     async def writable(self) -> None:
         while True:
+            if self._shares[ACTIVE]:
+                await self.wait_for_turn()
             if self.failure is not None:
                 raise self.failure
             if self._rest is not None and not self._ending:
@@ -209,6 +215,7 @@ class SpanStream(Body):
 
     def _reserve(self) -> Reservation:
         left = None if self.spec.length is None else self.spec.length - self.length
+        self.plane.before_extent(self, left)
         unit = self.geometry.frame_bytes if self.geometry else 1
         reservation = self.plane.segments.reserve(self.spec.lifetime, left, unit)
         self._reserved = reservation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ingest.bucket_settings import BucketSettings
@@ -70,6 +70,9 @@ class Stream(BodySink, Protocol):
     object_id: bytes
     cut: asyncio.Event | None
     """Set when the rest of the body is of no use and need not even be read (``hiss.stop=answer``)."""
+
+    backlog: Callable[[], int]
+    """Set by whoever receives the body: bytes of it that have come and wait to be read."""
 
     async def finish(self) -> StreamDigest: ...
     async def commit(self, request: CommitObject) -> ObjectRecord: ...

@@ -60,6 +60,9 @@ class FormBody:
             raise S3Error("InvalidArgument", "POST requires exactly one file upload per request.")
         return self._sink.fields
 
+    def backlog(self) -> int:
+        return self._body.backlog()
+
     async def into(self, sink: BodySink) -> int:
         """Raises EntityTooSmall, EntityTooLarge by the form's policy, and whatever the body or the sink raises."""
         assert self._task is not None

@@ -1,6 +1,6 @@
 """The control process: health, status, metrics, runs and feedback on the control port.
 
-It reads what others do (counters, DATA/run/processes.json, the catalogue) and changes nothing.
+It reads what others do (counters, DATA/run/processes.json, the catalogue), and shares out what is reserved.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
 from gateway.control.reservations import offers_of
+from gateway.control.shares import rebalancing
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from gateway.node_key import NodeKey
@@ -32,6 +33,7 @@ from ingest.catalog.client import CatalogClient
 from ingest.cluster.members import Members
 from ingest.counters import CONTROL, Counters
 from ingest.ports import Catalog
+from ingest.share_table import ShareTable
 from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
@@ -96,15 +98,17 @@ async def _serve(boot: Boot) -> None:
         work = [asyncio.create_task(rates.run(), name="rates"), asyncio.create_task(actions.run(), name="actions")]
         if publisher is not None:
             work.append(asyncio.create_task(publisher.run(), name="zmq"))
+        shares = ShareTable(boot.shares)
         try:
-            await process.serve(
-                create_app(context),
-                socket.socket(fileno=boot.listeners.control),
-                stop=stop,
-                tls=tls,
-                ready=boot.ready,
-                stopping=feedback.close,
-            )
+            with rebalancing(catalog, shares, settings.ingest_bytes_per_s, counters):
+                await process.serve(
+                    create_app(context),
+                    socket.socket(fileno=boot.listeners.control),
+                    stop=stop,
+                    tls=tls,
+                    ready=boot.ready,
+                    stopping=feedback.close,
+                )
         finally:
             for task in work:
                 task.cancel()

@@ -19,7 +19,7 @@ from archive.pace import DrainLimits
 from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from gateway.boot import Boot
-from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, shortages
+from gateway.drain_storage import BufferUsage, SegmentLanding, files_elsewhere, open_version, reserved_usage, shortages
 from gateway.neighbours import neighbours
 from gateway.node_key import NodeKey
 from gateway.notify import Deliverer
@@ -30,6 +30,7 @@ from ingest.counters import DRAIN, Counters
 from ingest.errors import IngestError
 from ingest.records import FreedExtents
 from ingest.segments import SegmentStore
+from ingest.share_table import MAKE_ROOM_BYTES, ShareTable
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ async def _serve(boot: Boot) -> None:
                 settings.buffer_bytes,
                 shortages=functools.partial(shortages, counters),
             )
+            shares = ShareTable(boot.shares)
             lifecycle = LifecycleScanner(
                 catalog,
                 counters,
@@ -93,7 +95,7 @@ async def _serve(boot: Boot) -> None:
                     target=PosixTarget(settings.archive_dir, threads, identity_file=boot.paths.archive_identity),
                     open_reader=functools.partial(open_version, boot.paths, catalog, executor, others, catalog.node),
                     landing=SegmentLanding(segments),
-                    usage=usage,
+                    usage=reserved_usage(usage, lambda: shares.words[MAKE_ROOM_BYTES], settings.evict_high),
                     snapshots_dir=boot.paths.snapshots,
                     counters=counters,
                     limits=limits(settings),

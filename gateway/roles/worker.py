@@ -40,6 +40,7 @@ from ingest.counters import Counters
 from ingest.paths import socket_address
 from ingest.recovery import recover
 from ingest.segments import SegmentStore
+from ingest.share_table import ShareTable
 from ingest.span_table import SpanTable
 from kernels.clearance import Clearance
 from kernels.feedback import SocketFeedback
@@ -103,6 +104,7 @@ async def _serve(boot: Boot) -> None:
             executor=executor,
             counters=counters,
             recall_timeout_s=settings.recall_timeout_s,
+            shares=ShareTable(boot.shares),
         )
         buffer.neighbours = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
         prefault.start()

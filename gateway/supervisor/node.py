@@ -34,6 +34,7 @@ from gateway.supervisor.table import Role
 from ingest import clock, crashpoints
 from ingest.counters import SUPERVISOR, Counters
 from ingest.paths import NodePaths
+from ingest.share_table import ShareTable
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._ports: dict[str, int] = {}
         self._lock_fd = -1
         self._counters_fd = -1
+        self._shares_fd = -1
         self._epoch = 0
 
     async def run(self) -> None:
@@ -92,6 +94,7 @@ class Supervisor:
             self._epoch = resources.next_epoch(self._paths)
             self._counters_fd = Counters.create()
             self._counters = Counters(self._counters_fd, SUPERVISOR)
+            self._shares_fd = ShareTable.create()
             self._counters.cell("hiss_buffer_capacity_bytes").set(self._settings.buffer_bytes)
             # A killed node's: this one has not tested yet.
             self._paths.sandbox.unlink(missing_ok=True)
@@ -228,6 +231,7 @@ class Supervisor:
             region_bytes=self._settings.arena_region_bytes if arena else 0,
             span_table=arena.span_table if arena else None,
             counters=self._counters_fd,
+            shares=self._shares_fd,
             ready_fd=report_fd,
             restarts=restarts,
         )
@@ -286,6 +290,6 @@ class Supervisor:
         for listener in self._listeners.values():
             listener.close()
         arena_fds = [fd for arena in self._arenas for fd in (*arena.regions, arena.span_table)]
-        for fd in (*arena_fds, self._counters_fd, self._lock_fd):
+        for fd in (*arena_fds, self._counters_fd, self._shares_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)

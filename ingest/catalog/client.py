@@ -429,6 +429,12 @@ class CatalogClient:
     async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
         return self._readers.read(lambda reader: reader.reservations(ends_after_ns))
 
+    def reserved(self) -> Sequence[ReservationUse]:
+        return self._readers.read(lambda reader: reader.reservations(self.now_ns()))
+
+    def used_bytes(self, reservation_id: str, node: int) -> int:
+        return self._readers.read(lambda reader: reader.used_bytes(reservation_id, node))
+
     # -- objects
     async def commit(self, request: CommitObject, *, only_if_known: bool = False) -> ObjectRecord:
         return await self._call(wire.Commit(request, only_if_known), _record)

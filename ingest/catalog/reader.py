@@ -85,6 +85,12 @@ class Reader:
         of = {"ends_after_ns": ends_after_ns}
         return rows.reservation_uses(self._db.execute(statements.RESERVATIONS, of).fetchall())
 
+    def used_bytes(self, reservation_id: str, node: int) -> int:
+        """Of a reservation, on a node."""
+        of = {"reservation_id": reservation_id, "node": node}
+        row = self._db.execute(statements.RESERVATION_USE, of).fetchone()
+        return 0 if row is None else int(row[0])
+
     # -- objects
     def head(self, bucket: str, key: bytes, version_id: str | None = None) -> ObjectRecord:
         if version_id is not None:

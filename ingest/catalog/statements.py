@@ -124,6 +124,11 @@ _with_use = sa.select(reservations.c.record, reservation_use.c.node, reservation
 )
 RESERVATION = _sql(_with_use.where(reservations.c.reservation_id == _p("reservation_id")))
 RESERVATIONS = _sql(_with_use.where(reservations.c.ends_ns > _p("ends_after_ns")))
+RESERVATION_USE = _sql(
+    sa.select(reservation_use.c.used_bytes).where(
+        reservation_use.c.reservation_id == _p("reservation_id"), reservation_use.c.node == _p("node")
+    )
+)
 DELETE_USE_ENDED = _sql(
     sa.delete(reservation_use).where(
         reservation_use.c.reservation_id.in_(

@@ -12,6 +12,9 @@ framing of very small chunks is caught up with, so neither memory nor one callba
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import sys
+import termios
 from typing import Protocol
 
 from ingest.errors import IngestError
@@ -25,6 +28,7 @@ from s3api.http.message import Headers, HttpError
 _PUMP_STEPS = 400
 # Read this much of the framing between long chunks, so that their payload stays for the next read, in place.
 _FRAMING_WINDOW_BYTES = 4096
+_NO_BYTES = bytes(4)
 _SCRATCH = memoryview(bytearray(256 * 1024))
 
 
@@ -33,6 +37,7 @@ class Wire(Protocol):
 
     inbox: Inbox
 
+    def socket_fd(self) -> int: ...
     def begin_body(self, body: RequestBody) -> None:
         """Reads go to ``body`` from now on; a peer that waits for 100 Continue gets it."""
         ...
@@ -125,6 +130,14 @@ class RequestBody:
     @property
     def in_chunks(self) -> bool:
         return not isinstance(self._framing, LengthFraming)
+
+    def backlog(self) -> int:
+        """Bytes in the socket (FIONREAD of ioctl(2)): over TLS, as they come."""
+        try:
+            answer = fcntl.ioctl(self._wire.socket_fd(), termios.FIONREAD, _NO_BYTES)
+        except (OSError, ValueError, AttributeError):
+            return 0  # the connection has gone
+        return int.from_bytes(answer, sys.byteorder)
 
     async def discard(self) -> None:
         """Receive what is left of a body of known length and drop it."""

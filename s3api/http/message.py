@@ -85,6 +85,10 @@ class Body(Protocol):
         there is no body."""
         ...
 
+    def backlog(self) -> int:
+        """Bytes that have come and were not read yet."""
+        ...
+
     @property
     def trailers(self) -> Headers:
         """Trailer fields, once the body has been received."""

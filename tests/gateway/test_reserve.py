@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import http.client
 import json
-from collections.abc import Callable
+import select
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
@@ -182,3 +186,167 @@ def test_a_user_of_one_bucket_sees_when_and_not_whose(node: Any) -> None:
         assert guest.delete(f"/v1/reservations/{made_id}").status_code == 403
     with _api(node) as api:
         api.delete(f"/v1/reservations/{made_id}")
+
+
+# -- what a slot is worth
+
+
+def _reserve(node: Any, bucket: str, **wanted: Any) -> str:
+    until = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)).isoformat()
+    with _api(node) as api:
+        made = api.post("/v1/reservations", json={"bucket": bucket, "until": until} | wanted)
+        assert made.status_code == 201, made.text
+        return str(made.json()["id"])
+
+
+def _release(node: Any, reservation: str) -> None:
+    with _api(node) as api:
+        assert api.delete(f"/v1/reservations/{reservation}").status_code == 200
+
+
+def _described(node: Any, reservation: str) -> dict[str, Any]:
+    with _api(node) as api:
+        return dict(api.get(f"/v1/reservations/{reservation}").json())
+
+
+def _metric(node: Any, name: str) -> float:
+    lines = httpx.get(node.url("control") + "/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split(" ")[0].split("{")[0] == name)
+
+
+def _only_a_head(node: Any, bucket: str, length: int | None) -> http.client.HTTPConnection:
+    """A PUT whose body was announced and not sent."""
+    url = _s3(node).generate_presigned_url("put_object", Params={"Bucket": bucket, "Key": "announced"})
+    connection = http.client.HTTPConnection("127.0.0.1", node.ports()["s3"], timeout=60)
+    connection.putrequest("PUT", url.split(str(node.ports()["s3"]), 1)[1])
+    if length is None:
+        connection.putheader("Transfer-Encoding", "chunked")
+    else:
+        connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    return connection
+
+
+def _refused(node: Any, bucket: str, length: int) -> tuple[int, str]:
+    """(Retry-After, text) of the 503 that answers a PUT before its body."""
+    connection = _only_a_head(node, bucket, length)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    assert answer.status == 503
+    return int(answer.headers["Retry-After"]), text
+
+
+def _keep(node: Any, bucket: str, **settings: str) -> None:
+    """The bucket's data stay in the buffer."""
+    tags = {"hiss.drain-after-s": "86400"} | settings
+    rows = [{"Key": name, "Value": value} for name, value in tags.items()]
+    _s3(node).put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": rows})
+
+
+@pytest.fixture
+def clean(node: Any) -> Iterator[Any]:
+    yield node
+    s3 = _s3(node)
+    for bucket in ("scan-a", "scan-b", "scan-c"):
+        for one in s3.list_objects_v2(Bucket=bucket).get("Contents", ()):
+            s3.delete_object(Bucket=bucket, Key=one["Key"])
+    with _api(node) as api:
+        for one in api.get("/v1/reservations").json()["reservations"]:
+            api.delete(f"/v1/reservations/{one['id']}")
+
+
+def test_capacity_is_refused_before_the_body_and_comes_back(clean: Any) -> None:
+    s3 = _s3(clean)
+    _keep(clean, "scan-a")
+    reservation = _reserve(clean, "scan-a", capacity_bytes=30 << 20)
+    for number in range(2):
+        s3.put_object(Bucket="scan-a", Key=f"{number}", Body=bytes(12 << 20))
+    used = _described(clean, reservation)["used_bytes"]
+    assert 24 << 20 < used < 25 << 20
+
+    refusals = _metric(clean, "hiss_reservation_refused_total")
+    after_s, text = _refused(clean, "scan-a", 12 << 20)
+    assert after_s == 10
+    assert "<Code>SlowDown</Code>" in text
+    assert f"reservation {reservation} of bucket scan-a has" in text
+    assert _metric(clean, "hiss_reservation_refused_total") == refusals + 1
+    # What could never fit is not asked for again before the slot is over.
+    assert 3500 < _refused(clean, "scan-a", 40 << 20)[0] <= 3600
+    # The others are not concerned, and what is deleted is free again.
+    s3.put_object(Bucket="scan-b", Key="else", Body=bytes(12 << 20))
+    s3.delete_object(Bucket="scan-a", Key="0")
+    s3.put_object(Bucket="scan-a", Key="2", Body=bytes(12 << 20))
+    assert _described(clean, reservation)["used_bytes"] == used
+    # Released, the bucket is one of many.
+    _release(clean, reservation)
+    s3.put_object(Bucket="scan-a", Key="3", Body=bytes(12 << 20))
+
+
+def test_bodies_that_are_let_in_count_before_they_are_committed(clean: Any) -> None:
+    _keep(clean, "scan-a")
+    _reserve(clean, "scan-a", capacity_bytes=30 << 20)
+    waiting = [_only_a_head(clean, "scan-a", 12 << 20) for _ in range(3)]
+    refused = [connection for connection in waiting if _answers(connection)]
+    assert len(refused) == 1
+    assert refused[0].getresponse().status == 503
+    for connection in waiting:
+        connection.close()
+    # They are gone, and nothing of them is left.
+    s3 = _s3(clean)
+    for number in range(2):
+        s3.put_object(Bucket="scan-a", Key=f"{number}", Body=bytes(12 << 20))
+
+
+def _answers(connection: http.client.HTTPConnection) -> bool:
+    assert connection.sock is not None
+    return bool(select.select([connection.sock], [], [], 1.0)[0])
+
+
+def test_a_body_of_unknown_length_is_cut_at_the_limit(clean: Any) -> None:
+    _keep(clean, "scan-a")
+    reservation = _reserve(clean, "scan-a", capacity_bytes=100 << 20)
+    connection = _only_a_head(clean, "scan-a", None)
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < 200 << 20 and not select.select([connection.sock], [], [], 0)[0]:
+            connection.send(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
+            sent += 1 << 20
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
+    assert sent < 200 << 20
+    connection.close()
+    assert _described(clean, reservation)["used_bytes"] == 0
+
+
+def test_others_leave_what_is_reserved_and_not_used_yet(clean: Any) -> None:
+    s3 = _s3(clean)
+    for bucket in ("scan-a", "scan-b"):
+        _keep(clean, bucket)
+    reservation = _reserve(clean, "scan-a", capacity_bytes=800 << 20)
+    until_held = time.monotonic() + 60
+    while _metric(clean, "hiss_reserved_capacity_bytes") < 800 << 20:
+        assert time.monotonic() < until_held
+    _refused(clean, "scan-b", 400 << 20)
+    s3.put_object(Bucket="scan-a", Key="mine", Body=bytes(400 << 20))
+    assert _described(clean, reservation)["used_bytes"] > 400 << 20
+    _release(clean, reservation)
+    while _metric(clean, "hiss_reservations_active"):
+        assert time.monotonic() < until_held
+    s3.put_object(Bucket="scan-b", Key="theirs", Body=bytes(300 << 20))
+
+
+def test_a_bucket_may_take_data_in_its_slots_only(clean: Any) -> None:
+    s3 = _s3(clean)
+    _keep(clean, "scan-c", **{"hiss.outside-slot": "refuse"})
+    assert _refused(clean, "scan-c", 10)[0] == 3600
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=10)
+    end = (later + datetime.timedelta(hours=1)).isoformat()
+    planned = _reserve(clean, "scan-c", rate_bytes_per_s=10**6, until=end, **{"from": later.isoformat()})
+    after_s, text = _refused(clean, "scan-c", 10)
+    assert 500 < after_s <= 600
+    assert "the next one begins at" in text
+    _release(clean, planned)
+    _reserve(clean, "scan-c", rate_bytes_per_s=10**6)
+    s3.put_object(Bucket="scan-c", Key="now", Body=b"0123456789")
+    _keep(clean, "scan-c", **{"hiss.outside-slot": "default"})

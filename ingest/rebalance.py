@@ -1,0 +1,253 @@
+"""What a node gives to whom, twenty times a second: lanes of the reservations in force, room held for them, grants to workers.
+
+In: the reservations with what is used of them, what came in since the last time (``ShareTable``), the time. Out: the table, for
+all workers. One process of the node runs it. ``Law`` is the control law, pure.
+Always holds: lanes follow the reservations within one tick; a lane keeps its number as long as its reservation is in force; where
+nothing is in force the table says so, and a tick costs a look at the catalogue's generation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ingest import reservations
+from ingest.counters import Counters
+from ingest.records import ReservationUse, Share
+from ingest.reservations import State
+from ingest.share_table import (
+    ACTIVE,
+    BEST,
+    HELD_BYTES,
+    LANES,
+    MAKE_ROOM_BYTES,
+    TICKED_NS,
+    UNLIMITED,
+    VERSION,
+    WORKERS,
+    ShareTable,
+    name_of,
+)
+
+TICK_S = 0.05
+MAKE_ROOM_S = 3600
+"""So long before a slot begins eviction makes room for it."""
+_SECOND_NS = 10**9
+
+
+class Law:
+    """How much those without a reservation may take in, in bytes per second.
+
+    With a ``ceiling`` it is what reserved lanes leave of it: what they take now and a margin, so that an idle one is lent at once
+    and a tick after it begins it is taken back. Without one, nobody knows what the machine can do. But a worker that holds
+    others back says that it was too much: then less than what they had; else a little more each time."""
+
+    LEAST_SHARE = 0.02
+    """Of the ceiling: nobody starves."""
+    LEAST_BYTES_PER_S = 1 << 20
+    MARGIN = 1.25
+    WINDOW = 10
+    """Ticks over which the rate of the others is averaged."""
+    LESS, MORE = 0.9, 1.04
+    IDLE_TICKS = 4
+
+    def __init__(self, ceiling: int) -> None:
+        self._ceiling = ceiling
+        self._best: deque[float] = deque(maxlen=self.WINDOW)
+        self._limit = float(UNLIMITED)
+        self._idle = 0
+
+    def limit(self, lanes: Sequence[tuple[float, float]], best: float, holds: int) -> int:
+        """``lanes``: (reserved, received) bytes per second of each; ``best``: taken by all others; ``holds``: times they were
+        held back since the last tick."""
+        if self._ceiling:
+            wanted = sum(rate if holds else min(rate, self.MARGIN * received) for rate, received in lanes)
+            return int(max(self._ceiling - wanted, self._ceiling * self.LEAST_SHARE))
+        self._best.append(best)
+        self._idle = 0 if any(received for _, received in lanes) else self._idle + 1
+        if self._idle >= self.IDLE_TICKS:
+            self._limit = float(UNLIMITED)
+        elif holds:
+            had = sum(self._best) / len(self._best)
+            self._limit = max(self.LESS * min(self._limit, had), self.LEAST_BYTES_PER_S)
+        else:
+            self._limit = min(self.MORE * self._limit, float(UNLIMITED))
+        return int(self._limit)
+
+
+def fair(total: int, wanted: Sequence[tuple[int, float]]) -> list[int]:
+    """``total`` shared out: each is (weight, most that it wants). Who wants less than its part leaves the rest to the others."""
+    parts = [0.0] * len(wanted)
+    left, open_ = float(total), [place for place, (weight, _) in enumerate(wanted) if weight]
+    while open_:
+        weights = sum(wanted[place][0] for place in open_)
+        content = [place for place in open_ if wanted[place][1] <= left * wanted[place][0] / weights]
+        if not content:
+            for place in open_:
+                parts[place] = left * wanted[place][0] / weights
+            break
+        for place in content:
+            parts[place] = wanted[place][1]
+        left -= sum(wanted[place][1] for place in content)
+        open_ = [place for place in open_ if place not in content]
+    return [int(part) for part in parts]
+
+
+class Rebalancer:
+    """``generation`` and ``read`` are the catalogue's: when to read anew, and every reservation that has not ended."""
+
+    def __init__(
+        self,
+        table: ShareTable,
+        *,
+        node: Callable[[], int],
+        ceiling: int,
+        generation: Callable[[], int],
+        read: Callable[[], Sequence[ReservationUse]],
+        counters: Counters,
+    ) -> None:
+        self._table = table
+        self._node = node
+        self._ceiling = ceiling
+        self._generation = generation
+        self._read = read
+        self._law = Law(ceiling)
+        self._as_of = -1
+        self._known: Sequence[ReservationUse] = ()
+        self._lanes: dict[int, int] = {}
+        self._seen: dict[int, int] = {}
+        self._best_of = [table.received_by(worker, BEST) for worker in range(WORKERS)]
+        self._holds = table.holds()
+        self._at_ns = 0
+        self._active = counters.cell("hiss_reservations_active")
+        self._capacity = counters.cell("hiss_reserved_capacity_bytes")
+        self._used = counters.cell("hiss_reserved_used_bytes")
+        self._rate = counters.cell("hiss_reserved_rate_bytes_per_second")
+        self._received = counters.cell("hiss_reserved_received_bytes_total")
+        self._held = counters.cell("hiss_reservation_holds_total")
+        table.words[ACTIVE] = 0
+        for lane in range(LANES):
+            table.set_lane(lane, 0, 0, 0)
+        table.words[VERSION] += 1
+
+    def step(self, now_ns: int, monotonic_ns: int) -> None:
+        """One tick. ``now_ns``: the node's clock. Raises CatalogError."""
+        words = self._table.words
+        generation = self._generation()
+        if generation != self._as_of or words[ACTIVE]:
+            self._known, self._as_of = self._read(), generation
+        elif not self._known:
+            words[TICKED_NS] = monotonic_ns
+            return
+        node = self._node()
+        running = _running(self._known, node, now_ns)
+        rates = self._rates(running)
+        self._set_lanes(running, rates)
+        words[HELD_BYTES] = self._unused(running)
+        words[MAKE_ROOM_BYTES] = words[HELD_BYTES] + _planned(self._known, node, now_ns)
+        words[ACTIVE] = len(self._lanes)
+        self._grant(rates, monotonic_ns)
+        words[TICKED_NS] = monotonic_ns
+        self._tell(running)
+
+    def _rates(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> dict[int, int]:
+        """Name -> rate. Slots that are in their grace have what the others leave."""
+        left = self._ceiling or UNLIMITED
+        rates = {}
+        for late in (False, True):
+            for use, share, in_grace in running:
+                if in_grace is late:
+                    rate = min(share.rate_bytes_per_s, left) if late else share.rate_bytes_per_s
+                    rates[name_of(use.reservation.reservation_id)] = rate
+                    left = max(0, left - rate)
+        return rates
+
+    def _set_lanes(self, running: Sequence[tuple[ReservationUse, Share, bool]], rates: dict[int, int]) -> None:
+        changed = False
+        for name, lane in list(self._lanes.items()):
+            if name not in rates:
+                self._table.set_lane(lane, 0, 0, 0)
+                del self._lanes[name]
+                changed = True
+        free = [lane for lane in range(LANES) if lane not in self._lanes.values()]
+        for use, share, _ in running:
+            name = name_of(use.reservation.reservation_id)
+            if name not in self._lanes:
+                if not free:
+                    continue
+                self._lanes[name] = free.pop(0)
+                self._seen[self._lanes[name]] = self._table.received(self._lanes[name])
+                changed = True
+            self._table.set_lane(self._lanes[name], name, rates[name], share.capacity_bytes)
+        if changed:
+            self._table.words[VERSION] += 1
+
+    def _unused(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> int:
+        unused = 0
+        for use, share, in_grace in running:
+            lane = self._lanes.get(name_of(use.reservation.reservation_id))
+            if not in_grace:
+                let_in = self._table.admitted(lane) if lane is not None else 0
+                unused += max(0, share.capacity_bytes - use.used_bytes.get(share.node, 0) - let_in)
+        return unused
+
+    def _grant(self, rates: dict[int, int], monotonic_ns: int) -> None:
+        if not self._lanes:
+            self._at_ns, self._law = 0, Law(self._ceiling)
+            return
+        elapsed_s = max((monotonic_ns - self._at_ns) / 1e9, TICK_S / 10) if self._at_ns else TICK_S
+        self._at_ns = monotonic_ns
+        table = self._table
+        lanes = []
+        for name, lane in self._lanes.items():
+            received = table.received(lane)
+            count = received - self._seen.get(lane, received)
+            self._seen[lane] = received
+            self._received.add(count)
+            lanes.append((float(rates[name]), count / elapsed_s))
+        holds = table.holds()
+        held, self._holds = holds - self._holds, holds
+        self._held.add(held)
+        had = [table.received_by(worker, BEST) for worker in range(WORKERS)]
+        came = [(now - before) / elapsed_s for now, before in zip(had, self._best_of, strict=True)]
+        self._best_of = had
+        limit = self._law.limit(lanes, sum(came), held)
+        if limit >= UNLIMITED:
+            grants = [UNLIMITED] * WORKERS
+        else:
+            grants = fair(limit, [self._wanted(worker, rate, limit) for worker, rate in enumerate(came)])
+        for worker, grant in enumerate(grants):
+            table.set_grant(worker, grant)
+
+    def _wanted(self, worker: int, rate: float, limit: int) -> tuple[int, float]:
+        """Each body counts the same. A worker whose bodies wait wants all there is, another what it takes and some."""
+        bodies, waiting = self._table.bodies(worker, BEST)
+        return max(1, bodies), float(limit) if waiting else Law.MARGIN * rate + limit / 20
+
+    def _tell(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> None:
+        self._active.set(len(running))
+        self._capacity.set(sum(share.capacity_bytes for _, share, _ in running))
+        self._rate.set(sum(share.rate_bytes_per_s for _, share, _ in running))
+        self._used.set(sum(use.used_bytes.get(share.node, 0) for use, share, _ in running))
+
+
+def _running(known: Sequence[ReservationUse], node: int, now_ns: int) -> list[tuple[ReservationUse, Share, bool]]:
+    """Those in force with a share on the node, and whether they are in their grace."""
+    states = {State.ACTIVE: False, State.GRACE: True}
+    found = []
+    for use in known:
+        in_grace = states.get(reservations.state(use.reservation, now_ns))
+        share = next((share for share in use.reservation.shares if share.node == node), None)
+        if in_grace is not None and share is not None:
+            found.append((use, share, in_grace))
+    return found
+
+
+def _planned(known: Sequence[ReservationUse], node: int, now_ns: int) -> int:
+    """Capacity of the node in slots that begin soon."""
+    return sum(
+        share.capacity_bytes
+        for use in known
+        for share in use.reservation.shares
+        if share.node == node and now_ns < use.reservation.from_ns <= now_ns + MAKE_ROOM_S * _SECOND_NS
+    )
