@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ingest.admission import Admission
 from ingest.errors import CatalogUnavailable, IngestError, StreamAborted
+from ingest.reader import SegmentReader
 from ingest.records import CommitObject, CommitPart, Durability, Extent, FrameGeometry, ObjectRecord, PartRecord
 from ingest.share_table import ACTIVE, BEST
 from ingest.stream_types import StreamSpec
 
 if TYPE_CHECKING:
     from ingest.buffer import Buffer
+    from ingest.cluster.mirror import Lease, Mirroring
     from ingest.ports import FrameReduction
 
 
+READ_BACK_BYTES = 1 << 20
 TRUNCATED_METADATA = "hiss-truncated"
 """User metadata of an object that a STOP cut short."""
 
@@ -42,6 +46,8 @@ class Body(abc.ABC):
     lane_version = -1
     counted = 0
     """For ingest/shaping.py: the lane, as of which version of the table, and the bytes that it counted."""
+    mirror: Mirroring | None = None
+    """The second copy that is made on another node while the body arrives."""
 
     def __init__(self, plane: Buffer, spec: StreamSpec, object_id: bytes) -> None:
         self.plane = plane
@@ -88,6 +94,39 @@ class Body(abc.ABC):
         """All bytes of the body, where they lie in one piece of memory still."""
         return None
 
+    # -- the second copy (MirrorSource)
+
+    @abc.abstractmethod
+    def lend(self, position: int) -> Lease | None:
+        """Bytes of the body from ``position`` on that are in memory."""
+
+    @abc.abstractmethod
+    def mirrored(self) -> None:
+        """The copy has come further: free what was kept for it alone."""
+
+    def stored_until(self, position: int) -> int:
+        return position
+
+    async def read_back(self, start: int, stop: int) -> AsyncGenerator[memoryview, None]:
+        """Bytes of the body that are on the disk already."""
+        plane = self.plane
+        reader = await SegmentReader.open(plane.paths, plane.executor, self.extents(), start, stop)
+        try:
+            async with contextlib.aclosing(reader.chunks(READ_BACK_BYTES)) as views:
+                async for view in views:
+                    yield view
+        finally:
+            reader.close()
+
+    async def ready(self) -> None:
+        """The body may come: where it needs a second copy, another node has said that it takes it. Raises MirrorUnavailable."""
+        if self.mirror is not None:
+            await self.mirror.ready()
+
+    def _without_copy(self) -> bool:
+        """The bucket asks for a second copy, and its settings let the body do without."""
+        return self.mirror is not None and self.mirror.degraded
+
     # -- waiting for memory
 
     async def wait_for_memory(self) -> None:
@@ -125,7 +164,12 @@ class Body(abc.ABC):
 
         When the catalogue does not answer, the outcome is unknown: the extents stay reserved until it is known.
         """
-        request = msgspec.structs.replace(request, extents=self.extents(), settled=self.is_settled)
+        request = msgspec.structs.replace(
+            request,
+            extents=self.extents(),
+            settled=self.is_settled,
+            mirror_later=request.mirror_later or self._without_copy(),
+        )
         if self.reduction is not None:
             request = msgspec.structs.replace(
                 request,
@@ -154,7 +198,8 @@ class Body(abc.ABC):
     async def commit_part(self, request: CommitPart) -> PartRecord:
         """Make the body a part of its upload. Raises CatalogError."""
         part = msgspec.structs.replace(request.part, extents=self.extents(), settled=True)
-        request = msgspec.structs.replace(request, part=part)
+        level = Durability.MIRROR if self.mirror is not None and not self._without_copy() else Durability.DISK
+        request = msgspec.structs.replace(request, part=part, durability=level)
         try:
             committed = await self.plane.catalog.commit_part(request)
         except (CatalogUnavailable, asyncio.CancelledError):
@@ -236,6 +281,10 @@ class Body(abc.ABC):
             self.plane.ended(self)
         self.limbo = False
         self.ended = True
+        if self.mirror is not None:
+            self.mirror.abort()
+            if self.mirror.may_be_held:
+                self.plane.drop_mirror(self.object_id)
         self.plane.aborted_streams.add()
         self.fail(StreamAborted("the stream was aborted"))
         if self.reduction is not None:

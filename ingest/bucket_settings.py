@@ -25,6 +25,10 @@ class BadSetting(ValueError):
 @dataclasses.dataclass(frozen=True, slots=True)
 class BucketSettings:
     durability: Durability = Durability.DISK
+    mirror_loss: str = "replace"
+    """Where no other node takes the second copy that durability ``mirror`` asks for, or the one that took it is lost: ``replace``
+    (by another node, else 503), ``refuse`` (503 at the first loss), ``degrade`` (by another node, else stored here only; the
+    answer says so)."""
     etag: str = "checksum"
     """``checksum`` or ``md5``."""
     recall: str = "on-read"
@@ -79,6 +83,7 @@ def _whole(low: int, high: int, base: int = 10) -> Callable[[str], int]:
 _WEEK_S = 7 * 86400
 _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
     "hiss.durability": ("durability", lambda value: Durability(_choice(*Durability)(value))),
+    "hiss.mirror-loss": ("mirror_loss", _choice("replace", "refuse", "degrade")),
     "hiss.etag": ("etag", _choice("checksum", "md5")),
     "hiss.recall": ("recall", _choice("on-read", "never")),
     "hiss.drain-after-s": ("drain_after_s", _whole(0, 52 * _WEEK_S)),

@@ -23,7 +23,9 @@ from ingest import bucket_settings
 from ingest.admission import Admission, Admissions
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
 from ingest.body import Body
+from ingest.cluster.mirror import Mirroring, MirrorMeter
 from ingest.cluster.neighbours import Neighbours
+from ingest.cluster.peer import MirrorOf
 from ingest.cluster.relay import RelayReader, open_copies
 from ingest.counters import Counters
 from ingest.errors import (
@@ -32,6 +34,7 @@ from ingest.errors import (
     CatalogUnavailable,
     DataLost,
     IngestError,
+    MirrorUnavailable,
     NotAdmitted,
     ObjectOffline,
     StaleVersion,
@@ -47,6 +50,7 @@ from ingest.records import (
     BLOCK_BYTES,
     CommitObject,
     CommitPart,
+    Durability,
     Extent,
     FreedExtents,
     LifetimeClass,
@@ -126,6 +130,7 @@ class Buffer:
         self.discarded_bytes = counters.cell("hiss_ingest_discarded_bytes_total")
         self._not_admitted = counters.cell("hiss_reservation_refused_total")
         self._slow_down = counters.cell("hiss_ingest_slow_down_total")
+        self._mirror_meter = MirrorMeter(counters)
         self._active_gauge = counters.cell("hiss_ingest_active_streams")
         self._active_gauge.set(0)
         catalog.subscribe(self._pushed)
@@ -213,7 +218,44 @@ class Buffer:
                 domain.users += 1
         self._active.add(stream)
         self._active_gauge.set(len(self._active))
+        if spec.settings.durability is Durability.MIRROR and spec.length != 0:
+            try:
+                self._begin_copy(stream)
+            except IngestError:
+                stream.refuse()
+                raise
         return stream
+
+    def _begin_copy(self, stream: SpanStream | PackedStream) -> None:
+        """Have another node store the body, too. Raises MirrorUnavailable."""
+        spec = stream.spec
+        if self.neighbours is None:
+            raise MirrorUnavailable("the bucket asks for a second copy on another node, and this node is alone")
+        # A STOP may end it early, and small bodies are sent whole: asking first would cost them a turn.
+        length = None if stream.reduction is not None and spec.stoppable else spec.length
+        packed = isinstance(stream, PackedStream)
+        stream.mirror = Mirroring(
+            self.neighbours,
+            stream,
+            MirrorOf(stream.object_id, spec.bucket.name, spec.key, length, spec.lifetime),
+            me=self.segments.node,
+            loss=spec.settings.mirror_loss,
+            meter=self._mirror_meter,
+            ask=not packed,
+        )
+        if not packed:
+            stream.mirror.start()
+
+    def drop_mirror(self, object_id: bytes) -> None:
+        """The body will not be committed: what another node holds of it is free."""
+        self._keep(self._drop_mirror(object_id))
+
+    async def _drop_mirror(self, object_id: bytes) -> None:
+        try:
+            await self.catalog.drop_mirror([object_id])
+        except IngestError as error:
+            # Its node drops it by itself, later.
+            logger.warning("the copy of %s is still held: %s", object_id.hex(), error)
 
     def _admissible(self, domain: ArenaDomain | None) -> bool:
         promised = sum(self._guarantee(stream) for stream in self._streams_of(domain))
@@ -506,6 +548,7 @@ class Buffer:
                 crc64nvme=crc,
                 etag=f"{crc:016x}{digest.length:016x}-1",
                 durability=spec.settings.durability,
+                mirror_later=True,
                 checksums={"crc64nvme": base64.b64encode(crc.to_bytes(8, "big")).decode()},
             )
             return await stream.commit(request)

@@ -62,7 +62,7 @@ async def _move(buffer: Buffer, record: ObjectRecord, extent: Extent) -> int:
     used: int | None = 0
     try:
         position = 0
-        for other in record.extents:
+        for other in record.mirror if extent in record.mirror else record.extents:
             if other == extent:
                 break
             position += other.length

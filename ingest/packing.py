@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ingest.arena import SLAB_BYTES, Span
 from ingest.body import Body
+from ingest.cluster.mirror import Lease
 from ingest.crashpoints import crashpoint
 from ingest.digests import RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
@@ -55,6 +56,8 @@ class PackSlab:
         self.uncommitted: set[PackedStream] = set()
         """Placed here and neither committed nor refused: the catalogue does not know yet that their bytes live."""
         self.writes = 0
+        self.lent = 0
+        """Times its memory is on its way to another node."""
         self.pending: list[PackedStream] = []
         """Received whole, not yet in a write."""
         self.run: PackRun | None = None
@@ -117,7 +120,7 @@ class PackSlab:
         self.check_done()
 
     def check_done(self) -> None:
-        if not self.closed or self.members or self.run is not None or self.writes:
+        if not self.closed or self.members or self.run is not None or self.writes or self.lent:
             return
         if not self.span.freed:
             self.packer.plane.give_span(self.span)
@@ -182,7 +185,8 @@ class PackRun:
         slab = self.slab
         slab.run = None
         for member in self.members:
-            slab.members.discard(member)
+            if not member.copying:
+                slab.members.discard(member)
             member.made_durable()
             if member.accepted:
                 slab.uncommitted.discard(member)
@@ -271,6 +275,8 @@ class PackedStream(Body):
         self._promised = False
         """A ``memory`` body that was, or is about to be, acknowledged: it must reach the disk, however long it takes."""
         self._moves = 0
+        self._copied = False
+        """The second copy is held, or done without."""
 
     # -- receiving (BodySink)
 
@@ -346,10 +352,19 @@ class PackedStream(Body):
         if self._slab is not None:
             self._durable = asyncio.get_running_loop().create_future()
             self._slab.ready(self)
+            if self.mirror is not None:
+                self.mirror.start()
+                self.mirror.end(self.length, self._crcs.values["crc64nvme"])
             if not self.memory:
                 await asyncio.shield(self._durable)
         if self.failure is not None:
             raise self.failure
+        if self.mirror is not None:
+            await self.mirror.done()
+            self._copied = True
+            if self._slab is not None and self._is_durable:
+                self._slab.members.discard(self)
+                self._slab.check_done()
         self._promised = True
         crashpoint("data-flushed")
         return StreamDigest(
@@ -399,8 +414,30 @@ class PackedStream(Body):
             self._slab.committed(self)
 
     def cancel(self) -> None:
-        if self._slab is not None and not self._is_durable:
+        if self._slab is not None and (not self._is_durable or self in self._slab.members):
             self._slab.leave(self)
+
+    # -- the second copy (MirrorSource)
+
+    @property
+    def copying(self) -> bool:
+        """Another node is still to take bytes of it: its memory stays."""
+        return self.mirror is not None and not (self._copied or self.is_refused)
+
+    def lend(self, position: int) -> Lease | None:
+        slab, whole = self._slab, self.whole()
+        if slab is None or whole is None or position >= self.length:
+            return None
+        slab.lent += 1
+
+        def give() -> None:
+            slab.lent -= 1
+            slab.check_done()
+
+        return Lease(whole[position:], give)
+
+    def mirrored(self) -> None:
+        """It stays in its slab until the copy is held: a node that is lost is replaced by one that is sent it again."""
 
     def move(self, failed: PackSlab, error: OSError) -> None:
         """The slab's segment failed: copy the object to another slab; its bytes are still here."""

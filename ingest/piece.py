@@ -61,6 +61,11 @@ class Piece:
         return self.stream.awaited
 
     @property
+    def stop(self) -> int:
+        """Body offset behind its last byte."""
+        return self.position + self.fill - self.start
+
+    @property
     def payload(self) -> memoryview:
         return self.span.view[self.start : self.fill]
 

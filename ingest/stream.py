@@ -21,6 +21,7 @@ import msgspec
 from ingest.arena import SLAB_BYTES, ArenaDomain, Span
 from ingest.blockio import AlignedBuffer
 from ingest.body import Body
+from ingest.cluster.mirror import Lease
 from ingest.crashpoints import crashpoint
 from ingest.digests import Hash, RunningCrcs, digests, new_hashes
 from ingest.errors import IngestError, StorageFailed, StreamAborted
@@ -86,6 +87,8 @@ class SpanStream(Body):
         self._rehomes = 0
         self._move_timer: asyncio.TimerHandle | None = None
         self._ending = False
+        self._copy_from_disk = False
+        """The second copy is made of what is on the disk: memory has other bytes, or none."""
         self._rest: Rest | None = None
         self._change: BodyChange | None = None
         if reduction is not None:
@@ -138,6 +141,8 @@ class SpanStream(Body):
             self._offer_frames(piece)
         if piece.fill == piece.limit and self._open is piece:
             self._close_piece(last=self.length == self.spec.length)
+        if self.mirror is not None:
+            self.mirror.more()
 
     async def writable(self) -> None:
         while True:
@@ -289,7 +294,7 @@ class SpanStream(Body):
         prefix = True
         for piece in self._pieces:
             prefix = prefix and piece.durable
-            done = self.is_refused or (prefix and piece.hashed)
+            done = self.is_refused or (prefix and piece.hashed and not self._mirror_keeps(piece))
             if done and not piece.batches and not piece.in_work and piece is not self._open:
                 self._give_span(piece.span)
                 if piece.label is not None:
@@ -301,13 +306,41 @@ class SpanStream(Body):
         if not kept and self.ended and not self.limbo:
             self._close_out()
 
+    # -- the second copy (MirrorSource)
+
+    def _mirror_keeps(self, piece: Piece) -> bool:
+        return self.mirror is not None and not self._copy_from_disk and self.mirror.keeps(piece.stop)
+
+    def lend(self, position: int) -> Lease | None:
+        if self._sniffing or self._copy_from_disk:
+            return None  # the span may still be changed for a larger one; or memory is not what the disk has
+        for piece in self._pieces:
+            if piece.position <= position < piece.stop:
+                piece.in_work += 1
+
+                def give(piece: Piece = piece) -> None:
+                    piece.in_work -= 1
+                    self.release_pieces()
+
+                return Lease(piece.payload[position - piece.position :], give)
+        return None
+
+    def stored_until(self, position: int) -> int:
+        if self._copy_from_disk:
+            return self.length
+        return min((piece.position for piece in self._pieces if piece.stop > position), default=self.length)
+
+    def mirrored(self) -> None:
+        self.release_pieces()
+        self.plane.relieve()
+
     def _give_span(self, span: Span) -> None:
         self.held_slabs -= span.slabs
         self.plane.give_span(span)
 
     def revocable(self) -> list[SpanBatch]:
         """Batches that keep an otherwise free span and have not been dispatched: the arena may take them back."""
-        ready = [piece for piece in self._pieces if piece.durable and piece.hashed]
+        ready = [piece for piece in self._pieces if piece.durable and piece.hashed and not self._mirror_keeps(piece)]
         return [batch for piece in ready for batch in piece.batches if batch.revocable]
 
     # -- ordered hashes
@@ -468,6 +501,7 @@ class SpanStream(Body):
         if self._rest is not None and self.reduction is not None:
             self._change = self.reduction.cut_short(self.length)
             self.hasten()
+        await self._end_copy()
         self._idle = asyncio.get_running_loop().create_future()
         for segment in {piece.segment for piece in self._pieces}:
             self.plane.writer.flush(segment)
@@ -477,18 +511,42 @@ class SpanStream(Body):
             raise self.failure
         crashpoint("data-flushed")
         if self._rest is None:
+            await self._copied()
             return self._digest(self._crcs.values, self._hashes)
-        await self._rest.finish()
+        digest = await self._finish_cut(self._rest)
+        if self.mirror is not None:
+            self.mirror.start()
+            self.mirror.end(self.length, digest.crc64nvme)
+        await self._copied()
+        return digest
+
+    async def _end_copy(self) -> None:
+        """Tell the second copy that this is all. Of a body that a STOP has cut it is made anew, once it is what it will be."""
+        if self.mirror is None:
+            return
+        if self._rest is None:
+            self.mirror.end(self.length, self._crcs.values["crc64nvme"])
+        else:
+            self._copy_from_disk = True
+            await self.mirror.begin_anew()
+
+    async def _copied(self) -> None:
+        if self.mirror is not None:
+            await self.mirror.done()
+
+    async def _finish_cut(self, rest: Rest) -> StreamDigest:
+        """What a STOP has left of the body, put right."""
+        await rest.finish()
         crcs = self._crcs.values
-        whole = BodyDigest(self.length + self._rest.length, crcs["crc64nvme"], digests(crcs, self._hashes))
+        whole = BodyDigest(self.length + rest.length, crcs["crc64nvme"], digests(crcs, self._hashes))
         if self._change is None:
-            return self._digest(self._rest.stored_crcs, self._rest.stored_hashes, whole)
+            return self._digest(rest.stored_crcs, rest.stored_hashes, whole)
         await mend(self.plane.writer, self._layout, self._change)
         crashpoint("cut-mended")
         if self.geometry is not None:
             self.geometry = msgspec.structs.replace(self.geometry, count=self.frame_counts()[0])
         # A hash over other bytes cannot be had without reading them all again.
-        return self._digest(mended_crcs(self._rest.stored_crcs, self.length, self._change), {}, whole)
+        return self._digest(mended_crcs(rest.stored_crcs, self.length, self._change), {}, whole)
 
     def _digest(
         self, crcs: Mapping[str, int], hashes: Mapping[str, Hash], whole: BodyDigest | None = None

@@ -45,6 +45,7 @@ class FormBody:
         self._body = body
         self._task: asyncio.Task[int] | None = None
         self.length: int | None = None
+        self.patient = False
         self.least_bytes = 0
         self.most_bytes = 1 << 63
 

@@ -21,6 +21,7 @@ from ingest.cluster import peer
 from ingest.cluster.holdings import Holdings, NotHere
 from ingest.cluster.peer import MirrorOf
 from ingest.cluster.signing import BadPeerSignature, PeerKey, is_signed
+from ingest.errors import StaleVersion
 from ingest.records import LifetimeClass
 from s3api.errors import S3Error
 from s3api.http.message import FileBody, Request, Response
@@ -82,10 +83,14 @@ class PeerService:
     async def _mirror(self, request: Request, object_id: bytes) -> Response:
         body = _described(request, object_id)
         stream = self._holdings.receive(body)
+        request.body.patient = True
         try:
             await request.body.into(stream)
             digest = await stream.finish()
             answer = await self._holdings.keep(stream, digest)
+        except StaleVersion as error:
+            await stream.abort()
+            raise S3Error("NoSuchKey", str(error)) from None
         except BaseException:
             await stream.abort()
             raise

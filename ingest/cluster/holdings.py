@@ -12,15 +12,13 @@ from collections.abc import Sequence
 
 from ingest.bucket_settings import BucketSettings
 from ingest.buffer import Buffer
-from ingest.cluster.peer import MirrorAnswer, MirrorOf
+from ingest.cluster.peer import SETTLE_S, MirrorAnswer, MirrorOf
 from ingest.errors import NoSuchKey
 from ingest.packing import PackedStream
 from ingest.reader import SegmentReader, StaleExtent, lies_on
 from ingest.records import BucketRecord, Extent
 from ingest.stream import SpanStream
 from ingest.stream_types import StreamDigest, StreamSpec
-
-SETTLE_TIMEOUT_S = 20.0
 
 
 class NotHere(Exception):
@@ -45,7 +43,7 @@ class Holdings:
         """
         buffer = self._buffer
         if settle:
-            await buffer.catalog.settle(object_id, SETTLE_TIMEOUT_S)
+            await buffer.catalog.settle(object_id, SETTLE_S)
         if extents and base <= start:
             try:
                 return await SegmentReader.open(buffer.paths, buffer.executor, extents, start - base, stop - base)

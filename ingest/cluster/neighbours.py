@@ -6,6 +6,7 @@ silent for a lease is not asked anything, so it costs nobody a timeout.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from ingest.cluster.members import Member, Members
@@ -30,6 +31,8 @@ class Neighbours:
     def __init__(self, members: Members, client: PeerClient) -> None:
         self.members = members
         self.client = client
+        self.sending: collections.Counter[int] = collections.Counter()
+        """Second copies that this process sends to each node now."""
 
     def living(self, node: int) -> Address:
         """Raises NodeAway."""

@@ -34,6 +34,7 @@ BUFFER_BYTES = 1 << 20
 SEND_BYTES_MAX = 1 << 20
 """Most bytes on their way at a time: how finely it is known what memory is free again."""
 DOCUMENT_BYTES_MAX = 64 << 10
+SETTLE_S = 20.0
 
 
 class PeerAddress(Protocol):
@@ -52,9 +53,11 @@ class PeerAddress(Protocol):
 @dataclasses.dataclass(frozen=True, slots=True)
 class PeerLimits:
     connect_s: float = 3.0
-    answer_s: float = 30.0
-    """From a request's head to its answer's, where the answer waits for no body of ours."""
-    durable_s: float = 60.0
+    answer_s: float = 10.0
+    """From the head of a read to its answer's; SETTLE_S more where the bytes must be written first."""
+    ask_s: float = 5.0
+    """To the word whether there is room for a body."""
+    durable_s: float = 30.0
     """From the last byte of a mirrored body to the word that it is on the disk."""
     stall_s: float = 10.0
     """Longest time without a byte taken or given, in the middle of a body."""
@@ -135,7 +138,8 @@ class PeerClient:
         except TimeoutError:
             raise NodeAway(member.name, "too many reads from other nodes are waiting") from None
         try:
-            wire, answer = await self._asked(member, "GET", f"{PREFIX}object/{object_id.hex()}", fields)
+            path = f"{PREFIX}object/{object_id.hex()}"
+            wire, answer = await self._asked(member, "GET", path, fields, self.limits.answer_s + settle * SETTLE_S)
             if answer.status != 206 or answer.length != stop - start:
                 raise await self._refusal(member, wire, answer)
             ring = Ring(min(BUFFER_BYTES, max(4096, stop - start)))
@@ -169,7 +173,7 @@ class PeerClient:
             except WireError as error:
                 raise NodeAway(member.name, str(error)) from None
             return MirrorStream(self, member, wire, chunked=chunked)
-        wire, answer = await self._asked(member, "PUT", path, [*fields, ("expect", "100-continue")])
+        wire, answer = await self._asked(member, "PUT", path, [*fields, ("expect", "100-continue")], self.limits.ask_s)
         if answer.status != 100:
             raise await self._refusal(member, wire, answer)
         return MirrorStream(self, member, wire, chunked=chunked)
@@ -177,7 +181,7 @@ class PeerClient:
     # -- connections
 
     async def _asked(
-        self, member: PeerAddress, method: str, path: str, fields: list[tuple[str, str]]
+        self, member: PeerAddress, method: str, path: str, fields: list[tuple[str, str]], timeout_s: float
     ) -> tuple[Wire, Answer]:
         """Send a head, wait for the answer's. A connection that was idle may have been closed meanwhile: then once more."""
         for fresh in (False, True):
@@ -187,7 +191,7 @@ class PeerClient:
                 wire = await self._connect(member)
             try:
                 self._send_head(member, wire, method, path, fields)
-                return wire, await wire.answer(self.limits.answer_s)
+                return wire, await wire.answer(timeout_s)
             except WireError as error:
                 wire.fail(str(error))
                 if not reused:
@@ -346,6 +350,11 @@ class MirrorStream:
         self._wire = None
         self._client.give_back(self.member, wire, clean=answer.keep)
         return said
+
+    def lost(self, reason: str) -> None:
+        """The node is known to have gone: whoever waits for it fails with this."""
+        if self._wire is not None:
+            self._wire.fail(reason)
 
     def abort(self) -> None:
         """Give the copy up; what has arrived of it is dropped there. Idempotent."""

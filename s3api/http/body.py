@@ -67,6 +67,8 @@ class RequestBody:
         self._sink: BodySink | None = None
         self._direct: memoryview | None = None
         self._payload_bytes = 0
+        self.patient = False
+        """The pace of the body is judged elsewhere: by the node that it comes from."""
 
     # -- for the handler
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _HIGH_WATER_BYTES = 256 * 1024
+_PATIENCE = 10
+"""So many times longer may a body pause that another node sends."""
 
 
 class Wait(enum.Enum):
@@ -160,7 +162,7 @@ class HttpConnection(asyncio.BufferedProtocol):
             if self._wait is Wait.BODY:
                 self._check_pace(now)
             return
-        timeout_s = self.server.timeouts_s[self._wait]
+        timeout_s = self._timeout_s()
         if now - self._since < timeout_s:
             return
         if self._wait is Wait.BODY and self._receiving is not None:
@@ -173,9 +175,13 @@ class HttpConnection(asyncio.BufferedProtocol):
         elif self._wait is not Wait.US:
             self.abort()
 
+    def _timeout_s(self) -> float:
+        patient = self._receiving is not None and self._receiving.patient
+        return self.server.timeouts_s[self._wait] * (_PATIENCE if patient else 1)
+
     def _check_pace(self, now: float) -> None:
         body, pace = self._receiving, self._pace
-        if body is None or pace is None:
+        if body is None or pace is None or body.patient:
             return
         if pace.too_slow(now, body.payload_bytes, excused=body.starved or self._paused):
             body.fail(HttpError(408, "RequestTimeout", f"The body must come at {pace} or faster."))

@@ -89,6 +89,9 @@ class Body(Protocol):
         """Bytes that have come and were not read yet."""
         ...
 
+    patient: bool
+    """Set before the body is read: whoever sends it may be as slow as its own sender, who is watched there."""
+
     @property
     def trailers(self) -> Headers:
         """Trailer fields, once the body has been received."""

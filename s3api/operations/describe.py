@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ingest import versioning
 from ingest.bucket_settings import BucketSettings
-from ingest.records import BucketRecord, ObjectRecord, ObjectState, Versioning
+from ingest.records import BucketRecord, Durability, Extent, ObjectRecord, ObjectState, Versioning
 from ingest.storage_class import STANDARD, needs_restore, restored, restoring
 from s3api import checksums, times, xml
 from s3api.call import Call, Limits
@@ -154,7 +154,18 @@ def version_headers(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[st
 
 def new_version_headers(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[str, str]]:
     """Which version a write has made. Where versioning is suspended AWS stores the null version and does not say so
-    (the PutObject page's sample response for such a bucket has no version id); reads of it tell ``null``."""
+    (the PutObject page's sample response for such a bucket has no version id); reads of it tell ``null``. And where it was
+    stored at a lower level of durability than the bucket asks for, as its settings allow: at which."""
+    return [*lowered_headers(bucket, record.length, record.mirror), *_version_made(bucket, record)]
+
+
+def lowered_headers(bucket: BucketRecord, length: int, mirror: tuple[Extent, ...]) -> list[tuple[str, str]]:
+    """What tells a client that its body has no second copy although the bucket asks for one."""
+    wanted = bucket.tags.get("hiss.durability") == Durability.MIRROR
+    return [("x-hiss-durability", Durability.DISK.value)] if wanted and length and not mirror else []
+
+
+def _version_made(bucket: BucketRecord, record: ObjectRecord) -> list[tuple[str, str]]:
     if versioning.versioning_of(bucket) is not Versioning.ENABLED:
         return []
     return version_headers(bucket, record)

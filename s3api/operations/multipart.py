@@ -37,7 +37,13 @@ from s3api.http.message import Headers, Response
 from s3api.integrity import bad_checksum, plan, read_document, too_large
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import checksum_headers, new_version_headers, stored_headers, user_metadata
+from s3api.operations.describe import (
+    checksum_headers,
+    lowered_headers,
+    new_version_headers,
+    stored_headers,
+    user_metadata,
+)
 from s3api.operations.lifecycle import abort_headers, expiration_header
 from s3api.operations.listing import namer
 from s3api.operations.locks import lock_of_write
@@ -164,7 +170,7 @@ async def upload_part(call: Call) -> Response:
     part = await received(call, spec, expected, commit)
     answer = [("etag", f'"{part.etag}"')]
     answer += [(checksums.HEADER_PREFIX + name, value) for name, value in part.checksums.items()]
-    return Response(200, answer)
+    return Response(200, answer + lowered_headers(bucket, part.length, part.mirror))
 
 
 async def complete_multipart_upload(call: Call) -> Response:

@@ -109,7 +109,13 @@ async def stored(
 async def _opened(call: Call, spec: StreamSpec) -> Stream:
     if call.node.kernels is not None and not spec.part:
         await call.node.kernels.prepare(spec.bucket.name)
-    return call.node.data.open_stream(spec)
+    stream = call.node.data.open_stream(spec)
+    try:
+        await stream.ready()
+    except BaseException:
+        await stream.abort()
+        raise
+    return stream
 
 
 async def once(data: bytes) -> AsyncIterator[memoryview]:

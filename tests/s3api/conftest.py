@@ -52,7 +52,7 @@ from s3api.peers import PeerService
 from s3api.service import S3Service
 
 START_TIMEOUT_S = 20.0
-PEER_LIMITS = PeerLimits(connect_s=2.0, answer_s=3.0, stall_s=2.0)
+PEER_LIMITS = PeerLimits(connect_s=2.0, answer_s=3.0, ask_s=3.0, durable_s=5.0, stall_s=2.0)
 PEER_KEY = PeerKey.derived(b"the key that nodes of a cluster share")
 REGIONS, REGION_BYTES, SLAB_BYTES = 4, 64 << 20, 4 << 20
 
@@ -87,9 +87,22 @@ class CheckingHost:
 class NodeThread:
     """A whole S3 node on its own loop and thread; everything real, nothing mocked."""
 
-    def __init__(self, root: Path, settings: ServiceSettings, kernels: FrameHost | None, number: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        settings: ServiceSettings,
+        kernels: FrameHost | None,
+        number: int = 0,
+        slot: int = 0,
+        beside: NodeThread | None = None,
+        files_max: int = 8,
+    ) -> None:
+        """``beside``: another node whose catalogue this one uses, too, with a slot of its own: a cluster without an engine."""
         self.paths = NodePaths(root)
         self.number = number
+        self._slot = slot
+        self._beside = beside
+        self._files_max = files_max
         self.counters = Counters(None, 0)
         self.catalog: CatalogClient
         self.buffer: Buffer
@@ -151,27 +164,33 @@ class NodeThread:
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        up, down = asyncio.Event(), asyncio.Event()
-        writer = asyncio.create_task(
-            catalogue.serve(self.paths, Counters(None, CATALOGUE), node=self.number, ready=up.set, stop=down)
-        )
-        started = asyncio.create_task(up.wait())
-        await asyncio.wait([writer, started], return_when=asyncio.FIRST_COMPLETED)
-        if writer.done():
-            started.cancel()
-            await writer
+        down = asyncio.Event()
+        writer = None
+        if self._beside is None:
+            up = asyncio.Event()
+            writer = asyncio.create_task(
+                catalogue.serve(self.paths, Counters(None, CATALOGUE), node=self.number, ready=up.set, stop=down)
+            )
+            started = asyncio.create_task(up.wait())
+            await asyncio.wait([writer, started], return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                started.cancel()
+                await writer
+        else:
+            self.paths.create()
         executor = ThreadPoolExecutor(4)
-        async with CatalogClient(self.paths, slot=0, node=self.number) as self.catalog:
+        catalogued = self.paths if self._beside is None else self._beside.paths
+        async with CatalogClient(catalogued, slot=self._slot, node=self.number) as self.catalog:
             arena = Arena(create_regions(REGIONS, REGION_BYTES), self.counters)
             spans = SpanTable(SpanTable.create(REGIONS, REGION_BYTES // SLAB_BYTES), REGION_BYTES // SLAB_BYTES)
             segments = SegmentStore(
                 self.paths,
                 node=self.number,
-                slot=0,
+                slot=self._slot,
                 segment_bytes=64 << 20,
-                files_max=8,
+                files_max=self._files_max,
                 files_elsewhere=lambda: 0,
-                use=lambda: self.catalog.segment_use(0),
+                use=lambda: self.catalog.segment_use(self._slot),
                 executor=executor,
                 counters=self.counters,
             )
@@ -210,7 +229,8 @@ class NodeThread:
             await self.buffer.close(5.0)
             await client.close()
         down.set()
-        await writer
+        if writer is not None:
+            await writer
         executor.shutdown()
         self._listener.close()
         self._tls_listener.close()
@@ -224,6 +244,9 @@ class Link:
         self.cut_after: int | None = None
         self.silent_after: int | None = None
         self.passed = 0
+        self.hold = threading.Event()
+        """Nothing passes while it is clear."""
+        self.hold.set()
         self._pairs: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -251,6 +274,7 @@ class Link:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(64 << 10):
+                self.hold.wait()
                 self.passed += len(data)
                 if self.cut_after is not None and self.passed > self.cut_after:
                     break
@@ -268,6 +292,7 @@ class Link:
         self.passed = 0
 
     def close(self) -> None:
+        self.hold.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._acceptor.join()
