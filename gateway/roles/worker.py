@@ -35,6 +35,7 @@ from ingest.arena import SLAB_BYTES, Arena
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
 from ingest.cluster.holdings import Holdings
+from ingest.cluster.remirror import Remirror
 from ingest.compaction import housekeep
 from ingest.counters import Counters
 from ingest.paths import socket_address
@@ -110,13 +111,16 @@ async def _serve(boot: Boot) -> None:
         prefault.start()
         async with _kernels(boot, settings, buffer, counters) as host:
             buffer.host = host
-            keeper = asyncio.create_task(housekeep(buffer, counters, stop), name="housekeeping")
+            keepers = [asyncio.create_task(housekeep(buffer, counters, stop), name="housekeeping")]
+            if boot.slot == 0:  # one of the node's workers looks after the copies of all
+                remirror = Remirror(buffer, buffer.neighbours, counters)
+                keepers.append(asyncio.create_task(remirror.run(stop), name="second copies"))
             async with _servers(boot, settings, buffer, host, counters):
                 boot.ready()
                 await stop.wait()
-            keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
         await buffer.close(settings.shutdown_grace_s / 2)
         await buffer.neighbours.client.close()
     executor.shutdown(wait=True)

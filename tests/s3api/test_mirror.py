@@ -13,11 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from ingest.bucket_settings import BucketSettings
 from ingest.cluster import members
 from ingest.cluster.choice import candidates
 from ingest.cluster.members import Load, Member, Membership
 from ingest.cluster.relay import open_copies
-from ingest.records import Durability, NodeRecord, NodeState, ObjectRecord
+from ingest.cluster.remirror import Remirror, RemirrorLimits
+from ingest.landing import fill
+from ingest.records import BucketRecord, Durability, NodeRecord, NodeState, ObjectRecord
+from ingest.stream_types import StreamSpec
 from s3api.call import ServiceSettings
 from tests.s3api.conftest import CheckingHost, Link, NodeThread, RawClient, s3_client, write_certificate
 
@@ -424,6 +428,87 @@ def test_what_is_not_committed_is_dropped(three: Three, s3: Any, raw: RawClient,
     answer = raw("PUT", f"/{bucket}/k", os.urandom(length), headers={"content-md5": "1B2M2Y8AsgTpgAmY7PhCfg=="})
     assert answer.status_code == 400, answer.text
     until(lambda: not [*held(three.second), *held(three.third)])
+
+
+# -- copies that are missing
+
+
+def remirror(three: Three, **limits: Any) -> None:
+    node = three.first
+
+    async def once() -> None:
+        assert node.buffer.neighbours is not None
+        await Remirror(node.buffer, node.buffer.neighbours, node.counters, RemirrorLimits(**limits)).once()
+
+    node.run(once())
+
+
+def under_mirrored(three: Three) -> tuple[float, float]:
+    return three.metric("hiss_under_mirrored_objects"), three.metric("hiss_under_mirrored_bytes")
+
+
+@pytest.fixture
+def sole(three: Three, s3: Any) -> tuple[str, dict[str, bytes]]:
+    """A bucket of objects that were stored without a second copy, and nothing else that has none."""
+    remirror(three)
+    assert under_mirrored(three) == (0, 0)
+    bucket = mirrored(s3, "degrade")
+    three.know(away=(SECOND, THIRD))
+    bodies = {f"k{number}": os.urandom(length) for number, length in enumerate((1, 70_000, 9 * MIB))}
+    for key, data in bodies.items():
+        s3.put_object(Bucket=bucket, Key=key, Body=data)
+    return bucket, bodies
+
+
+def test_missing_copies_are_counted_and_made(three: Three, sole: tuple[str, dict[str, bytes]]) -> None:
+    bucket, bodies = sole
+    remirror(three)
+    assert under_mirrored(three) == (3, sum(map(len, bodies.values())))
+    three.know()
+    remirror(three, page=2)
+    assert under_mirrored(three) == (0, 0)
+    for key, data in bodies.items():
+        check(three, bucket, data, key)
+    # Linked, not only held; and once is enough.
+    assert held(three.second) == held(three.third) == []
+    made = three.metric("hiss_remirrored_objects_total")
+    remirror(three)
+    assert three.metric("hiss_remirrored_objects_total") == made
+
+
+def test_a_node_that_fails_is_not_sent_all_the_others(three: Three, sole: tuple[str, dict[str, bytes]]) -> None:
+    link = three.link(three.second)
+    link.cut_after = 0
+    three.know(links={SECOND: link}, away=(THIRD,))
+    remirror(three)
+    assert under_mirrored(three)[0] == 3
+    three.know()
+    remirror(three)
+
+
+def test_what_is_deleted_needs_no_copy(three: Three, s3: Any, sole: tuple[str, dict[str, bytes]]) -> None:
+    bucket, bodies = sole
+    for key in bodies:
+        s3.delete_object(Bucket=bucket, Key=key)
+    remirror(three)
+    assert under_mirrored(three) == (0, 0)
+
+
+def test_a_forgotten_copy_is_dropped(three: Three) -> None:
+    node = three.first
+    spec = StreamSpec(BucketRecord("b", "", 0), BucketSettings(), b"k", 5000)
+
+    async def hold() -> None:
+        stream = node.buffer.open_copy(spec, secrets.token_bytes(16))
+        await fill(stream, memoryview(bytes(5000)))
+        await stream.finish()
+        await stream.hold()
+
+    node.run(hold())
+    remirror(three)
+    assert len(held(node)) == 1
+    remirror(three, held_s=0.0)
+    assert held(node) == []
 
 
 def held(node: NodeThread) -> list[Any]:
