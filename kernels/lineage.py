@@ -84,6 +84,8 @@ class Lineage:
     run: bytes | None = None
     """The key prefix, for the product of a run."""
     device: str = "cpu"
+    software: Environment | None = None
+    """What it was computed with, where that was not here."""
 
     @property
     def stages(self) -> tuple[Kernel, ...]:

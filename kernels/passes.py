@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -371,7 +372,13 @@ def merge_states(kernel: Kernel, into: StateArrays, other: StateArrays) -> None:
         merge(spec, into[spec.name], other[spec.name])
 
 
-async def load(pad: LandingPad, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
+class Loads(Protocol):
+    """The one thing of a LandingPad that reading stored bytes needs."""
+
+    async def load(self, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes: ...
+
+
+async def load(pad: Loads, record: ObjectRecord, start: int, length: int, domain: Domain) -> LoadedBytes:
     """Read body bytes back, waiting out shortages. Raises Gone, Postponed or Hopeless."""
     error: IngestError | None = None
     for wait_s in LOAD_BACKOFF_S:

@@ -50,7 +50,7 @@ def write(entry: h5py.Group, lineage: Lineage) -> None:
         if last:
             nexus.text(group["kernel"], "match", lineage.match)
             software = nexus.group(group, "environment", "NXcollection")
-            for name, version in dataclasses.asdict(environment()).items():
+            for name, version in dataclasses.asdict(lineage.software or environment()).items():
                 nexus.text(software, name, version)
             nexus.text(software, "device", lineage.device)
     _source(entry, lineage)
@@ -60,7 +60,7 @@ def write(entry: h5py.Group, lineage: Lineage) -> None:
 
 def _stage(group: h5py.Group, kernel: Kernel, lineage: Lineage, index: int) -> None:
     nexus.text(group, "program", "hiss")
-    nexus.text(group, "version", environment().hiss)
+    nexus.text(group, "version", (lineage.software or environment()).hiss)
     nexus.text(group, "date", nexus.time_text(lineage.ended_ns))
     nexus.number(group, "sequence_index", index + 1)
     note = nexus.note(group, "kernel", "text/x-python", kernel.source)
@@ -135,7 +135,7 @@ def prov_json(lineage: Lineage) -> dict[str, dict[str, object]]:
     document: dict[str, dict[str, object]] = {"prefix": dict(PREFIXES)}
     activity = f"hiss:reduction/{_identity(lineage)}"
     product = f"hiss:product/{_identity(lineage)}"
-    agent = f"hiss:software/{environment().hiss}"
+    agent = f"hiss:software/{(lineage.software or environment()).hiss}"
 
     def say(kind: str, name: str, record: _Record) -> None:
         document.setdefault(kind, {})[name] = record
@@ -145,7 +145,7 @@ def prov_json(lineage: Lineage) -> dict[str, dict[str, object]]:
         known[f"_:{kind}{len(known) + 1}"] = record
 
     say("activity", activity, _activity(lineage))
-    say("agent", agent, {"prov:type": _name("prov:SoftwareAgent"), **_software()})
+    say("agent", agent, {"prov:type": _name("prov:SoftwareAgent"), **_software(lineage)})
     say("entity", product, {"prov:type": _name("hiss:Product"), "hiss:of": lineage.subject})
     relate("wasGeneratedBy", {"prov:entity": product, "prov:activity": activity, **_at(lineage.ended_ns)})
     for plan, record in _plans(lineage):
@@ -170,8 +170,9 @@ def _activity(lineage: Lineage) -> _Record:
     }
 
 
-def _software() -> _Record:
-    return {f"hiss:{name}": version for name, version in dataclasses.asdict(environment()).items()}
+def _software(lineage: Lineage) -> _Record:
+    used = lineage.software or environment()
+    return {f"hiss:{name}": version for name, version in dataclasses.asdict(used).items()}
 
 
 def _plans(lineage: Lineage) -> Iterator[tuple[str, _Record]]:

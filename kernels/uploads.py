@@ -96,11 +96,12 @@ async def read(pad: LandingPad, record: ObjectRecord, domain: Domain) -> ArrayUs
         finally:
             loaded.release()
     header = Header(file[:HEADER_BYTES_MAX].tobytes(), record.length)
-    values = await asyncio.to_thread(_values, file, header)
+    values = await asyncio.to_thread(values_of, file, header)
     return ArrayUse(record.key, record.object_id, record.crc64nvme, values)
 
 
-def _values(file: npt.NDArray[np.uint8], header: Header) -> npt.NDArray[np.generic]:
+def values_of(file: npt.NDArray[np.uint8], header: Header) -> npt.NDArray[np.generic]:
+    """The values of a whole .npy file, C order, read-only; ``file`` is theirs from now on."""
     flat = np.frombuffer(file, header.dtype, offset=header.origin)
     shaped = flat.reshape(header.shape[::-1]).T if header.fortran else flat.reshape(header.shape)
     values = np.require(shaped, None, ["C", "A"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -127,19 +128,26 @@ class S3:
 
     def list(self, bucket: str, prefix: str, *, most: int) -> list[Listed]:
         """Keys under ``prefix`` in bytewise order, at most ``most``."""
-        found: list[Listed] = []
+        return list(itertools.islice(self.walk(bucket, prefix), most))
+
+    def walk(self, bucket: str, prefix: bytes | str) -> Iterator[Listed]:
+        """All keys under ``prefix`` in bytewise order, a page at a time."""
         token = ""
-        while len(found) < most:
-            arguments = {"encoding-type": "url", "list-type": "2", "max-keys": "1000", "prefix": prefix}
+        while True:
+            arguments: dict[str, bytes | str] = {
+                "encoding-type": "url",
+                "list-type": "2",
+                "max-keys": "1000",
+                "prefix": prefix,
+            }
             if token:
                 arguments["continuation-token"] = token
             query = "&".join(f"{name}={quote(value, safe='-_.~')}" for name, value in sorted(arguments.items()))
             with self._answered("GET", bucket, "", query=query) as answer:
                 rows, token = _listing(answer.read())
-            found += rows
+            yield from rows
             if not token:
-                break
-        return found[:most]
+                return
 
     def put(
         self,

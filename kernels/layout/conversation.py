@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 
-from ingest.ports import Domain, LandingPad, LoadedBytes
+from ingest.ports import Domain, LoadedBytes
 from ingest.records import ObjectRecord
 from kernels.layout.dialogue import DATAGRAM_BYTES_MAX, WANT_BYTES_MAX, Place, Refusal, Rewritten, Task, Want, Word
 from kernels.layout.hdf5_types import Structure
-from kernels.passes import load
+from kernels.passes import Loads, load
 from kernels.process import SandboxFailed, SandboxProcess
 from kernels.sandbox import SandboxLimits
 from kernels.wire import KIND_FAILED, KIND_READY, SandboxSpec
@@ -39,7 +39,7 @@ class TooSpread(Exception):
 @contextlib.asynccontextmanager
 async def conversation(
     zygote_socket: str,
-    pad: LandingPad,
+    pad: Loads,
     record: ObjectRecord,
     domain: Domain,
     limits: SandboxLimits,
@@ -107,7 +107,7 @@ class Conversation:
     loading raises."""
 
     def __init__(
-        self, process: SandboxProcess, pad: LandingPad, record: ObjectRecord, domain: Domain, thinking_s: float
+        self, process: SandboxProcess, pad: Loads, record: ObjectRecord, domain: Domain, thinking_s: float
     ) -> None:
         self._process = process
         self._pad = pad

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ingest.ports import Domain, LandingPad
+from ingest.ports import Domain
 from ingest.records import FrameGeometry, ObjectRecord
 from kernels.decode.table import ENTRY
 from kernels.formats import DTYPES, NDIM_MAX, SHAPE_MAX, NotFrames, parse_shape
@@ -17,6 +17,7 @@ from kernels.layout.conversation import Conversation, Lie, TooSpread, conversati
 from kernels.layout.dialogue import CHUNKS_A_DATAGRAM, Ask, Refusal
 from kernels.layout.hdf5_types import Structure
 from kernels.layout.index import CHUNKS_MAX, FrameIndex
+from kernels.passes import Loads
 from kernels.process import SandboxFailed
 from kernels.sandbox import SandboxLimits
 
@@ -26,7 +27,7 @@ Layout = FrameGeometry | FrameIndex | NotFrames
 
 
 async def read_stored_structure(
-    zygote_socket: str, pad: LandingPad, record: ObjectRecord, domain: Domain, limits: SandboxLimits
+    zygote_socket: str, pad: Loads, record: ObjectRecord, domain: Domain, limits: SandboxLimits
 ) -> Layout:
     """Raises Gone, Postponed or Hopeless where the bytes cannot be read, SandboxFailed("unavailable") where no process
     can be had."""

@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,18 @@ from kernels.layout.stored import Found, find_layout
 
 Layout = FrameGeometry | FrameIndex
 _Result = TypeVar("_Result")
+
+
+class Frames(Protocol):
+    """A body as its frames are read: in a file (``Body``), or far away (kernels/offline/remote.py)."""
+
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def frame_bytes(self) -> int: ...
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from body offset ``offset`` on. Blocks. Raises OSError."""
+        ...
 
 
 class NoFrames(Exception):
@@ -52,6 +64,15 @@ class Body:
     @property
     def frame_bytes(self) -> int:
         return self.layout.frame_bytes
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from body offset ``offset`` on. Raises OSError where the file is shorter than it was."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.fd, [view[done:]], offset + done)
+            if not got:
+                raise OSError("the file became shorter")
+            done += got
 
     def close(self) -> None:
         os.close(self.fd)

@@ -1,6 +1,7 @@
 """Memory that sandboxes read frames from, as a node's arena would give it: sealed in size, writable only here.
 
-In: a body and a run of its frames. Out: batches that lie in the memory, as long as ``Window.load`` is not called again.
+In: a body and a run of its frames. Out: batches that lie in the memory, as long as ``Window.load`` is not called again for the
+same bay: with two of them one is read while the other is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ingest.records import BLOCK_BYTES, FrameGeometry
 from kernels.decode import table
 from kernels.layout.index import FrameIndex
 from kernels.layout.placing import batch_frames_max
-from kernels.offline.body import Body
+from kernels.offline.body import Frames
 from kernels.sandbox import Batch
 from kernels.wire import MAX_BATCH
 
@@ -28,12 +29,14 @@ _SEALS = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.
 class Window:
     """One region. Belongs to whoever made it, who closes it after the sandboxes that map it."""
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, bays: int = 1) -> None:
+        """``size_bytes``: of each of the ``bays``."""
         self.size_bytes = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        self.region_bytes = bays * self.size_bytes
         self.fd = os.memfd_create("hiss-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, self.size_bytes)
-            self._mapping = mmap.mmap(self.fd, self.size_bytes)
+            os.ftruncate(self.fd, self.region_bytes)
+            self._mapping = mmap.mmap(self.fd, self.region_bytes)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(self.fd)
@@ -45,36 +48,46 @@ class Window:
         self._mapping.close()
         os.close(self.fd)
 
-    def load(self, body: Body, first: int, stop: int, *, slot: int = 0) -> tuple[list[Batch], int]:
+    def view(self, length: int) -> memoryview:
+        """The first ``length`` bytes, to write to; the caller releases it."""
+        return self._view[:length]
+
+    def load(self, body: Frames, first: int, stop: int, *, slot: int = 0, bay: int = 0) -> tuple[list[Batch], int]:
         """Bring frames ``first``, … below ``stop`` in, as many as fit: (batches over them, number of the first left out).
 
-        At least one frame; ValueError when not even that fits. OSError for a file that is shorter than it was.
+        At least one frame; ValueError when not even that fits. OSError for a body that cannot be read.
         """
-        layout = body.layout
+        layout, base = body.layout, bay * self.size_bytes
         if isinstance(layout, FrameGeometry):
-            return self._plain(body, layout, first, stop, slot)
-        return self._stored(body, layout, first, stop, slot)
+            return self._plain(body, layout, first, stop, slot, base)
+        return self._stored(body, layout, first, stop, slot, base)
 
-    def _plain(self, body: Body, layout: FrameGeometry, first: int, stop: int, slot: int) -> tuple[list[Batch], int]:
+    def _plain(
+        self, body: Frames, layout: FrameGeometry, first: int, stop: int, slot: int, base: int
+    ) -> tuple[list[Batch], int]:
         count = min(stop - first, self.size_bytes // layout.frame_bytes)
         if count < 1:
             raise ValueError(f"a frame of {layout.frame_bytes} bytes does not fit {self.size_bytes} bytes")
-        self._read(body, layout.origin + first * layout.frame_bytes, count * layout.frame_bytes, 0)
+        self._read(body, layout.origin + first * layout.frame_bytes, count * layout.frame_bytes, base)
         together = _together(layout.frame_bytes)
         batches = [
-            Batch(0, done * layout.frame_bytes, layout.frame_bytes, first + done, min(together, count - done), slot)
+            Batch(
+                0, base + done * layout.frame_bytes, layout.frame_bytes, first + done, min(together, count - done), slot
+            )
             for done in range(0, count, together)
         ]
         return batches, first + count
 
-    def _stored(self, body: Body, layout: FrameIndex, first: int, stop: int, slot: int) -> tuple[list[Batch], int]:
+    def _stored(
+        self, body: Frames, layout: FrameIndex, first: int, stop: int, slot: int, base: int
+    ) -> tuple[list[Batch], int]:
         """One batch of stored chunks after the other, until the window is full. A slab is read again for the next batch
         where it is split."""
         batches: list[Batch] = []
-        at, used = first, 0
+        at, used, room = first, base, base + self.size_bytes
         for start, count in _runs(layout, first, stop):
             entries = layout.entries(start, count)
-            if used + int(entries["length"].sum()) + 8 * len(entries) > self.size_bytes:
+            if used + int(entries["length"].sum()) + 8 * len(entries) > room:
                 break
             for entry in entries:
                 offset, length = int(entry["offset"]), int(entry["length"])
@@ -88,13 +101,10 @@ class Window:
             raise ValueError(f"the stored chunks of one frame do not fit {self.size_bytes} bytes")
         return batches, at
 
-    def _read(self, body: Body, offset: int, length: int, at: int) -> None:
-        done = 0
-        while done < length:
-            got = os.preadv(body.fd, [self._view[at + done : at + length]], offset + done)
-            if not got:
-                raise OSError("the file became shorter")
-            done += got
+    def _read(self, body: Frames, offset: int, length: int, at: int) -> None:
+        if length:
+            with self._view[at : at + length] as view:
+                body.read_into(view, offset)
 
 
 def _runs(layout: FrameIndex, first: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -114,7 +124,7 @@ def _together(frame_bytes: int) -> int:
     return max(1, min(MAX_BATCH, BATCH_BYTES_MAX // frame_bytes))
 
 
-def window_bytes(body: Body, frames: int) -> int:
+def window_bytes(body: Frames, frames: int) -> int:
     """Enough for so many frames, within reason: at least one frame, at most WINDOW_BYTES or that one frame."""
     layout = body.layout
     if isinstance(layout, FrameGeometry):

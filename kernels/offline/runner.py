@@ -6,6 +6,8 @@ it took. What always holds: frames are judged in order, in one state; a sandbox 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -14,13 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.contract import STOP, Stage
-from kernels.offline.body import Body
+from kernels.offline.body import Body, Frames
 from kernels.offline.memory import Window
-from kernels.sandbox import Batch, Reply, Sandbox, SandboxLimits
+from kernels.rows import Rows
+from kernels.sandbox import Batch, Sandbox, SandboxLimits
 from kernels.verdicts import AFTER_STOP, UNREDUCED
 
 FEEDBACK_KEPT_MAX = 1_000_000
 STATE_SLOT, TIMING_SLOT = 0, 1
+SHARED_SLOT = TIMING_SLOT
+"""State of many objects of one frame: whoever uses it measures no rate."""
 PASSES_MIN, PASSES_MAX = 3, 10_000
 LIMITS = SandboxLimits(nice=0)
 """Nobody receives here: nothing to give way to."""
@@ -72,7 +77,7 @@ class Runner:
             dtype=dtype,
             shape=shape,
             region_fds=[window.fd],
-            region_bytes=window.size_bytes,
+            region_bytes=window.region_bytes,
             slots=2,
             limits=limits,
         )
@@ -81,38 +86,50 @@ class Runner:
     async def close(self) -> None:
         await self._sandbox.close()
 
-    async def judge(self, body: Body, first: int, stop: int, *, alone: bool = False, fresh: bool = True) -> Found:
+    async def judge(self, body: Frames, first: int, stop: int, *, alone: bool = False, fresh: bool = True) -> Found:
         """Frames ``first``, … below ``stop``. ``alone``: they are objects of their own (wire.Run). ``fresh``: in a new state,
         else in that of the call before. Raises SandboxFailed; ValueError, OSError as ``Window.load``."""
         if fresh:
             self._sandbox.reset(STATE_SLOT)
-        verdicts = np.full(max(0, stop - first), UNREDUCED, np.uint8)
-        replies: list[Reply] = []
-        stopped_at: int | None = None
+        found = _Findings(self._sandbox, first, stop)
         at = first
-        while at < stop and stopped_at is None:
+        while at < stop and found.stopped_at is None:
             batches, at = self._window.load(body, at, stop, slot=STATE_SLOT)
-            for batch in batches:
-                reply = await self._sandbox.run(dataclasses.replace(batch, alone=alone))
-                replies.append(reply)
-                start = batch.first_frame - first
-                verdicts[start : start + batch.count] = np.where(reply.verdicts <= STOP, reply.verdicts, UNREDUCED)
-                stopped_at = reply.stopped_at
-                if stopped_at is not None:
-                    verdicts[stopped_at + 1 - first :] = AFTER_STOP
-                    break
-        rows = [reply.rows for reply in replies if reply.rows is not None]
-        feedback = [event for reply in replies for event in reply.feedback]
-        return Found(
-            verdicts=verdicts,
-            state=self._sandbox.collect(STATE_SLOT),
-            rows=np.concatenate(rows) if rows else None,
-            dropped_rows=sum(reply.dropped_rows for reply in replies),
-            feedback=feedback[:FEEDBACK_KEPT_MAX],
-            feedback_events=len(feedback),
-            dropped_feedback=sum(reply.dropped_feedback for reply in replies),
-            stopped_at=stopped_at,
+            await found.judge(batches, alone=alone)
+        return found.all(self.collect())
+
+    async def judge_far(
+        self, body: Frames, first: int, stop: int, *, alone: bool = False, fresh: bool = True, shared: bool = False
+    ) -> Found:
+        """As ``judge`` for a body whose bytes come over a network, read in a thread, the next while these are judged: the
+        window needs two bays. ``shared``: in the other state, and without taking it out: ``collect`` it in the end."""
+        slot = SHARED_SLOT if shared else STATE_SLOT
+        if fresh:
+            self._sandbox.reset(slot)
+        found = _Findings(self._sandbox, first, stop)
+        at, bay = first, 0
+        load = self._window.load
+        ahead = (
+            asyncio.ensure_future(asyncio.to_thread(load, body, at, stop, slot=slot, bay=bay)) if at < stop else None
         )
+        try:
+            while ahead is not None and found.stopped_at is None:
+                batches, at = await ahead
+                bay = 1 - bay
+                ahead = None
+                if at < stop:
+                    ahead = asyncio.ensure_future(asyncio.to_thread(load, body, at, stop, slot=slot, bay=bay))
+                await found.judge(batches, alone=alone)
+        finally:
+            if ahead is not None:
+                # A thread that writes into the window cannot be called back.
+                with contextlib.suppress(Exception):
+                    await ahead
+        return found.all({} if shared else self.collect())
+
+    def collect(self, *, shared: bool = False) -> Arrays:
+        """Copies of the state arrays."""
+        return self._sandbox.collect(SHARED_SLOT if shared else STATE_SLOT)
 
     async def finish(self, state: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
         """See Sandbox.finish."""
@@ -136,3 +153,48 @@ class Runner:
         for batch in batches:
             await self._sandbox.run(batch)
         return time.perf_counter() - began_s
+
+
+class _Findings:
+    """What replies say, one after the other. What is kept of them is bounded as in a node's product."""
+
+    def __init__(self, sandbox: Sandbox, first: int, stop: int) -> None:
+        self.stopped_at: int | None = None
+        self._sandbox = sandbox
+        self._first = first
+        self._verdicts = np.full(max(0, stop - first), UNREDUCED, np.uint8)
+        self._rows: Rows | None = None
+        self._dropped_rows = 0
+        self._feedback: list[tuple[int, int, float]] = []
+        self._events = 0
+        self._dropped_feedback = 0
+
+    async def judge(self, batches: Sequence[Batch], *, alone: bool) -> None:
+        for batch in batches:
+            reply = await self._sandbox.run(dataclasses.replace(batch, alone=alone))
+            start = batch.first_frame - self._first
+            verdicts = reply.verdicts
+            self._verdicts[start : start + batch.count] = np.where(verdicts <= STOP, verdicts, UNREDUCED)
+            if reply.rows is not None:
+                self._rows = self._rows or Rows(reply.rows.dtype)
+                self._rows.add(batch.first_frame, reply.rows)
+            self._dropped_rows += reply.dropped_rows
+            self._events += len(reply.feedback)
+            self._feedback += reply.feedback[: FEEDBACK_KEPT_MAX - len(self._feedback)]
+            self._dropped_feedback += reply.dropped_feedback
+            self.stopped_at = reply.stopped_at
+            if self.stopped_at is not None:
+                self._verdicts[self.stopped_at + 1 - self._first :] = AFTER_STOP
+                return
+
+    def all(self, state: Arrays) -> Found:
+        return Found(
+            verdicts=self._verdicts,
+            state=state,
+            rows=None if self._rows is None else self._rows.table(),
+            dropped_rows=self._dropped_rows + (0 if self._rows is None else self._rows.left_out),
+            feedback=self._feedback,
+            feedback_events=self._events,
+            dropped_feedback=self._dropped_feedback,
+            stopped_at=self.stopped_at,
+        )

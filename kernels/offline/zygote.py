@@ -19,9 +19,9 @@ class NoZygote(Exception):
 
 
 @contextlib.contextmanager
-def private_zygote(children_max: int = 8) -> Iterator[str]:
-    """The socket's path. Call it from the main thread: the fork server dies with the thread that started it. Raises
-    NoZygote."""
+def private_zygote(children_max: int = 8, ready_timeout_s: float = READY_TIMEOUT_S) -> Iterator[str]:
+    """The socket's path. Call it from a thread that lives as long: the fork server dies with the thread that started it.
+    Raises NoZygote."""
     with tempfile.TemporaryDirectory(prefix="hiss-kernel-") as folder:
         path = Path(folder) / "zygote.sock"
         log = Path(folder) / "zygote.log"
@@ -38,9 +38,9 @@ def private_zygote(children_max: int = 8) -> Iterator[str]:
             os.close(said)
         try:
             with os.fdopen(ready, "rb") as pipe:
-                readable, _, _ = select.select([pipe], [], [], READY_TIMEOUT_S)
+                readable, _, _ = select.select([pipe], [], [], ready_timeout_s)
                 if not readable or not pipe.read(1):
-                    raise NoZygote(_last_line(log) or f"not ready within {READY_TIMEOUT_S:g} s")
+                    raise NoZygote(_last_line(log) or f"not ready within {ready_timeout_s:g} s")
             yield str(path)
         finally:
             process.kill()

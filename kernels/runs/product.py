@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ingest.records import OwedInRun, RunRecord
 from kernels import nexus, product, provenance
 from kernels.contract import Kernel
-from kernels.lineage import Epoch, Input, Lineage, location
+from kernels.lineage import Environment, Epoch, Input, Lineage, location
 from kernels.runs.partial import Member, Origin
 
 CONTENT_TYPE = "application/x-hdf5"
@@ -55,6 +55,8 @@ class RunFindings:
     """Ordered by key, then frame."""
     rows_left_out: int = 0
     result: Mapping[str, npt.NDArray[np.generic]] | None = None
+    software: Environment | None = None
+    """What it was computed with, where that was not here."""
 
     @property
     def kernel(self) -> Kernel:
@@ -176,5 +178,6 @@ def _lineage(findings: RunFindings) -> Lineage:
         started_ns=findings.started_ns,
         ended_ns=findings.ended_ns,
         run=findings.run.run,
+        software=findings.software,
         device="cpu" if findings.origin.device == "cpu" else f"{findings.origin.device} as asked for, or cpu",
     )

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 PRODUCT_BYTES_MAX = 1 << 30
 ARRAY_BYTES_MAX = 512 << 20
-_DECIDES = ("numba", "llvmlite", "llvm", "numpy", "cpu_target")
+DECIDES = ("numba", "llvmlite", "llvm", "numpy", "cpu_target")
 """What of the environment can change bits."""
 CRC_HEADER = "x-amz-checksum-crc64nvme"
 
@@ -108,7 +108,7 @@ def _environment_notes(recorded: Recorded) -> list[str]:
     here = dataclasses.asdict(environment())
     notes = [
         f"{name} was {recorded.environment.get(name, 'not recorded')}, here it is {here[name]}"
-        for name in _DECIDES
+        for name in DECIDES
         if recorded.environment.get(name) != here[name]
     ]
     device = recorded.environment.get("device", "cpu")
