@@ -18,6 +18,7 @@ POINTS = (
     "drain-published", "drain-recorded", "evict-before", "evict-recorded", "recycle-locked", "recycle-marked",
     "recall-written", "relocate-written", "product-before", "snapshot-written", "snapshot-renamed", "journal-rotated",
     "partial-before", "run-product-before", "filter-before", "lifecycle-before", "aside-named", "cut-mended",
+    "join-claimed", "join-placed", "log-before", "log-appended",
 )  # fmt: skip
 
 VARIABLE = "HISS_CRASHPOINT"

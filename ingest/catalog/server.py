@@ -190,23 +190,23 @@ class CatalogueServer:
         )
         self._paths.catalogue_socket.chmod(0o600)
         committing = asyncio.ensure_future(self.committer.run())
-        beginning = asyncio.ensure_future(before_ready(self))
-        await asyncio.wait((committing, beginning), return_when=asyncio.FIRST_COMPLETED)
-        if not beginning.done():
-            beginning.cancel()
-            await committing
-        await beginning
         stopping = asyncio.ensure_future(stop.wait())
-        ready()
+        beginning = asyncio.ensure_future(before_ready(self))
         try:
-            await asyncio.wait((committing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((committing, beginning), return_when=asyncio.FIRST_COMPLETED)
+            if beginning.done():
+                beginning.result()
+                ready()
+                await asyncio.wait((committing, stopping), return_when=asyncio.FIRST_COMPLETED)
             listener.close()
             if self._working and not committing.done():
                 await asyncio.gather(*self._working)
             self.committer.stop()
             await committing
         finally:
-            stopping.cancel()
+            for task in (stopping, beginning, committing):
+                task.cancel()
+            await asyncio.gather(stopping, beginning, committing, return_exceptions=True)
             listener.close()
             for connection in list(self.connections):
                 connection.close()

@@ -69,9 +69,8 @@ async def publish(engine: Engine, copy: Path, sequence: int, progress: Progress 
         made = Checkpoint(sequence, len(parts), os.path.getsize(copy), digest)  # noqa: ASYNC240  # of a file just written
         async with engine.transaction() as connection:
             asked = sa.select(checkpoint_parts.c.part, checkpoint_parts.c.digest)
-            there = dict(
-                (await connection.execute(asked.where(checkpoint_parts.c.sequence == sequence))).tuples().all()
-            )
+            found = await connection.execute(asked.where(checkpoint_parts.c.sequence == sequence))
+            there = dict(found.all())
         with packed.open("rb") as file:
             for part, digest_of_part in enumerate(parts):
                 data = file.read(PART_BYTES)

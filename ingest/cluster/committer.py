@@ -41,6 +41,8 @@ FOLLOW_S = 0.1
 RETRY_S = 0.25
 ENGINE_WAIT_S = 8.0
 """How long a mutation waits for an engine that is away: longer than a restart, shorter than a client's patience."""
+END_WAIT_S = 3.0
+"""How long what is asked of the engine has to end when the process does."""
 FRESH_WAIT_S = 1.0
 """How long a reader waits to be told that it sees everything; then it sees what is known here."""
 _NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror)
@@ -86,6 +88,7 @@ class ClusterCommitter(BatchMaker):
         self._away_since: float | None = None
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
+        self._ended = False
         generation.engine_back()
 
     @property
@@ -105,10 +108,13 @@ class ClusterCommitter(BatchMaker):
         try:
             await asyncio.wait((following, deciding), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-            if not deciding.done():
-                deciding.cancel()
+            self._ended = True
+            self._asked.set()
+            # A statement that is cancelled half way leaves a connection that nobody closes: it may end first.
+            await asyncio.wait((following,), timeout=END_WAIT_S)
+            for task in (following, deciding):
+                task.cancel()
+            await asyncio.gather(following, deciding, return_exceptions=True)
             self._release_askers(False)
         for task in (deciding, following):
             if task.done() and not task.cancelled():
@@ -191,7 +197,8 @@ class ClusterCommitter(BatchMaker):
                 batch = Batch(self._next)
                 now_ns = self._tell_time(turn.head.now_ns)
                 self._db.execute("BEGIN IMMEDIATE")
-                self._gather(batch, started + self._limits.batch_work_s, now_ns)
+                # Counted from here: waiting for the head is no work.
+                self._gather(batch, time.perf_counter() + self._limits.batch_work_s, now_ns)
                 if batch.entries:
                     payload = e.join(batch.encoded)
                     chain = chained(self._chain, payload)
@@ -287,7 +294,7 @@ class ClusterCommitter(BatchMaker):
     # -- batches of others
     async def _follow(self) -> None:
         """Raises Diverged, Fenced, ClusterRefused."""
-        while True:
+        while not self._ended:
             try:
                 async with asyncio.timeout(RETRY_S if self._away_since is not None else FOLLOW_S):
                     await self._asked.wait()

@@ -57,10 +57,11 @@ class Keeper:
         self._applied = applied
         self._load = load
         self._checkpoint_entries = checkpoint_entries
+        self._ended = asyncio.Event()
 
     async def run(self) -> None:
         looked = time.monotonic()
-        while True:
+        while not self._ended.is_set():
             started = time.monotonic()
             try:
                 await self._beat()
@@ -69,7 +70,13 @@ class Keeper:
                     await self._shorten()
             except EngineAway as error:
                 logger.debug("no heartbeat: %s", error)
-            await asyncio.sleep(max(0.05, HEARTBEAT_S - (time.monotonic() - started)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.05, HEARTBEAT_S - (time.monotonic() - started))):
+                    await self._ended.wait()
+
+    def stop(self) -> None:
+        """``run`` returns once what it asked of the engine has ended."""
+        self._ended.set()
 
     async def _beat(self) -> None:
         async with self._engine.transaction() as connection:

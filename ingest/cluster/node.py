@@ -8,7 +8,6 @@ must not go on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from ingest.catalog.generation import GenerationFile
 from ingest.catalog.recovery import Recovered
 from ingest.catalog.server import CatalogueServer, locked
 from ingest.cluster import replica
-from ingest.cluster.committer import ClusterCommitter
+from ingest.cluster.committer import END_WAIT_S, ClusterCommitter
 from ingest.cluster.engine import Engine, EngineAway
 from ingest.cluster.join import Joining, Place, join
 from ingest.cluster.keeper import CHECKPOINT_ENTRIES, Keeper
@@ -159,10 +158,11 @@ async def _serve(
             keeping.result()
         await serving
     finally:
+        keeper.stop()
+        await asyncio.wait((keeping,), timeout=END_WAIT_S)
         for task in (keeping, serving):
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(keeping, serving, return_exceptions=True)
         paths.members.unlink(missing_ok=True)
 
 
