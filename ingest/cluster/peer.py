@@ -30,7 +30,7 @@ SETTLE_FIELD = "x-hiss-settle"
 BUCKET_FIELD, KEY_FIELD, LIFETIME_FIELD = "x-hiss-bucket", "x-hiss-key", "x-hiss-lifetime"
 EXTENTS_PER_FETCH = 256
 """Extents named in one request: what a head has room for."""
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 512 << 10
 SEND_BYTES_MAX = 1 << 20
 """Most bytes on their way at a time: how finely it is known what memory is free again."""
 DOCUMENT_BYTES_MAX = 64 << 10
@@ -65,7 +65,7 @@ class PeerLimits:
     """An idle connection is used again for so long: the other side closes it later."""
     idle_connections: int = 8
     """Kept for each member."""
-    fetches: int = 96
+    fetches: int = 192
     """At the same time; the others wait. Each has RING_BUFFERS × BUFFER_BYTES at most."""
 
 
@@ -254,9 +254,11 @@ class PeerClient:
     async def _refusal(self, member: PeerAddress, wire: Wire, answer: Answer) -> NodeAway | BufferFull:
         """Read the rest of a refusal. The connection is closed: a body may be due on it."""
         document = b""
-        with contextlib.suppress(WireError):
-            document = await wire.document(answer.length, DOCUMENT_BYTES_MAX)
-        wire.fail("refused")
+        try:
+            with contextlib.suppress(WireError):
+                document = await wire.document(answer.length, DOCUMENT_BYTES_MAX)
+        finally:
+            wire.fail("refused")
         return refusal(member, answer, document)
 
     async def close(self) -> None:
