@@ -6,7 +6,7 @@ best first. Always holds: only a living member that is up, is not this one and h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ingest.cluster.members import Member
 
@@ -21,9 +21,10 @@ def candidates(
     *,
     sending: Mapping[int, int] | None = None,
     failures: Mapping[int, int] | None = None,
+    doubtful: Callable[[int], bool] = lambda _: False,
 ) -> list[Member]:
     """``sending``: bodies that this process sends to each node now, which their heartbeats may not tell yet; ``failures``:
-    attempts with this body that came to nothing.
+    attempts with this body that came to nothing; ``doubtful``: whether others have lately failed with a node.
 
     A node of another failure domain goes before one of ours, one that has not failed before one that has; then the one with most
     free bytes for each body that it takes already.
@@ -31,10 +32,11 @@ def candidates(
     sending, failures = sending or {}, failures or {}
     ours = next((member.record.domain for member in members if member.node == me), "")
 
-    def rank(member: Member) -> tuple[int, bool, float, int]:
+    def rank(member: Member) -> tuple[int, bool, bool, float, int]:
         beside_us = bool(ours) and member.record.domain == ours
         bodies = max(member.load.bodies, sending.get(member.node, 0))
-        return failures.get(member.node, 0), beside_us, -member.free_bytes / (1 + bodies), member.node
+        doubt = doubtful(member.node)
+        return failures.get(member.node, 0), doubt, beside_us, -member.free_bytes / (1 + bodies), member.node
 
     possible = (
         member

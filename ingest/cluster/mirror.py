@@ -186,7 +186,12 @@ class Mirroring:
     def _choose(self) -> Address:
         members = self._neighbours.members.all()
         found = candidates(
-            members, self._me, self._body.length, sending=self._neighbours.sending, failures=self._failures
+            members,
+            self._me,
+            self._body.length,
+            sending=self._neighbours.sending,
+            failures=self._failures,
+            doubtful=self._neighbours.doubtful,
         )
         if found:
             return Address.of(found[0])
@@ -250,6 +255,8 @@ class Mirroring:
         begun, self.taken = self.taken > 0, 0
         self._failures[address.node] += FAILURES_MAX if isinstance(error, BufferFull) else 1
         self._reason = str(error)
+        if isinstance(error, NodeAway):
+            self._neighbours.doubt(address.node)
         logger.warning("the copy of %s/%r is lost: %s", self._body.bucket, self._body.key, error)
         if begun:
             self._meter.lost.add()

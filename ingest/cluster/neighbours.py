@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 
 from ingest.cluster.members import Member, Members
 from ingest.cluster.peer import PeerClient
 from ingest.errors import NodeAway
+
+DOUBT_S = 15.0
+"""Longer than a lease: whoever is still silent then is known to be."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +37,15 @@ class Neighbours:
         self.client = client
         self.sending: collections.Counter[int] = collections.Counter()
         """Second copies that this process sends to each node now."""
+        self._doubts: dict[int, float] = {}
+
+    def doubt(self, node: int) -> None:
+        """The node did not do what it should: others are asked before it for a while, so that not each of many requests waits
+        for it in vain (it may be frozen, and its lease not over)."""
+        self._doubts[node] = time.monotonic() + DOUBT_S
+
+    def doubtful(self, node: int) -> bool:
+        return self._doubts.get(node, 0.0) > time.monotonic()
 
     def living(self, node: int) -> Address:
         """Raises NodeAway."""

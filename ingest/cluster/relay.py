@@ -36,8 +36,16 @@ class Run:
     extents: tuple[Extent, ...]
 
 
-def plan(copies: Sequence[Copy], me: int, start: int, stop: int, usable: Callable[[int], bool]) -> list[Run]:
-    """How to read [start, stop): from here where a copy is here, else from the first copy whose node is ``usable``.
+def plan(
+    copies: Sequence[Copy],
+    me: int,
+    start: int,
+    stop: int,
+    usable: Callable[[int], bool],
+    doubtful: Callable[[int], bool] = lambda _: False,
+) -> list[Run]:
+    """How to read [start, stop): from here where a copy is here, else from the first copy whose node is ``usable``, and not
+    ``doubtful`` if that can be had.
 
     Pure. Raises DataLost where no copy covers the range, NodeAway (with the node's number) where none that does is usable.
     """
@@ -50,7 +58,8 @@ def plan(copies: Sequence[Copy], me: int, start: int, stop: int, usable: Callabl
         if not there:
             raise DataLost(f"the catalogue knows no place for byte {position}")
         here = [one for one in there if one[0].node == me]
-        chosen = next(iter([*here, *(one for one in there if usable(one[0].node))]), None)
+        away = sorted((one for one in there if usable(one[0].node)), key=lambda one: doubtful(one[0].node))
+        chosen = next(iter([*here, *away]), None)
         if chosen is None:
             raise NodeAway(str(there[0][0].node), "holds these bytes and cannot be asked")
         extent, base = chosen
@@ -174,7 +183,8 @@ class RelayReader:
     def _plan(self) -> None:
         """Raises NodeAway: of several nodes that have failed, what the first did."""
         try:
-            self._runs = plan(self._copies, self._me, self._position, self._stop, self._usable)
+            doubtful = self._neighbours.doubtful
+            self._runs = plan(self._copies, self._me, self._position, self._stop, self._usable, doubtful)
         except NodeAway as error:
             raise self._failed.get(int(error.node), error) from None
 
@@ -189,6 +199,8 @@ class RelayReader:
     def _fail(self, run: Run, error: NodeAway) -> None:
         """Plan the rest without that node. Raises ``error``'s kind where nobody else has the bytes."""
         self._failed[run.node] = error
+        if not isinstance(error, NotThere):
+            self._neighbours.doubt(run.node)
         self._plan()
 
     async def _opened(self, run: Run) -> Fetched | SegmentReader:

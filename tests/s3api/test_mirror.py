@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -20,7 +21,16 @@ from ingest.cluster.members import Load, Member, Membership
 from ingest.cluster.relay import open_copies
 from ingest.cluster.remirror import Remirror, RemirrorLimits
 from ingest.landing import fill
-from ingest.records import BucketRecord, Durability, NodeRecord, NodeState, ObjectRecord
+from ingest.ports import BodyChange
+from ingest.records import (
+    BucketRecord,
+    Durability,
+    FrameGeometry,
+    FrameLedger,
+    NodeRecord,
+    NodeState,
+    ObjectRecord,
+)
 from ingest.stream_types import StreamSpec
 from s3api.call import ServiceSettings
 from tests.s3api.conftest import CheckingHost, Link, NodeThread, RawClient, s3_client, write_certificate
@@ -64,6 +74,11 @@ def test_who_failed_comes_last_and_not_for_ever() -> None:
     assert chosen(other(2, free=1000), other(3, free=2000), failures={3: 2}) == [2]
 
 
+def test_who_failed_with_others_comes_after_them() -> None:
+    both = (other(2, domain="a", free=1000), other(3, domain="b", free=2000))
+    assert chosen(*both, doubtful=lambda node: node == 3) == [2, 3]
+
+
 # -- three nodes with folders of their own and one catalogue
 
 
@@ -94,6 +109,8 @@ class Three:
             found.append(Member(record, 100.0 if node.number in away else 0.0, 0, room))
         for node in self.all:
             members.write(node.paths, Membership(node.number, "c", 0.0, tuple(found)))
+            assert node.buffer.neighbours is not None
+            node.buffer.neighbours._doubts.clear()
 
     def link(self, node: NodeThread) -> Link:
         self.links.append(Link(node.port))
@@ -428,6 +445,74 @@ def test_what_is_not_committed_is_dropped(three: Three, s3: Any, raw: RawClient,
     answer = raw("PUT", f"/{bucket}/k", os.urandom(length), headers={"content-md5": "1B2M2Y8AsgTpgAmY7PhCfg=="})
     assert answer.status_code == 400, answer.text
     until(lambda: not [*held(three.second), *held(three.third)])
+
+
+# -- a kernel's STOP
+
+
+class StoppingHost(CheckingHost):
+    """Kernels that want nothing behind a body's fifth frame, and a count of frames in its first bytes that says so."""
+
+    def __init__(self, three: Three) -> None:
+        self._three = three
+
+    def open(self, info: Any) -> Any:
+        return Stopping(self._three.first.buffer.domain(info.bucket)) if info.key == b"stopped" else None
+
+
+class Stopping:
+    kernels: tuple[str, ...] = ()
+    filters: ClassVar[dict[str, str]] = {}
+    epochs = ()
+
+    def __init__(self, domain: Any) -> None:
+        self.domain = domain
+        self._stopped: Callable[[int], None] | None = None
+
+    def sniff(self, head: memoryview, *, complete: bool) -> Any:
+        return FrameGeometry("|u1", (MIB,), 8, MIB) if len(head) >= 8 else 8
+
+    def when_stopped(self, stopped: Callable[[int], None]) -> None:
+        self._stopped = stopped
+
+    def offer(self, batch: Any) -> None:
+        if batch.first_frame + batch.count > 4 and self._stopped is not None:
+            asyncio.get_running_loop().call_soon(self._stopped, 4)
+            self._stopped = None
+        asyncio.get_running_loop().call_soon(batch.release)
+
+    def lagging(self, first_frame: int, count: int) -> None: ...
+
+    def cut_short(self, length: int) -> BodyChange:
+        return BodyChange(0, b"lots of ", b"but five")
+
+    def ledger(self, received: int, trailing_bytes: int, discarded_bytes: int | None = None) -> FrameLedger:
+        return FrameLedger(received, truncated=discarded_bytes is not None)
+
+    def committed(self, record: ObjectRecord) -> None: ...
+    def aborted(self) -> None: ...
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_stop_leaves_is_on_two_nodes(three: Three, raw: RawClient, s3: Any, bucket: str, known: bool) -> None:
+    """The copy has the header that was put right afterwards, and not a byte of what was thrown away."""
+    data = b"lots of " + os.urandom(40 * MIB)
+    before = three.first.buffer.host
+    three.first.buffer.host = StoppingHost(three)  # type: ignore[assignment]
+    try:
+        path = f"/{bucket}/stopped"
+        signed = raw.signed("PUT", path, payload_hash="UNSIGNED-PAYLOAD")
+        signed.pop("Content-Length", None)
+        pieces = (data[start : start + MIB] for start in range(0, len(data), MIB))
+        length = {"content-length": str(len(data))} if known else {}
+        answer = raw.http.put(raw.endpoint + path, content=pieces, headers={**signed, **length})
+        assert answer.status_code == 200, answer.text
+    finally:
+        three.first.buffer.host = before
+    record = head(three, bucket, "stopped")
+    assert 5 * MIB <= record.length < len(data)
+    check(three, bucket, b"but five" + data[8 : record.length], "stopped")
+    assert s3.get_object(Bucket=bucket, Key="stopped")["Body"].read() == b"but five" + data[8 : record.length]
 
 
 # -- copies that are missing

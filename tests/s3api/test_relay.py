@@ -108,6 +108,8 @@ def know(node: NodeThread, holders: dict[int, NodeThread]) -> Iterator[Callable[
     def tell(changes: dict[int, dict[str, Any]] | None = None) -> None:
         found = [member(one, **(changes or {}).get(one.number, {})) for one in (node, *holders.values())]
         members.write(node.paths, Membership(node.number, "c", 0.0, tuple(found)))
+        assert node.buffer.neighbours is not None
+        node.buffer.neighbours._doubts.clear()
 
     tell()
     yield tell
