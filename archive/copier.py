@@ -41,14 +41,25 @@ class Copier:
         self._limits = limits
         self._rate = RateLimit(limits.rate_bytes_per_s, time.monotonic())
 
-    async def copy(self, record: ObjectRecord, rights: FileRights, *, only_at: str | None = None) -> ArchiveCopy:
-        """The caller holds the key. Raises TargetError, IngestError (StaleVersion, NoSuchKey: the version is gone)."""
+    async def copy(
+        self,
+        record: ObjectRecord,
+        rights: FileRights,
+        *,
+        only_at: str | None = None,
+        may_publish: Callable[[], Awaitable[None]] | None = None,
+    ) -> ArchiveCopy:
+        """The caller holds the key; ``may_publish`` raises where that is not for this process to do any more.
+
+        Raises TargetError, IngestError (StaleVersion, NoSuchKey: the version is gone)."""
         staged = await self._staged(record, rights)
         try:
             crashpoint("drain-written")
             await self._verify(staged)
             verified_ns = time.time_ns()
             crashpoint("drain-verified")
+            if may_publish is not None:
+                await may_publish()
             path = await self._target.publish(staged, only_at=only_at)
             crashpoint("drain-published")
         except BaseException:

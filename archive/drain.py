@@ -24,7 +24,7 @@ from archive.targets.base import FileRights, TargetError, TargetLost
 from ingest import bucket_settings
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchKey, StaleEpoch, StaleVersion
+from ingest.errors import CatalogUnavailable, IngestError, LeaseLost, NoSuchBucket, NoSuchKey, StaleEpoch, StaleVersion
 from ingest.ports import Catalog
 from ingest.records import ArchiveCopy, ObjectRecord
 
@@ -124,6 +124,8 @@ class Drain:
         except asyncio.CancelledError:
             await asyncio.shield(self._give_back(record))
             raise
+        except LeaseLost as error:
+            log.warning("%s is left to whoever has it now: %s", key_text(record), error)
         except CatalogUnavailable as error:
             log.warning("%s stays in the queue: %s", key_text(record), error)
         except Exception as error:  # one version's trouble must never end the drain of all others
@@ -139,7 +141,13 @@ class Drain:
         bucket = await self._catalog.bucket(record.bucket)
         rights = FileRights.of(bucket_settings.parse(bucket.tags))
         only_at = await self._reconciler.place_of(record)
-        copy = await self._copier.copy(record, rights, only_at=only_at)
+        copy = await self._copier.copy(
+            record,
+            rights,
+            only_at=only_at,
+            # Reading and writing may have taken longer than the lease, or this process may have stood still.
+            may_publish=lambda: self._catalog.confirm_drain(record.object_id),
+        )
         await self._record(record, copy)
         crashpoint("drain-recorded")
         self._objects.add()

@@ -54,6 +54,10 @@ class Reconciler:
         if await self._target.remove(path, record.object_id):
             self._repairs.add()
             log.info("took back %s, published after its version was deleted or replaced", path)
+        # Another node may have published a later version there before: it is put back while its bytes are buffered.
+        for version in await self._catalog.archived_versions(record.bucket, record.key):
+            if version.archive is not None and version.archive.path == path and not await self._shows(version):
+                await self.settle(version)
 
     async def carry_out_deletes(self) -> None:
         """Remove the archive copies of deleted versions and confirm it to the catalogue."""

@@ -159,6 +159,10 @@ class MirrorMissing(CatalogError):
     """A commit promises a second copy and no other node holds one."""
 
 
+class LeaseLost(CatalogError):
+    """The lease under which this was done ran out and somebody else has the job now: nothing was changed."""
+
+
 class MembersGone(StaleVersion):
     """A partial was not stored: some of its members are no longer owed it. ``str()`` is their object ids, in hex."""
 

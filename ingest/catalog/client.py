@@ -28,7 +28,7 @@ from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
 from ingest.cluster import identity
-from ingest.errors import CatalogUnavailable, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
+from ingest.errors import CatalogUnavailable, LeaseLost, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
 from ingest.origin import ORIGIN
 from ingest.paths import NodePaths, socket_address
 from ingest.records import (
@@ -219,6 +219,8 @@ class CatalogClient:
         self._pusher: asyncio.Task[None] | None = None
         self._pushes: asyncio.Queue[FreedExtents | SettleRequest] = asyncio.Queue()
         self._handlers: list[PushHandler] = []
+        self._claims: dict[bytes, int] = {}
+        """The claim of each version that is drained here."""
         self._readers = _Readers(paths, self.node)
         self._thread = ThreadPoolExecutor(2, "catalogue-reads")
 
@@ -550,12 +552,23 @@ class CatalogClient:
 
     async def claim_drain(self, limit: int, lease_s: float) -> Sequence[ObjectRecord]:
         claim = int.from_bytes(secrets.token_bytes(8)) >> 1
-        return await self._call(wire.ClaimDrain(limit, int(lease_s * 1e9), claim), _records)
+        records = await self._call(wire.ClaimDrain(limit, int(lease_s * 1e9), claim), _records)
+        self._claims.update((record.object_id, claim) for record in records)
+        return records
+
+    async def confirm_drain(self, object_id: bytes) -> None:
+        claim = await self._look(lambda reader: reader.drain_claim(object_id))
+        if claim is None or claim != self._claims.get(object_id):
+            self._claims.pop(object_id, None)
+            raise LeaseLost(f"version {object_id.hex()} was claimed by somebody else, or is not to be drained any more")
 
     async def drained(self, object_id: bytes, copy: ArchiveCopy) -> ObjectRecord:
-        return await self._call(wire.MarkDrained(object_id, copy), _record)
+        record = await self._call(wire.MarkDrained(object_id, copy, self._claims.get(object_id, 0)), _record)
+        self._claims.pop(object_id, None)
+        return record
 
     async def drain_failed(self, object_id: bytes, error: str, retry_after_s: float) -> None:
+        self._claims.pop(object_id, None)
         await self._call(wire.FailDrain(object_id, error, int(retry_after_s * 1e9)), _nothing)
 
     async def evictable(self, limit: int) -> Sequence[ObjectRecord]:

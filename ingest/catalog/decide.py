@@ -28,6 +28,7 @@ from ingest.errors import (
     EntityTooSmall,
     InvalidPart,
     InvalidPartOrder,
+    LeaseLost,
     MembersGone,
     MirrorMissing,
     NoSuchBucket,
@@ -598,6 +599,8 @@ class Decider:
         if record.archive is not None:
             return Known(record)
         transition(record.state, Event.DRAINED)
+        if mutation.claim and self._reader.drain_claim(mutation.object_id) != mutation.claim:
+            raise LeaseLost(f"version {mutation.object_id.hex()} is drained by somebody else meanwhile")
         return e.Drained(mutation.object_id, mutation.copy)
 
     def _fail_drain(self, mutation: wire.FailDrain) -> e.Entry | Known:

@@ -330,6 +330,11 @@ class Reader:
             cursor.close()
         return found
 
+    def drain_claim(self, object_id: bytes) -> int | None:
+        """The last claim of a version that is being drained; None for any other."""
+        row = self._db.execute(statements.DRAIN_CLAIM, {"object_id": object_id}).fetchone()
+        return None if row is None else int(row[0])
+
     def recalls(self, limit: int) -> list[ObjectRecord]:
         return rows.all_records(self._db.execute(statements.RECALLS, {"limit": limit, "node": self._node}).fetchall())
 

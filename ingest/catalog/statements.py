@@ -350,6 +350,11 @@ LEASED = _sql(
     .where(_draining, objects.c.lease_until_ns > _p("now_ns"))
     .order_by(objects.c.lease_until_ns)
 )
+DRAIN_CLAIM = _sql(
+    sa.select(objects.c.lease_epoch).where(
+        objects.c.object_id == _p("object_id"), objects.c.state == literal_column("'draining'")
+    )
+)
 QUEUE_COUNTS = _sql(
     sa.select(
         sa.func.count(),

@@ -163,6 +163,8 @@ class ClaimDrain(msgspec.Struct, frozen=True, array_like=True, tag="claim-drain"
 class MarkDrained(msgspec.Struct, frozen=True, array_like=True, tag="mark-drained"):
     object_id: bytes
     copy: ArchiveCopy
+    claim: int = 0
+    """The claim it was drained under; refused with LeaseLost when another one has followed."""
 
 
 class FailDrain(msgspec.Struct, frozen=True, array_like=True, tag="fail-drain"):
