@@ -37,8 +37,16 @@ def buffered_bytes(record: ObjectRecord) -> int:
 
 class Evictor:
     def __init__(
-        self, catalog: Catalog, usage: Callable[[], tuple[int, int]], counters: Counters, limits: DrainLimits
+        self,
+        catalog: Catalog,
+        usage: Callable[[], tuple[int, int]],
+        counters: Counters,
+        limits: DrainLimits,
+        *,
+        everything: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``everything``: the node is being emptied, whatever the watermarks say."""
+        self._everything = everything
         self._catalog = catalog
         self._usage = usage
         self._limits = limits
@@ -52,7 +60,8 @@ class Evictor:
         for record in await self._catalog.evictions_due(self._limits.evict_batch_objects):
             await self._evict(record)
         used_bytes, capacity_bytes = self._usage()
-        wanted = bytes_to_free(used_bytes, capacity_bytes, self._limits.evict_high, self._limits.evict_low)
+        high, low = (0.0, 0.0) if self._everything() else (self._limits.evict_high, self._limits.evict_low)
+        wanted = bytes_to_free(used_bytes, capacity_bytes, high, low)
         while wanted > 0:
             records = await self._catalog.evictable(self._limits.evict_batch_objects)
             freed = 0

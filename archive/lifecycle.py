@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -31,6 +32,8 @@ SLICE_VERSIONS = 1000
 _TOGETHER = 64
 """Mutations under way at a time: they share the catalogue's batches with those of instruments."""
 _BETWEEN_SLICES_S = 0.05
+_LOOK_AGAIN_S = 10.0
+"""On a node of a cluster where another one carries rules out."""
 
 
 class Position(msgspec.Struct):
@@ -56,7 +59,10 @@ class LifecycleScanner:
         day_s: int,
         every_s: float,
         slice_versions: int = SLICE_VERSIONS,
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``leads``: whether rules are for this node of a cluster to carry out."""
+        self._leads = leads
         self._catalog = catalog
         self._file = file
         self._day_s = day_s
@@ -72,14 +78,17 @@ class LifecycleScanner:
 
     async def run(self, stop: asyncio.Event) -> None:
         ORIGIN.set(Origin("s3.amazonaws.com", lifecycle=True))
+        leads = True
         while not stop.is_set():
             try:
-                more = await self.step()
+                leads = self._leads()
+                more = leads and await self.step()
             except (CatalogError, OSError) as error:
                 log.warning("lifecycle rules: %s", error)
                 more = False
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_BETWEEN_SLICES_S if more else self._every_s):
+                pause_s = self._every_s if leads else min(self._every_s, _LOOK_AGAIN_S)
+                async with asyncio.timeout(_BETWEEN_SLICES_S if more else pause_s):
                     await stop.wait()
 
     async def step(self) -> bool:

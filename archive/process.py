@@ -21,8 +21,10 @@ from archive.keylocks import KeyLocks
 from archive.pace import DrainLimits, retry_after_s
 from archive.recall import Landing, Recaller
 from archive.reconcile import Reconciler
+from archive.remains import Remains
 from archive.snapshots import keep_snapshots
 from archive.targets.base import Target, TargetError, TargetLost
+from ingest.cluster.members import Members
 from ingest.counters import Counters
 from ingest.errors import IngestError
 from ingest.ports import Catalog
@@ -33,6 +35,7 @@ _GAUGES_EVERY_S = 2.0
 _EVICT_EVERY_S = 1.0
 _DELETES_EVERY_S = 1.0
 _SNAPSHOTS_EVERY_S = 30.0
+_REMAINS_EVERY_S = 2.0
 _OPEN_RETRY_CAP_S = 30.0
 
 
@@ -46,23 +49,31 @@ async def serve(
     snapshots_dir: Path,
     counters: Counters,
     limits: DrainLimits,
+    members: Members,
     stop: asyncio.Event,
     also: Sequence[Callable[[asyncio.Event], Coroutine[None, None, None]]] = (),
 ) -> None:
-    """``usage`` gives (used, capacity) bytes of the buffer. ``also``: more to run until ``stop``.
+    """``usage`` gives (used, capacity) bytes of the buffer. ``members``: the cluster's nodes, of which one leads. ``also``: more
+    to run until ``stop``.
 
     Opens and closes ``target``."""
     gauges = _Gauges(catalog, counters)
-    evictor = Evictor(catalog, usage, counters, limits)
+    evictor = Evictor(catalog, usage, counters, limits, everything=lambda: members.leaving)
+    remains = Remains(catalog, counters)
     async with asyncio.TaskGroup() as always:
         # These need no archive: the operator sees a queue that grows, the buffer is kept in its bounds.
         always.create_task(_repeat("reading the drain queue", gauges.step, _GAUGES_EVERY_S, stop))
         always.create_task(_repeat("evicting", evictor.step, _EVICT_EVERY_S, stop))
+        always.create_task(
+            _repeat("giving up copies on nodes that left", _led(members, remains.step), _REMAINS_EVERY_S, stop)
+        )
         for run in also:
             always.create_task(run(stop))
         if await _opened(target, stop):
             try:
-                await _with_target(catalog, target, open_reader, landing, snapshots_dir, counters, limits, stop)
+                await _with_target(
+                    catalog, target, open_reader, landing, snapshots_dir, counters, limits, members, stop
+                )
             finally:
                 await target.close()
 
@@ -75,6 +86,7 @@ async def _with_target(
     snapshots_dir: Path,
     counters: Counters,
     limits: DrainLimits,
+    members: Members,
     stop: asyncio.Event,
 ) -> None:
     keys = KeyLocks()
@@ -83,18 +95,32 @@ async def _with_target(
     drain = Drain(catalog, copier, reconciler, keys, counters, limits)
     recaller = Recaller(catalog, target, landing, counters, limits)
 
-    async def sweep() -> None:
+    async def compare() -> None:
         await reconciler.sweep(stop)
 
-    async def snapshots() -> None:
+    async def copy_snapshots() -> None:
         await keep_snapshots(snapshots_dir, target, limits.snapshots_kept)
 
+    # Nodes of a cluster share the archive: one of them does for all what is about all of it.
+    deletes, sweep, snapshots = (
+        _led(members, step) for step in (reconciler.carry_out_deletes, compare, copy_snapshots)
+    )
     async with asyncio.TaskGroup() as group:
         group.create_task(drain.run(stop))
         group.create_task(recaller.run(stop))
-        group.create_task(_repeat("removing deleted copies", reconciler.carry_out_deletes, _DELETES_EVERY_S, stop))
+        group.create_task(_repeat("removing deleted copies", deletes, _DELETES_EVERY_S, stop))
         group.create_task(_repeat("comparing archive and catalogue", sweep, limits.sweep_interval_s, stop))
         group.create_task(_repeat("copying catalogue snapshots", snapshots, _SNAPSHOTS_EVERY_S, stop))
+
+
+def _led(members: Members, step: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """``step``, on the one node of a cluster that does it for all."""
+
+    async def led() -> None:
+        if members.leads():
+            await step()
+
+    return led
 
 
 async def _opened(target: Target, stop: asyncio.Event) -> bool:

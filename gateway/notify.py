@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import httpx
 
@@ -39,8 +39,16 @@ class Deliverer:
     """``targets``: endpoint -> URL."""
 
     def __init__(
-        self, catalog: Catalog, counters: Counters, targets: Mapping[str, str], *, retry_first_s: float = RETRY_FIRST_S
+        self,
+        catalog: Catalog,
+        counters: Counters,
+        targets: Mapping[str, str],
+        *,
+        retry_first_s: float = RETRY_FIRST_S,
+        leads: Callable[[], bool] = lambda: True,
     ) -> None:
+        """``leads``: whether events are for this node of a cluster to deliver."""
+        self._leads = leads
         self._catalog = catalog
         self._targets = targets
         self._retry_first_s = retry_first_s
@@ -66,7 +74,7 @@ class Deliverer:
             with contextlib.suppress(CatalogError):
                 counts = await self._catalog.notice_counts()
                 self._waiting.set(sum(counts.values()))
-                for name in counts.keys() - self._targets.keys():
+                for name in counts.keys() - self._targets.keys() if self._leads() else ():
                     page = await self._catalog.notices(name, PAGE)
                     log.error("%d events for %s are given up: no such notification endpoint", len(page), name)
                     await self._done([sequence for sequence, _ in page])
@@ -78,6 +86,10 @@ class Deliverer:
         head, attempts, refusals, failing_since_s = 0, 0, 0, 0.0
         loop = asyncio.get_running_loop()
         while not stop.is_set():
+            if not self._leads():
+                attempts, refusals = 0, 0
+                await _pause(POLL_S, stop)
+                continue
             try:
                 page = await self._catalog.notices(name, PAGE)
                 done, refused = await self._post(name, url, http, page)

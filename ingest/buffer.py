@@ -23,6 +23,7 @@ from ingest import bucket_settings
 from ingest.admission import Admission, Admissions
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
 from ingest.body import Body
+from ingest.cluster.members import Members
 from ingest.cluster.mirror import Mirroring, MirrorMeter
 from ingest.cluster.neighbours import Neighbours
 from ingest.cluster.peer import MirrorOf
@@ -35,6 +36,7 @@ from ingest.errors import (
     DataLost,
     IngestError,
     MirrorUnavailable,
+    NodeDraining,
     NotAdmitted,
     ObjectOffline,
     StaleVersion,
@@ -76,6 +78,8 @@ RESERVED_MEMORY_S = 0.25
 RESERVED_ARENA_SHARE = 0.5
 """and on so much of the arena at most."""
 SETTLE_TIMEOUT_S = 30.0
+ENGINE_AWAY_S = 1.0
+"""A shorter absence of a cluster's engine is waited out by whoever has a body already."""
 OPEN_TRIES = 5
 REOPEN_WAIT_S = 0.05
 READ_BYTES = 1 << 20
@@ -114,6 +118,7 @@ class Buffer:
         self.host: FrameHost | None = None
         self.neighbours: Neighbours | None = None
         """The other nodes, where this one is of a cluster."""
+        self._members = Members(paths)
         self._spans = spans
         self._streams: set[SpanStream] = set()
         """Streams that have not ended, and ended ones whose frames a kernel still reads."""
@@ -148,6 +153,7 @@ class Buffer:
 
     def _let_in(self, spec: StreamSpec) -> Admission:
         """What is reserved lets the body in, and leaves it room. Raises BufferFull."""
+        self.admit()
         try:
             admission = self.admissions.admit(spec)
         except NotAdmitted:
@@ -185,10 +191,19 @@ class Buffer:
 
     def open_copy(self, spec: StreamSpec, object_id: bytes) -> SpanStream | PackedStream:
         """Admit the second copy of a body that another node receives under this id; raises BufferFull. No kernel sees it."""
+        self.admit()
         self._check_room(spec)
         stream = self._admitted(spec, object_id, None)
         stream.lane = EXEMPT
         return stream
+
+    def admit(self) -> None:
+        """Whether a body may come now. Raises NodeDraining, CatalogUnavailable."""
+        if self._members.leaving:
+            self._slow_down.add()
+            raise NodeDraining("this node is being emptied: send to another one")
+        if self.catalog.engine_away_s > ENGINE_AWAY_S:
+            raise CatalogUnavailable("the cluster's engine does not answer: nothing can be committed now")
 
     def _check_room(self, spec: StreamSpec, held_bytes: int = 0) -> None:
         """``held_bytes``: room that must be left."""

@@ -23,6 +23,10 @@ class NotAdmitted(BufferFull):
         self.retry_after_s = retry_after_s
 
 
+class NodeDraining(BufferFull):
+    """This node is being emptied: other nodes of the cluster take bodies, it does not."""
+
+
 class KernelsUnavailable(IngestError):
     """A submitted kernel could not be tried at the moment; ``str()`` says why, fit for the scientist."""
 
@@ -182,3 +186,11 @@ class NodeAway(IngestError):
 
 class MirrorUnavailable(IngestError):
     """The bucket wants a second copy on another node, and none can take it. ``str()`` says why, fit for a client."""
+
+
+class NoSuchNode(CatalogError):
+    """The cluster has no node of this number."""
+
+
+class NodeNeeded(CatalogError):
+    """A node cannot leave the cluster as it is; ``str()`` says why and what to do."""

@@ -28,9 +28,12 @@ from ingest.records import (
     FrameGeometry,
     FrameLedger,
     FreedExtents,
+    HeldByNode,
     KernelEpoch,
     ListedObject,
+    NodeCounts,
     NodeRecord,
+    NodeState,
     ObjectRecord,
     Offer,
     OwedInRun,
@@ -358,6 +361,34 @@ class Catalog(Protocol):
     # -- nodes of a cluster
     async def nodes(self) -> Sequence[NodeRecord]: ...
     async def put_node(self, record: NodeRecord) -> NodeRecord: ...
+    async def set_node_state(self, node: int, state: NodeState, *, force: bool = False) -> NodeRecord:
+        """What a member is for from now on. A node leaves (REMOVED) only if it is empty of what exists nowhere else, or with
+        ``force``. Raises NoSuchNode, NodeNeeded."""
+        ...
+
+    async def node_counts(self) -> Sequence[NodeCounts]:
+        """What nodes still have to drain; without those that have nothing."""
+        ...
+
+    async def held_by(self, node: int, away: frozenset[int] = frozenset()) -> HeldByNode:
+        """What would be lost with a node. ``away``: nodes that do not count as holders of a copy."""
+        ...
+
+    async def stranded(
+        self, away: frozenset[int], limit: int, of: int | None = None
+    ) -> tuple[int, Sequence[tuple[str, bytes]]]:
+        """Undrained versions of which only nodes that are away have the bytes (``of``: this one some of them): how many, and the
+        first by bucket and key."""
+        ...
+
+    async def unmirrored_count(self) -> int:
+        """Undrained versions, of any node, that are to have a second copy and have none."""
+        ...
+
+    async def copies_on(self, node: int, limit: int) -> Sequence[bytes]:
+        """Archived versions whose buffered copy lies on a node."""
+        ...
+
     @property
     def engine_away_s(self) -> float:
         """How long the engine of the cluster has not answered; 0 while it does, and on a node alone."""

@@ -402,6 +402,28 @@ class NodeRecord(msgspec.Struct, frozen=True):
     """Of the program it runs."""
 
 
+class NodeCounts(msgspec.Struct, frozen=True):
+    """What a node still has to drain: versions whose first byte lies there."""
+
+    node: int
+    undrained_objects: int
+    undrained_bytes: int
+    failing_objects: int
+
+
+class HeldByNode(msgspec.Struct, frozen=True):
+    """What would be lost with a node."""
+
+    node: int
+    undrained_objects: int
+    undrained_bytes: int
+    only_objects: int
+    """Undrained versions of which no other node that is there has a copy."""
+    only_bytes: int
+    only_parts: int
+    """Parts of open uploads, likewise."""
+
+
 class PartialMember(msgspec.Struct, frozen=True, array_like=True):
     """A version whose frames are in a partial."""
 

@@ -89,6 +89,10 @@ class DataPlane(Protocol):
 
     catalog: Catalog
 
+    def admit(self) -> None:
+        """Whether any body may come now; raises NodeDraining, CatalogUnavailable. ``open_stream`` asks it, too."""
+        ...
+
     def open_stream(self, spec: StreamSpec) -> Stream:
         """Admit a body; raises BufferFull. No memory is held before its first byte."""
         ...

@@ -184,6 +184,7 @@ class S3Error(Exception):
 # The buffer's errors, most derived first where one derives from another. BucketExists and PreconditionFailed also say
 # something about the request, see ``translated``.
 INGEST_CODES: dict[type[ingest.IngestError], str] = {
+    ingest.NodeDraining: "SlowDown",
     ingest.BufferFull: "SlowDown",
     ingest.KernelsUnavailable: "ServiceUnavailable",
     ingest.StreamAborted: "ServiceUnavailable",
@@ -219,6 +220,7 @@ INGEST_CODES: dict[type[ingest.IngestError], str] = {
 }
 
 _MESSAGES: dict[type[ingest.IngestError], str] = {
+    ingest.NodeDraining: "This node is being taken out of service; please send to another one",
     ingest.BufferFull: "The buffer is full until the archive has caught up; please retry",
     ingest.StorageFailed: "The bytes could not be stored durably; nothing was kept. Please try again.",
     ingest.DataLost: "Stored bytes of this object cannot be read back; the operator has been told",

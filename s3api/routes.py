@@ -65,6 +65,8 @@ class Route:
     """Subresource names this operation understands as arguments."""
     own_signature: bool = False
     """The signature is in the body: the operation verifies and authorises."""
+    stores: bool = False
+    """It brings bytes to this node: refused before they come where nothing can be taken."""
     over: Over | None = None
     """What a grant must cover, where it is not what the actions table says."""
 
@@ -75,7 +77,8 @@ _SERVICE, _BUCKET, _OBJECT = Level.SERVICE, Level.BUCKET, Level.OBJECT
 ROUTES: tuple[Route, ...] = (
     Route("ListBuckets", "GET", _SERVICE, buckets.list_buckets, "s3:ListAllMyBuckets"),
     Route("AssumeRole", "POST", _SERVICE, sts.sts, "s3:ListAllMyBuckets", own_signature=True),
-    Route("PostObject", "POST", _BUCKET, post_object.post_object, "s3:PutObject", own_signature=True),
+    Route("PostObject", "POST", _BUCKET, post_object.post_object, "s3:PutObject", own_signature=True,
+          stores=True),
     Route("CreateBucket", "PUT", _BUCKET, buckets.create_bucket, "s3:CreateBucket"),
     Route("HeadBucket", "HEAD", _BUCKET, buckets.head_bucket, "s3:ListBucket", over=Over.ANYTHING),
     Route("DeleteBucket", "DELETE", _BUCKET, buckets.delete_bucket, "s3:DeleteBucket"),
@@ -139,10 +142,11 @@ ROUTES: tuple[Route, ...] = (
     Route("ListObjectsV2", "GET", _BUCKET, listing.list_objects_v2, "s3:ListBucket", ("list-type",)),
     Route("ListObjects", "GET", _BUCKET, listing.list_objects, "s3:ListBucket"),
     Route("UploadPartCopy", "PUT", _OBJECT, copy.upload_part_copy, "s3:PutObject", ("uploadId", "partNumber"),
-          copy.COPY_SOURCE),
-    Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, "s3:PutObject", ("uploadId", "partNumber")),
-    Route("CopyObject", "PUT", _OBJECT, copy.copy_object, "s3:PutObject", (), copy.COPY_SOURCE),
-    Route("PutObject", "PUT", _OBJECT, objects.put_object, "s3:PutObject", (), "", ("versionId",)),
+          copy.COPY_SOURCE, stores=True),
+    Route("UploadPart", "PUT", _OBJECT, multipart.upload_part, "s3:PutObject", ("uploadId", "partNumber"),
+          stores=True),
+    Route("CopyObject", "PUT", _OBJECT, copy.copy_object, "s3:PutObject", (), copy.COPY_SOURCE, stores=True),
+    Route("PutObject", "PUT", _OBJECT, objects.put_object, "s3:PutObject", (), "", ("versionId",), stores=True),
     Route("PutObjectTagging", "PUT", _OBJECT, object_tags.put_object_tagging, "s3:PutObjectTagging", ("tagging",), "",
           ("versionId",)),
     Route("GetObjectTagging", "GET", _OBJECT, object_tags.get_object_tagging, "s3:GetObjectTagging", ("tagging",), "",

@@ -78,6 +78,8 @@ class S3Service:
             user_id = request.scope["user"] = call.user.user_id
             if not row.own_signature:
                 await _authorise(call, row, target)
+            if row.stores:
+                self._node.data.admit()
             if row.action == "s3:PutObject" and not row.own_signature:
                 await prepare_write(call, request.headers)
             await self._tell_origin(call, row)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Header, HTTPException, Query
+from fastapi import Path as FastPath
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
@@ -29,6 +30,7 @@ from gateway.control.feedback.sse import SSE
 from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
 from gateway.control.kernels import kernels, notices_in
+from gateway.control.nodes import Changed, NodeList, NodeSource
 from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
@@ -43,7 +45,7 @@ from ingest.errors import (
     ReservationEnded,
 )
 from ingest.ports import Catalog
-from ingest.records import Offer, UserRecord
+from ingest.records import NodeState, Offer, UserRecord
 from s3api.auth.sight import UserSight
 from s3api.http.message import Request
 
@@ -53,6 +55,7 @@ _Kernel = Annotated[str, Query(max_length=256, description="Only this kernel's e
 _Sent = Annotated[int | None, Query(ge=0, description="What the sender knows it has sent.")]
 
 
+_Node = Annotated[str, FastPath(max_length=64, description="A node's number or name.")]
 _TOO_MANY = "too many feedback streams are open"
 
 
@@ -66,6 +69,7 @@ class ControlContext:
     sight_of: Callable[[UserRecord, Request], UserSight]
     check: HealthCheck
     status: StatusSource
+    nodes: NodeSource
     metrics: Exposition
     feedback: FeedbackHub
     run_folder: Path
@@ -82,6 +86,7 @@ def create_app(context: ControlContext) -> FastAPI:
     app.add_exception_handler(CatalogError, _catalog_error)
     _add_open_routes(app, context)
     _add_node_routes(app, context)
+    _add_member_routes(app, context)
     _add_bucket_routes(app, context)
     _add_feedback_routes(app, context)
     _add_reservation_routes(app, context)
@@ -123,6 +128,32 @@ def _add_node_routes(app: FastAPI, context: ControlContext) -> None:
     @app.get("/v1/status", summary="The node in numbers")
     async def get_status(_: User) -> dict[str, Any]:
         return await context.status.document()
+
+
+def _add_member_routes(app: FastAPI, context: ControlContext) -> None:
+    @app.get("/v1/nodes", summary="The nodes of the cluster: state, load, room")
+    async def get_nodes(_: User) -> NodeList:
+        return await context.nodes.listing()
+
+    @app.get("/v1/nodes/{node}", summary="What a node still has to drain, and what exists only there")
+    async def get_node(_: User, node: _Node) -> Changed:
+        return await context.nodes.held(node)
+
+    @app.post("/v1/nodes/{node}/drain", summary="Empty a node: it takes no new bodies and archives all it holds")
+    async def post_drain(user: User, node: _Node) -> Changed:
+        return await context.nodes.set_state(user, node, NodeState.DRAINING)
+
+    @app.post("/v1/nodes/{node}/undrain", summary="Let a node take bodies again")
+    async def post_undrain(user: User, node: _Node) -> Changed:
+        return await context.nodes.set_state(user, node, NodeState.UP)
+
+    @app.post("/v1/nodes/{node}/remove", summary="Let a node leave the cluster for good")
+    async def post_remove(
+        user: User,
+        node: _Node,
+        force: Annotated[bool, Query(description="Although it holds what exists nowhere else: that is lost.")] = False,
+    ) -> Changed:
+        return await context.nodes.set_state(user, node, NodeState.REMOVED, force=force)
 
 
 def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:

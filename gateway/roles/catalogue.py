@@ -34,8 +34,10 @@ def main(boot: Boot) -> None:
         return
     if (known := identity.read(boot.paths)) is not None:
         raise ClusterRefused(
-            f"{boot.data_dir} is of cluster {known.cluster_id or '(not joined yet)'}: start it with the setting catalog, "
-            "the address of the cluster's engine"
+            f"{boot.data_dir} is of cluster {known.cluster_id}: start it with the setting catalog, the address of the cluster's "
+            "engine"
+            if known.joined
+            else f"{boot.data_dir} was about to join a cluster: start it with the setting catalog, or run `hiss migrate` again"
         )
     server.run(lambda stop: server.serve(boot.paths, counters, node=0, ready=boot.ready, stop=stop))
 

@@ -22,6 +22,7 @@ from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
+from gateway.control.nodes import NodeSource
 from gateway.control.reservations import offers_of
 from gateway.control.shares import rebalancing
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
@@ -84,6 +85,14 @@ async def _serve(boot: Boot) -> None:
                 version,
                 kernels,
                 lambda: outlets(actions, publisher),
+            ),
+            nodes=NodeSource(
+                catalog,
+                Members(boot.paths),
+                reader,
+                name=settings.node_name,
+                capacity_bytes=settings.buffer_bytes,
+                version=version,
             ),
             metrics=Exposition(NodeCollector(counters, version, processes.rows)),
             feedback=feedback,

@@ -26,6 +26,7 @@ from gateway.notify import Deliverer
 from gateway.settings import Settings
 from gateway.supervisor.table import DRAIN_SLOT
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.members import Members
 from ingest.counters import DRAIN, Counters
 from ingest.errors import IngestError
 from ingest.records import FreedExtents
@@ -78,15 +79,17 @@ async def _serve(boot: Boot) -> None:
                 shortages=functools.partial(shortages, counters),
             )
             shares = ShareTable(boot.shares)
+            members = Members(boot.paths)
             lifecycle = LifecycleScanner(
                 catalog,
                 counters,
                 boot.paths.lifecycle,
                 day_s=settings.lifecycle_day_s,
                 every_s=settings.lifecycle_scan_s,
+                leads=members.leads,
             )
             others = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
-            deliverer = Deliverer(catalog, counters, settings.notification_urls)
+            deliverer = Deliverer(catalog, counters, settings.notification_urls, leads=members.leads)
             watching = asyncio.create_task(_watch(usage))
             boot.ready()
             try:
@@ -99,6 +102,7 @@ async def _serve(boot: Boot) -> None:
                     snapshots_dir=boot.paths.snapshots,
                     counters=counters,
                     limits=limits(settings),
+                    members=members,
                     stop=stop,
                     also=(lifecycle.run, deliverer.run),
                 )

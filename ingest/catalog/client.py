@@ -44,8 +44,11 @@ from ingest.records import (
     FilterJob,
     FrameLedger,
     FreedExtents,
+    HeldByNode,
     ListedObject,
+    NodeCounts,
     NodeRecord,
+    NodeState,
     ObjectRecord,
     Offer,
     OwedInRun,
@@ -695,6 +698,26 @@ class CatalogClient:
 
     async def put_node(self, record: NodeRecord) -> NodeRecord:
         return await self._call(wire.PutNode(record), _node)
+
+    async def set_node_state(self, node: int, state: NodeState, *, force: bool = False) -> NodeRecord:
+        return await self._call(wire.SetNodeState(node, state, force), _node)
+
+    async def node_counts(self) -> Sequence[NodeCounts]:
+        return await self._scan_fresh(Reader.node_counts)
+
+    async def held_by(self, node: int, away: frozenset[int] = frozenset()) -> HeldByNode:
+        return await self._scan_fresh(lambda reader: reader.held_by(node, away))
+
+    async def stranded(
+        self, away: frozenset[int], limit: int, of: int | None = None
+    ) -> tuple[int, Sequence[tuple[str, bytes]]]:
+        return await self._scan(lambda reader: reader.stranded(away, limit, of))
+
+    async def unmirrored_count(self) -> int:
+        return await self._scan(Reader.unmirrored_count)
+
+    async def copies_on(self, node: int, limit: int) -> Sequence[bytes]:
+        return await self._scan(lambda reader: reader.copies_on(node, limit))
 
     async def drain_counts(self) -> DrainCounts:
         return await self._scan(Reader.drain_counts)

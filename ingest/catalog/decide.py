@@ -31,8 +31,10 @@ from ingest.errors import (
     LeaseLost,
     MembersGone,
     MirrorMissing,
+    NodeNeeded,
     NoSuchBucket,
     NoSuchKey,
+    NoSuchNode,
     NoSuchReservation,
     NoSuchUpload,
     StaleVersion,
@@ -44,6 +46,7 @@ from ingest.records import (
     Deleted,
     Durability,
     Extent,
+    NodeRecord,
     NodeState,
     ObjectRecord,
     ObjectState,
@@ -141,6 +144,7 @@ class Decider:
             wire.FailReduction: self._fail_reduction,
             wire.EndFilter: self._end_filter,
             wire.PutNode: self._put_node,
+            wire.SetNodeState: self._set_node_state,
             wire.HoldMirror: self._hold_mirror,
             wire.DropMirrors: self._drop_mirrors,
             wire.CloseRun: self._close_run,
@@ -583,16 +587,23 @@ class Decider:
             return Known([self._reader.by_id(object_id) for object_id in held])
         limit = max(0, min(mutation.limit, CLAIM_MAX))
         here = now | {"limit": limit, "node": self._node}
-        found = self._db.execute(statements.DUE, here).fetchall()
+        found = self._db.execute(statements.DUE_AT_ONCE if self._leaving() else statements.DUE, here).fetchall()
         found += self._db.execute(statements.LEASE_EXPIRED, here).fetchall()
         for gone in sorted(self.gone):
             # What this node mirrors for one that has gone is drained from here.
             of_gone = now | {"limit": limit, "node": gone, "mirror": self._node}
             found += self._db.execute(statements.MIRRORED_DUE, of_gone).fetchall()
+            # What has no bytes can be drained from anywhere.
+            found += self._db.execute(statements.EMPTY_DUE, of_gone).fetchall()
         claimed = tuple(object_id for object_id, _ in sorted(found, key=lambda row: (row[1], row[0]))[:limit])
         if not claimed:
             return Known([])
         return e.DrainClaimed(claimed, self._now_ns + mutation.lease_ns, mutation.claim)
+
+    def _leaving(self) -> bool:
+        """Whether this node is being emptied: everything it holds is due."""
+        row = self._db.execute(statements.NODE, {"node": self._node}).fetchone()
+        return row is not None and rows.decode_node(row[0]).state is NodeState.DRAINING
 
     def _mark_drained(self, mutation: wire.MarkDrained) -> e.Entry | Known:
         record = self._version(mutation.object_id)
@@ -653,6 +664,36 @@ class Decider:
         if row is not None and rows.decode_node(row[0]) == mutation.record:
             return Known(mutation.record)
         return e.NodePut(mutation.record)
+
+    def _set_node_state(self, mutation: wire.SetNodeState) -> e.Entry | Known:
+        """Raises NoSuchNode, NodeNeeded."""
+        row = self._db.execute(statements.NODE, {"node": mutation.node}).fetchone()
+        if row is None:
+            raise NoSuchNode(f"the cluster has no node {mutation.node}")
+        record = rows.decode_node(row[0])
+        if record.state is mutation.state:
+            return Known(record)
+        if record.state is NodeState.REMOVED:
+            raise NodeNeeded(f"node {record.name} was removed; a node that left does not come back")
+        if mutation.state is NodeState.REMOVED:
+            self._check_leaving(record, force=mutation.force)
+        return e.NodePut(msgspec.structs.replace(record, state=mutation.state))
+
+    def _check_leaving(self, record: NodeRecord, *, force: bool) -> None:
+        """Decided in the log's order: what the node commits before is seen, and what it would commit later is fenced."""
+        if not any(one.node != record.node and one.state is not NodeState.REMOVED for one in self._reader.nodes()):
+            raise NodeNeeded(f"node {record.name} is the cluster's last")
+        if force:
+            return
+        if record.state is NodeState.UP and record.node not in self.gone:
+            raise NodeNeeded(f"node {record.name} takes data: drain it first (`hiss node drain {record.name} --wait`)")
+        held = self._reader.held_by(record.node, away=self.gone | self._left())
+        if held.only_objects or held.only_parts:
+            raise NodeNeeded(
+                f"node {record.name} holds {held.only_objects} objects ({held.only_bytes} bytes) and {held.only_parts} parts of "
+                "open uploads that exist nowhere else: let it drain (`hiss node drain --wait`), complete or abort the uploads, "
+                "or give them up with --force"
+            )
 
     def _mirror_of(self, object_id: bytes, durability: Durability, extents: tuple[Extent, ...]) -> tuple[Extent, ...]:
         """The second copy that another node holds for a commit. Raises MirrorMissing."""

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 
 from ingest import bucket_settings
-from ingest.catalog import rows, statements
+from ingest.catalog import rows, statements, stranded
 from ingest.catalog.schema import APART
 from ingest.catalog.versions import named_object
 from ingest.cluster import places
@@ -22,7 +22,9 @@ from ingest.records import (
     DrainCounts,
     Extent,
     FilterJob,
+    HeldByNode,
     ListedObject,
+    NodeCounts,
     NodeRecord,
     ObjectRecord,
     OwedInRun,
@@ -453,6 +455,36 @@ class Reader:
         return DrainCounts(queued, queued_bytes, failing, oldest_ns, buffered_bytes, evictable_bytes)
 
     # -- nodes
+    def held_by(self, node: int, away: frozenset[int] = frozenset()) -> HeldByNode:
+        """What would be lost with a node. ``away``: nodes that do not count as holders of a copy."""
+        return stranded.held_by(self._db, node, away)
+
+    def node_counts(self) -> list[NodeCounts]:
+        return stranded.node_counts(self._db)
+
+    def stranded(self, away: frozenset[int], limit: int, of: int | None = None) -> tuple[int, list[tuple[str, bytes]]]:
+        """Undrained versions of which only nodes that are away have the bytes (``of``: this one some of them): how many, and the
+        first of them by name."""
+        count = 0
+        named: list[tuple[str, bytes]] = []
+        for bucket, key, _, holders in stranded.stranded(self._db, away):
+            if of is not None and of not in holders:
+                continue
+            count += 1
+            if len(named) < limit:
+                named.append((bucket, key))
+        return count, named
+
+    def unmirrored_count(self) -> int:
+        """Undrained versions, of any node, that are to have a second copy and have none."""
+        (count,) = self._db.execute(statements.UNMIRRORED_COUNT).fetchone()
+        return int(count)
+
+    def copies_on(self, node: int, limit: int) -> list[bytes]:
+        """Archived versions whose buffered copy lies on a node."""
+        found = self._db.execute(statements.COPIES_ON, {"node": node, "limit": limit}).fetchall()
+        return [object_id for (object_id,) in found]
+
     def nodes(self) -> list[NodeRecord]:
         return [rows.decode_node(blob) for (blob,) in self._db.execute(statements.NODES).fetchall()]
 

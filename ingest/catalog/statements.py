@@ -321,6 +321,28 @@ DUE = _sql(
     .limit(_limit)
     .offset(_none)
 )
+DUE_AT_ONCE = _sql(
+    sa.select(objects.c.object_id, objects.c.due_ns)
+    .where(
+        _queued,
+        _here,
+        _buffered,
+        objects.c.settled == _one,
+        sa.or_(
+            objects.c.due_ns <= _p("now_ns"),
+            sa.and_(
+                objects.c.drain_attempts == literal_column("0"),
+                objects.c.object_id.not_in(
+                    sa.select(filters.c.object_id).where(filters.c.given_up == literal_column("0"))
+                ),
+            ),
+        ),
+    )
+    .order_by(objects.c.due_ns)
+    .limit(_limit)
+    .offset(_none)
+)
+"""On a node that is being emptied: all but what waits for a filter, or failed and waits for its next attempt."""
 LEASE_EXPIRED = _sql(
     sa.select(objects.c.object_id, objects.c.due_ns)
     .where(_draining, objects.c.lease_until_ns <= _p("now_ns"), _here)
@@ -345,6 +367,21 @@ MIRRORED_DUE = _sql(
     .offset(_none)
 )
 """What a node mirrors for one that has gone."""
+EMPTY_DUE = _sql(
+    sa.select(objects.c.object_id, objects.c.due_ns)
+    .where(
+        _queued,
+        _here,
+        objects.c.settled == _one,
+        objects.c.stored_length == literal_column("0"),
+        sa.or_(
+            sa.and_(_buffered, objects.c.due_ns <= _p("now_ns")),
+            sa.and_(_draining, objects.c.lease_until_ns <= _p("now_ns")),
+        ),
+    )
+    .limit(_limit)
+    .offset(_none)
+)
 LEASED = _sql(
     sa.select(objects.c.object_id, objects.c.lease_epoch)
     .where(_draining, objects.c.lease_until_ns > _p("now_ns"))
@@ -362,6 +399,34 @@ QUEUE_COUNTS = _sql(
         sa.func.coalesce(sa.func.sum(objects.c.drain_attempts > literal_column("0")), literal_column("0")),
         sa.func.min(objects.c.modified_ns),
     ).where(_queued, _here)
+)
+QUEUE_BY_NODE = _sql(
+    sa.select(
+        objects.c.node,
+        sa.func.count(),
+        sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0")),
+        sa.func.coalesce(sa.func.sum(objects.c.drain_attempts > literal_column("0")), literal_column("0")),
+    )
+    .where(_queued)
+    .group_by(objects.c.node)
+)
+QUEUE_PLACES = _sql(
+    sa.select(
+        objects.c.bucket, objects.c.key, objects.c.length, objects.c.extents, objects.c.mirror_node, objects.c.detail
+    ).where(_queued)
+)
+ALL_PARTS = _sql(sa.select(parts.c.record))
+UNMIRRORED_COUNT = _sql(
+    sa.select(sa.func.count())
+    .select_from(objects)
+    .where(text("durability = 'mirror' AND mirror_node IS NULL AND state IN ('buffered', 'draining')"))
+)
+COPIES_ON = _sql(
+    sa.select(objects.c.object_id)
+    .where(text("state = 'archived' AND length > 0"), _here)
+    .order_by(objects.c.stored_ns)
+    .limit(_limit)
+    .offset(_none)
 )
 EVICTABLE_BYTES = _sql(
     sa.select(sa.func.coalesce(sa.func.sum(objects.c.length), literal_column("0"))).where(

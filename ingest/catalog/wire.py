@@ -24,6 +24,7 @@ from ingest.records import (
     FrameLedger,
     FreedExtents,
     NodeRecord,
+    NodeState,
     Offer,
     Reservation,
     Retention,
@@ -254,6 +255,14 @@ class PutNode(msgspec.Struct, frozen=True, array_like=True, tag="put-node"):
     record: NodeRecord
 
 
+class SetNodeState(msgspec.Struct, frozen=True, array_like=True, tag="set-node-state"):
+    """What a member is for from now on. ``force``: it leaves although it holds what exists nowhere else."""
+
+    node: int
+    state: NodeState
+    force: bool = False
+
+
 class HoldMirror(msgspec.Struct, frozen=True, array_like=True, tag="hold-mirror"):
     """This node has a second copy of a body: of a version that is still to be committed, or of one that has none."""
 
@@ -324,6 +333,7 @@ Mutation = (
     | DeferReductions
     | MarkRunStored
     | PutNode
+    | SetNodeState
     | HoldMirror
     | DropMirrors
 )

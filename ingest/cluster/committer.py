@@ -26,13 +26,13 @@ from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.index import distinct
 from ingest.cluster.engine import EngineAway, TakenBack
-from ingest.cluster.log import Diverged, EngineLog, Logged, chained
+from ingest.cluster.log import Diverged, EngineLog, Fenced, Logged, chained, left
 from ingest.cluster.members import LEASE_S
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import CatalogUnavailable, StorageFailed
 from ingest.paths import NodePaths
-from ingest.records import Extent
+from ingest.records import Extent, NodeState
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ END_WAIT_S = 3.0
 """How long what is asked of the engine has to end when the process does."""
 FRESH_WAIT_S = 1.0
 """How long a reader waits to be told that it sees everything; then it sees what is known here."""
-_NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror)
+_NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror, wire.SetNodeState)
 CHAIN = "log_chain"
 """Name of the chain in the index's ``meta``: the digest of everything applied."""
 
@@ -222,6 +222,14 @@ class ClusterCommitter(BatchMaker):
         self._done(batch, started)
         crashpoint("answer-before")
         self._answer(batch)
+        self._check_member(batch)
+
+    def _check_member(self, batch: Batch) -> None:
+        """Nothing of this node comes behind the entry that it has left: it must have applied that before it decides again."""
+        for entry in batch.entries:
+            if isinstance(entry, e.NodePut) and entry.record.node == self._log.node:
+                if entry.record.state is NodeState.REMOVED:
+                    raise Fenced(left(entry.record.name))
 
     def _done(self, batch: Batch, started: float) -> None:
         if not batch.entries:
@@ -357,6 +365,8 @@ class ClusterCommitter(BatchMaker):
             if batch.freed:
                 self._freed(distinct(batch.freed))
             self._resolve_doubt(logged)
+        for batch in applied:
+            self._check_member(batch)
 
     def _applied(self, logged: Logged) -> Batch:
         if logged.first_sequence != self._next or chained(self._chain, logged.payload) != logged.chain:

@@ -19,9 +19,10 @@ from ingest import journal
 from ingest.cluster import identity
 from ingest.cluster.engine import ClusterRefused, Engine
 from ingest.cluster.identity import Identity
+from ingest.cluster.log import left
 from ingest.cluster.members import LEASE_S, Load
 from ingest.cluster.places import SLOTS_MAX
-from ingest.cluster.schema import LOG_FORMAT, THE_ONE, cluster, nodes
+from ingest.cluster.schema import LOG_FORMAT, THE_ONE, checkpoint_parts, checkpoints, cluster, nodes
 from ingest.crashpoints import crashpoint
 from ingest.paths import NodePaths
 
@@ -49,10 +50,10 @@ async def join(engine: Engine, paths: NodePaths, joining: Joining) -> Place:
     """The caller holds the catalogue's lock. Raises ClusterRefused, EngineAway."""
     await engine.upgrade()
     known = identity.read(paths)
-    if known is None and _alone(paths):
+    if (known is None or not known.joined) and _alone(paths):
         raise ClusterRefused(
-            f"{paths.root} holds the data of a node alone: take it into the cluster with 'hiss migrate', "
-            "or start on an empty folder"
+            f"{paths.root} holds the data of a node alone: take it into a new cluster with `hiss migrate` (again, where that was "
+            "interrupted), or start on an empty folder"
         )
     known = identity.claimed(paths)
     crashpoint("join-claimed")
@@ -64,8 +65,8 @@ async def join(engine: Engine, paths: NodePaths, joining: Joining) -> Place:
 
 
 def _alone(paths: NodePaths) -> bool:
-    """Whether a folder without an identity has a journal of its own with something in it."""
-    return journal.last_sequence(paths.journal) is not None
+    """Whether a folder without a number in a cluster has a catalogue: a member gets its own only when it has joined."""
+    return paths.catalogue.exists() or journal.last_sequence(paths.journal) is not None
 
 
 async def _placed(connection: AsyncConnection, known: Identity, joining: Joining) -> Place:
@@ -79,9 +80,12 @@ async def _placed(connection: AsyncConnection, known: Identity, joining: Joining
             raise ClusterRefused(_name_taken(joining.name))
         values = {"name": joining.name, "epoch": nodes.c.epoch + 1, "heartbeat": sa.func.current_timestamp()}
         if (await connection.execute(renamed.values(values))).rowcount != 1:
+            there = (await connection.execute(sa.select(nodes.c.claim).where(nodes.c.node == known.node))).first()
+            if there is not None and there[0] == "":
+                raise ClusterRefused(left(joining.name))
             raise ClusterRefused(
-                f"the cluster does not know this folder as node {known.node}: it was removed, or the engine's database was made "
-                "anew"
+                f"the cluster does not know this folder as node {known.node}: the engine's database was made anew, or restored "
+                "from before this node joined"
             )
         node = known.node
     elif found is not None:
@@ -129,6 +133,9 @@ async def _cluster(connection: AsyncConnection, known: Identity, joining: Joinin
                 "is catalog right?"
             )
         made = secrets.token_hex(16)
+        # Of a migration that was given up: not of this cluster's log.
+        await connection.execute(sa.delete(checkpoints))
+        await connection.execute(sa.delete(checkpoint_parts))
         await connection.execute(sa.insert(cluster).values(cluster_row(made, joining.key_fingerprint, 1, 0)))
         return made
     cluster_id, fingerprint, log_format = row

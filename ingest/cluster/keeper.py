@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ingest.catalog import rows, snapshot
 from ingest.catalog.reader import Reader
@@ -24,8 +25,9 @@ from ingest.cluster.engine import Engine, EngineAway
 from ingest.cluster.join import Place
 from ingest.cluster.log import EngineLog, Fenced
 from ingest.cluster.members import HEARTBEAT_S, LEASE_S, Load, Member, Membership
-from ingest.cluster.schema import nodes
+from ingest.cluster.schema import cluster, nodes
 from ingest.paths import NodePaths
+from ingest.records import NodeState
 
 logger = logging.getLogger(__name__)
 
@@ -90,15 +92,27 @@ class Keeper:
             if (await connection.execute(beat)).rowcount != 1:
                 raise Fenced(f"another process runs as node {self._place.node} of the cluster, or it was removed")
             silent = sa.extract("epoch", sa.func.current_timestamp() - nodes.c.heartbeat)
-            found = (await connection.execute(sa.select(nodes.c.node, silent, nodes.c.applied, nodes.c.status))).all()
-        self._tell({node: (float(silent_s), applied, status) for node, silent_s, applied, status in found})
+            asked = sa.select(nodes.c.node, silent, nodes.c.applied, nodes.c.status, nodes.c.claim)
+            found = (await connection.execute(asked)).all()
+            await self._fence(connection, frozenset(row[0] for row in found if row[4]))
+            next_sequence = (await connection.execute(sa.select(cluster.c.next_sequence))).scalar_one()
+        self._tell({row[0]: (float(row[1]), row[2], row[3]) for row in found}, next_sequence - 1)
 
-    def _tell(self, lives: dict[int, tuple[float, int, str]]) -> None:
+    async def _fence(self, connection: AsyncConnection, there: frozenset[int]) -> None:
+        """Whoever has left writes nothing any more. Its row stays, so that its number is never given again and what others mirror
+        for it is drained; its name is free."""
+        for record in self._reader.nodes():
+            if record.state is NodeState.REMOVED and record.node in there:
+                fenced = {"claim": "", "name": f"#{record.node}", "epoch": nodes.c.epoch + 1}
+                await connection.execute(sa.update(nodes).where(nodes.c.node == record.node).values(fenced))
+                logger.warning("node %s has left the cluster", record.name)
+
+    def _tell(self, lives: dict[int, tuple[float, int, str]], head: int) -> None:
         known = []
         for record in self._reader.nodes():
             silent_s, applied, status = lives.get(record.node, (2 * LEASE_S, 0, "{}"))
             known.append(Member(record, max(0.0, silent_s), applied, msgspec.json.decode(status, type=Load)))
-        told = Membership(self._place.node, self._place.cluster_id, time.monotonic(), tuple(known))
+        told = Membership(self._place.node, self._place.cluster_id, time.monotonic(), tuple(known), head)
         members.write(self._paths, told)
 
     # -- checkpoints

@@ -36,6 +36,14 @@ class Diverged(IngestError):
     """This node's index is not of this log: it must not answer anything."""
 
 
+def left(name: str) -> str:
+    """What the operator of a node that was removed is told."""
+    return (
+        f"node {name} was removed from the cluster and does not come back: to use this machine again, start it on an empty data "
+        "folder (with the cluster's node.key); what it had not drained lies in this folder's segments"
+    )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Logged:
     """A batch as it lies in the log."""

@@ -66,6 +66,8 @@ class Membership(msgspec.Struct, frozen=True):
     as_of_s: float
     """CLOCK_MONOTONIC seconds of this machine when the engine said so."""
     members: tuple[Member, ...] = ()
+    head: int = 0
+    """The last entry of the log."""
 
 
 _NOBODY = Membership(me=-1, cluster_id="", as_of_s=0.0)
@@ -106,6 +108,18 @@ class Members:
 
     def get(self, node: int) -> Member | None:
         return next((one for one in self.look().members if one.node == node), None)
+
+    def away(self) -> frozenset[int]:
+        """Nodes whose bytes cannot be had: those that are gone, and those that have left."""
+        known = self.look()
+        gone = (one for one in known.members if one.record.state is NodeState.REMOVED or not one.alive)
+        return frozenset(one.node for one in gone) - {known.me}
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this node is being emptied: it takes no bodies, and keeps nothing that is in the archive."""
+        me = self.me
+        return me is not None and me.record.state is not NodeState.UP
 
     @property
     def me(self) -> Member | None:

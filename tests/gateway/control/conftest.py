@@ -25,10 +25,12 @@ from gateway.control.auth import authenticator, sight_maker
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
+from gateway.control.nodes import NodeSource
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.members import Members
 from ingest.counters import CATALOGUE, CONTROL, Counters
 from ingest.paths import NodePaths
 from ingest.records import ArchiveCopy, CommitObject, Extent, FrameLedger, Grant, ObjectRecord, UserRecord
@@ -161,6 +163,9 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                     settings,
                     "1.2.3",
                     SandboxFile(paths.sandbox, "on"),
+                ),
+                nodes=NodeSource(
+                    catalog, Members(paths), Reader(counters), name="lab", capacity_bytes=1 << 30, version="1.2.3"
                 ),
                 metrics=Exposition(NodeCollector(counters, "1.2.3", processes.rows)),
                 feedback=hub,
