@@ -13,6 +13,8 @@ import os
 import signal
 
 POINTS = (
+    "migrate-recovered", "migrate-published", "migrate-verified", "migrate-claimed", "migrate-made", "migrate-joined",
+    "migrate-aside",
     "data-written", "data-flushed", "journal-before", "journal-written", "journal-flushed", "index-before",
     "index-committed", "answer-before", "settle-written", "drain-claimed", "drain-written", "drain-verified",
     "drain-published", "drain-recorded", "evict-before", "evict-recorded", "recycle-locked", "recycle-marked",

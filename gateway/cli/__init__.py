@@ -47,7 +47,7 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
 
 def build_app() -> typer.Typer:
     """The command with all its groups. Each module loads what it needs when its command runs, so that all start fast."""
-    from gateway.cli import catalog, demo, kernel, members, replay, reserve, run, send, serve, settings, status, user
+    from gateway.cli import catalog, demo, kernel, members, migrate, replay, reserve, run, send, serve, settings, status, user
 
     app = typer.Typer(
         name="hiss",
@@ -65,6 +65,7 @@ def build_app() -> typer.Typer:
     app.command("replay")(replay.replay)
     app.command("settings")(settings.settings)
     app.command("fsck")(catalog.check)
+    app.command("migrate")(migrate.migrate)
     app.add_typer(members.app, name="node")
     app.add_typer(run.app, name="run")
     app.add_typer(reserve.app, name="reserve")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import sqlite3
 from pathlib import Path
@@ -61,14 +62,34 @@ def check(
     data: options.NodeData,
     repair: Annotated[bool, typer.Option("--repair", help="Build a damaged index anew (stopped node).")] = False,
     payload: Annotated[bool, typer.Option("--payload", help="Read every buffered byte, too.")] = False,
+    catalog: Annotated[
+        str,
+        typer.Option(
+            "--catalog",
+            envvar="HISS_CATALOG",
+            help="A node of a cluster: its engine, with whose log the index is compared.",
+        ),
+    ] = "",
     as_json: options.Json = False,
 ) -> None:
     """Check journal, index and segments against each other. Exit code 0: sound; 1: something does not fit."""
     from ingest.catalog.fsck import fsck
     from ingest.catalog.lock import CatalogueBusy
+    from ingest.cluster import identity
+
+    paths = node.paths_of(data)
+    known = identity.read(paths)
+    tell = None
+    if known is not None and known.joined and catalog:
+        joined = known
+
+        def tell(made: Path, up_to: int) -> None:
+            from ingest.cluster.retold import retell
+
+            asyncio.run(retell(catalog, joined, made, up_to))
 
     try:
-        report = fsck(node.paths_of(data).root, repair=repair, payload=payload)
+        report = fsck(paths.root, repair=repair, payload=payload, tell=tell)
     except CatalogueBusy:
         raise CliError(f"a node runs on {data}; stop it to repair", ExitCode.HELD) from None
     except OSError as error:
@@ -77,10 +98,14 @@ def check(
         print_json({"sound": report.sound, **dataclasses.asdict(report)})
     else:
         facts = dataclasses.asdict(report)
-        del facts["problems"]
+        del facts["problems"], facts["unchecked"]
         print_table(("", "sound" if report.sound else "DAMAGED"), [(k.replace("_", " "), v) for k, v in facts.items()])
         if report.problems:
             rows = [(problem.kind, problem.where, problem.detail) for problem in report.problems]
             print_table(("kind", "where", "problem"), rows)
+        for what in report.unchecked:
+            print(f"not checked: {what}")
+        if report.repaired and known is not None:
+            print("the damaged index was set aside; the node makes it anew from the engine when it starts")
     if not report.sound:
         raise typer.Exit(ExitCode.NO)

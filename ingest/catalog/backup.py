@@ -16,6 +16,8 @@ from pathlib import Path
 
 from ingest.catalog import lock, migrate, recovery, rows, snapshot
 from ingest.catalog.index import applied_sequence
+from ingest.cluster import identity
+from ingest.cluster.engine import ClusterRefused
 from ingest.errors import IngestError
 from ingest.paths import NodePaths
 
@@ -47,6 +49,9 @@ def backup(data_dir: Path, target: Path) -> BackupReport:
     paths = NodePaths(data_dir)
     if not paths.catalogue.exists():
         raise NoCatalogue(f"{data_dir} holds no catalogue")
+    known = identity.read(paths)
+    # The index of a node of a cluster has what this node knew; its journal is the engine's.
+    clustered = known is not None and known.joined
     made = target.with_name(target.name + ".partial")
     snapshot.discard(made)
     try:
@@ -59,7 +64,7 @@ def backup(data_dir: Path, target: Path) -> BackupReport:
                 stopped = True
             with contextlib.closing(rows.connect(paths.catalogue, read_only=True)) as source:
                 applied = snapshot.copy_database(source, made)
-            if stopped:
+            if stopped and not clustered:
                 with contextlib.closing(rows.connect(made, read_only=False)) as copy:
                     recovery.replay(copy, paths.journal)
                     applied = applied_sequence(copy)
@@ -74,8 +79,15 @@ def backup(data_dir: Path, target: Path) -> BackupReport:
 def restore(data_dir: Path, file: Path) -> RestoreReport:
     """Make a back-up the catalogue of a stopped node. Journal and snapshots of before are set aside, not removed.
 
-    Raises CatalogueBusy while a node runs there, NoCatalogue for a file that is no whole back-up, SchemaTooNew, OSError.
+    Raises CatalogueBusy while a node runs there, NoCatalogue for a file that is no whole back-up, ClusterRefused for a node of
+    a cluster, SchemaTooNew, OSError.
     """
+    known = identity.read(NodePaths(data_dir))
+    if known is not None:
+        raise ClusterRefused(
+            f"{data_dir} is of a cluster, whose truth is in its engine: restore the engine's database instead (docs/CLUSTER.md, "
+            "Back-ups); a node whose own index is damaged makes it anew when it starts"
+        )
     if not file.is_file() or not snapshot.sound(file):
         raise NoCatalogue(f"{file} is not a whole catalogue back-up")
     paths = NodePaths(data_dir)

@@ -1,7 +1,8 @@
 """Check of a node's truth against itself: journal, index and segments must tell the same story.
 
 In: a data folder, of a running or a stopped node. Out: a report of everything that does not fit, each with where and what:
-- the index, built again from snapshot and journal, against the index as it is;
+- the index, built again from snapshot and journal (of a node of a cluster: from the engine's checkpoint and log), against the
+  index as it is;
 - references of versions and parts against the extents table, overlaps, live bytes of segments;
 - every live extent's segment file, generation and label; on request every byte, by CRC64NVME.
 ``repair`` builds the index anew from the journal (stopped node only). Bytes that are damaged cannot be repaired here: they
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sqlite3
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +32,8 @@ from ingest.catalog.backup import NoCatalogue
 from ingest.catalog.index import applied_sequence
 from ingest.catalog.schema import metadata
 from ingest.catalog.statements import RECORD_COLUMNS
+from ingest.cluster import identity
+from ingest.errors import IngestError
 from ingest.journal import JournalDamaged
 from ingest.label import Label, read_label
 from ingest.paths import NodePaths
@@ -61,6 +66,8 @@ class FsckReport:
     problem_count: int = 0
     problems: list[Problem] = dataclasses.field(default_factory=list)
     repaired: bool = False
+    unchecked: list[str] = dataclasses.field(default_factory=list)
+    """What could not be compared, and why."""
 
     @property
     def sound(self) -> bool:
@@ -81,30 +88,61 @@ class _Holder:
     extents: tuple[Extent, ...]
     settled: bool
     record: ObjectRecord | PartRecord
+    second: bool = False
+    """These are the extents of the second copy."""
 
 
-def fsck(data_dir: Path, *, repair: bool = False, payload: bool = False) -> FsckReport:
+Tell = Callable[[Path, int], None]
+"""Write the index as the truth tells it, up to an entry, to a file. Raises JournalDamaged, Untold."""
+
+
+class Untold(IngestError):
+    """The truth cannot be had here; ``str()`` says why, and what to do."""
+
+
+def fsck(data_dir: Path, *, repair: bool = False, payload: bool = False, tell: Tell | None = None) -> FsckReport:
     """Check; with ``payload`` read every buffered byte. With ``repair`` rebuild an index that differs, then check again.
+    ``tell``: for a node of a cluster, whose journal is not in its folder.
 
-    Raises NoCatalogue, CatalogueBusy (``repair`` on a running node), OSError.
+    Raises NoCatalogue, CatalogueBusy (``repair`` on a running node), ClusterRefused, OSError.
     """
     paths = NodePaths(data_dir)
     if not paths.catalogue.exists():
         raise NoCatalogue(f"{data_dir} holds no catalogue")
+    known = identity.read(paths)
+    clustered = known is not None and known.joined
+    node = known.node if known is not None and known.joined else 0
+    told = tell or (_no_engine if clustered else functools.partial(_rebuild, paths))
     with contextlib.ExitStack() as stack:
         if repair:
             stack.callback(os.close, lock.take(paths.lock))
             stack.callback(os.close, lock.take(lock.catalogue(paths)))
-        report = _check(paths, payload=payload)
+        report = _check(paths, node, told, payload=payload)
         if not repair or not any(problem.kind in ("index", "reference", "accounting") for problem in report.problems):
             return report
-        recovery.rebuild(paths, node=0)
-        report = _check(paths, payload=payload)
+        if clustered:
+            _give_up_index(paths)
+        else:
+            recovery.rebuild(paths, node=0)
+            report = _check(paths, node, told, payload=payload)
         report.repaired = True
         return report
 
 
-def _check(paths: NodePaths, *, payload: bool) -> FsckReport:
+def _give_up_index(paths: NodePaths) -> None:
+    """A node of a cluster makes its index anew from the engine when it starts without one."""
+    aside = paths.catalogue.with_name(f"damaged-{time.time_ns()}.sqlite")
+    with (
+        contextlib.closing(rows.connect(paths.catalogue, read_only=False)) as database,
+        contextlib.suppress(sqlite3.Error),
+    ):
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    paths.catalogue.rename(aside)
+    snapshot.discard(paths.catalogue)
+    snapshot.flush_path(paths.catalogue.parent)
+
+
+def _check(paths: NodePaths, node: int, tell: Tell, *, payload: bool) -> FsckReport:
     report = FsckReport()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=paths.catalogue.parent, prefix="fsck-")))
@@ -113,28 +151,35 @@ def _check(paths: NodePaths, *, payload: bool) -> FsckReport:
             report.applied_sequence = snapshot.copy_database(live, folder / "index.sqlite")
             with contextlib.closing(rows.connect(folder / "index.sqlite", read_only=False)) as copied:
                 # What an earlier program left is checked as this one will open it.
-                migrate.upgrade(copied, node=0)
+                migrate.upgrade(copied, node=node)
             index = stack.enter_context(contextlib.closing(rows.connect(folder / "index.sqlite", read_only=True)))
             (verdict,) = index.execute("PRAGMA integrity_check(1)").fetchone()
             if verdict != "ok":
                 report.add("index", "catalogue.sqlite", verdict)
                 return report
-            _check_journal(paths, index, folder / "rebuilt.sqlite", report)
+            _check_journal(tell, index, folder / "rebuilt.sqlite", report)
             _check_references(index, report)
-            _check_segments(paths, index, live, report, payload=payload)
+            _check_segments(paths, node, index, live, report, payload=payload)
         except (sqlite3.Error, TypeError) as error:
             report.add("index", "catalogue.sqlite", f"unreadable: {error}")
     return report
 
 
 # -- journal against index
-def _check_journal(paths: NodePaths, index: sqlite3.Connection, made: Path, report: FsckReport) -> None:
+def _no_engine(_: Path, __: int) -> None:
+    raise Untold("index against the cluster's log: needs the engine; give --catalog or HISS_CATALOG")
+
+
+def _check_journal(tell: Tell, index: sqlite3.Connection, made: Path, report: FsckReport) -> None:
     try:
-        built = _rebuilt(paths, made, report.applied_sequence)
+        tell(made, report.applied_sequence)
     except JournalDamaged as error:
         report.add("journal", "journal", str(error))
         return
-    with contextlib.closing(built):
+    except Untold as error:
+        report.unchecked.append(str(error))
+        return
+    with contextlib.closing(rows.connect(made, read_only=True)) as built:
         if applied_sequence(built) < report.applied_sequence:
             detail = f"the journal ends at entry {applied_sequence(built)}, the index at {report.applied_sequence}"
             report.add("journal", "journal", detail)
@@ -145,7 +190,7 @@ def _check_journal(paths: NodePaths, index: sqlite3.Connection, made: Path, repo
             )
 
 
-def _rebuilt(paths: NodePaths, made: Path, up_to: int) -> sqlite3.Connection:
+def _rebuild(paths: NodePaths, made: Path, up_to: int) -> None:
     """The index as the oldest usable snapshot and the journals tell it. Raises JournalDamaged."""
     bases = [found for found in reversed(snapshot.available(paths.snapshots)) if found.applied <= up_to]
     failure: JournalDamaged | None = None
@@ -167,7 +212,8 @@ def _rebuilt(paths: NodePaths, made: Path, up_to: int) -> sqlite3.Connection:
             database.close()
             failure = JournalDamaged("the journal was rotated while it was read: check again")
         else:
-            return database
+            database.close()
+            return
     raise failure or JournalDamaged("there is neither a snapshot nor a journal")
 
 
@@ -251,16 +297,21 @@ def _holders(index: sqlite3.Connection) -> Iterator[_Holder]:
         record = rows.object_record(row)
         where = f"{record.bucket}/{record.key.decode('utf-8', 'replace')}"
         yield _Holder(record.object_id, where, record.extents, record.settled, record)
+        if record.mirror:
+            yield _Holder(record.object_id, where, record.mirror, True, record, second=True)
     for upload_id, object_id, blob in index.execute("SELECT upload_id, object_id, record FROM parts"):
         part = rows.decode_part(blob)
-        yield _Holder(object_id, f"upload {upload_id} part {part.number}", part.extents, part.settled, part)
+        where = f"upload {upload_id} part {part.number}"
+        yield _Holder(object_id, where, part.extents, part.settled, part)
+        if part.mirror:
+            yield _Holder(object_id, where, part.mirror, True, part, second=True)
 
 
 def _check_references(index: sqlite3.Connection, report: FsckReport) -> None:
     matched = 0
     for holder in _holders(index):
-        report.objects += isinstance(holder.record, ObjectRecord)
-        report.parts += isinstance(holder.record, PartRecord)
+        report.objects += isinstance(holder.record, ObjectRecord) and not holder.second
+        report.parts += isinstance(holder.record, PartRecord) and not holder.second
         for extent in holder.extents:
             if _is_held(index, extent, holder.holder):
                 matched += 1
@@ -270,6 +321,12 @@ def _check_references(index: sqlite3.Connection, report: FsckReport) -> None:
         stored = sum(extent.length for extent in holder.extents)
         if holder.extents and stored != expected:
             report.add("reference", holder.where, f"its extents hold {stored} bytes of {expected}")
+    for object_id, blob in index.execute("SELECT object_id, extents FROM mirrors"):
+        for extent in rows.decode_extents(blob):
+            if _is_held(index, extent, object_id):
+                matched += 1
+            else:
+                report.add("reference", f"copy of {object_id.hex()}", f"its extent is not counted as live: {extent}")
     (counted,) = index.execute("SELECT COUNT(*) FROM extents").fetchone()
     if counted != matched:
         report.add(
@@ -327,18 +384,24 @@ def _place(extent: Extent) -> str:
 
 # -- segments
 def _check_segments(
-    paths: NodePaths, index: sqlite3.Connection, live_index: sqlite3.Connection, report: FsckReport, *, payload: bool
+    paths: NodePaths,
+    node: int,
+    index: sqlite3.Connection,
+    live_index: sqlite3.Connection,
+    report: FsckReport,
+    *,
+    payload: bool,
 ) -> None:
-    (node,) = index.execute("SELECT value FROM meta WHERE name = 'node'").fetchone()
     live = {tuple(row) for row in index.execute("SELECT slot, segment FROM segments WHERE node = ?", (node,))}
     found = {(int(path.parent.name), int(path.stem)) for path in paths.segments.glob("[0-9]*/[0-9]*.seg")}
     report.idle_segments = len(found - live)
     with _OpenSegments(paths) as segments:
         for holder in _holders(index):
-            if not holder.settled or any(extent.node != node for extent in holder.extents):
-                continue  # its bytes are still in memory, or on another node
-            problems = [problem for extent in holder.extents if (problem := _extent_fault(segments, holder, extent))]
-            if payload and not problems and holder.extents:
+            here = [extent for extent in holder.extents if extent.node == node]
+            if not holder.settled or not here:
+                continue  # its bytes are still in memory, or on other nodes
+            problems = [problem for extent in here if (problem := _extent_fault(segments, holder, extent))]
+            if payload and not problems and len(here) == len(holder.extents):
                 problems += _payload_faults(segments, holder, report)
             # A running node may have freed and reused the place since the index was copied.
             if problems and all(_is_held(live_index, extent, holder.holder) for extent in holder.extents):
