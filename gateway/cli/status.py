@@ -11,7 +11,7 @@ from gateway.cli import node, options
 from gateway.cli.output import CliError, ExitCode, human_age, human_rate, human_size, print_json, print_table
 from gateway.cli.run import parse_place
 
-_SECTIONS = ("sandbox", "rates", "ingest", "buffer", "arena", "kernels", "drain", "notifications", "errors")
+_SECTIONS = ("cluster", "sandbox", "rates", "ingest", "buffer", "arena", "kernels", "drain", "notifications", "errors")
 
 
 def status(
@@ -39,6 +39,7 @@ def status(
             facts += [(section, words, value) for words, value in _flat(document.get(section))]
         print_table(("", "", ""), facts)
     healthy = document["state"] == "serving" and document["catalogue"] == "ok"
+    healthy = healthy and (document.get("cluster") or {}).get("engine", "ok") == "ok"
     if not healthy or any(row["failing"] for row in document["processes"]):
         raise typer.Exit(ExitCode.NO)
 

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Header, HTTPException, Query
@@ -107,8 +107,13 @@ async def _catalog_error(_: HTTPConnection, error: Exception) -> Response:
 
 def _add_open_routes(app: FastAPI, context: ControlContext) -> None:
     @app.api_route("/v1/health", methods=["GET", "HEAD"], include_in_schema=False)
-    async def get_health() -> JSONResponse:
-        status, document = await health(context.check)
+    async def get_health(
+        wanted: Annotated[
+            Literal["read", "write"],
+            Query(alias="for", description="write: 503, too, while the node serves and takes no bodies."),
+        ] = "read",
+    ) -> JSONResponse:
+        status, document = await health(context.check, for_write=wanted == "write")
         return JSONResponse(document, status, {"Cache-Control": "no-store"})
 
     @app.get("/metrics", response_class=Response, summary="Prometheus exposition")
@@ -117,7 +122,7 @@ def _add_open_routes(app: FastAPI, context: ControlContext) -> None:
         body, content_type = await asyncio.to_thread(context.metrics.render, accept)
         return Response(body, headers={"Content-Type": content_type})
 
-    app.add_api_route("/v1/health", get_health, methods=["GET"], summary="200 once the node can take a PUT")
+    app.add_api_route("/v1/health", get_health, methods=["GET"], summary="200 once the node serves")
 
 
 def _add_node_routes(app: FastAPI, context: ControlContext) -> None:

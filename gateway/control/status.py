@@ -120,8 +120,10 @@ class StatusSource:
         version: str,
         sandbox: SandboxFile,
         outlets: Callable[[], Mapping[str, Any]] = dict,
+        cluster: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
-        """``outlets``: where feedback leaves the node, as the control process knows it."""
+        """``outlets``: where feedback leaves the node, as the control process knows it. ``cluster``: what it is part of."""
+        self._cluster = cluster
         self._outlets = outlets
         self._reader = reader
         self._rates = rates
@@ -140,6 +142,7 @@ class StatusSource:
             "uptime_s": round(max(0, time.time_ns() - since_ns) / 1e9, 3) if since_ns else None,
             "processes": processes["processes"],
             "sandbox": await asyncio.to_thread(self._sandbox.read),
+            "cluster": self._cluster(),
             "rates": self._rates.rates(),
             **self._counted(),
             **await self._drain(),

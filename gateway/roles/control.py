@@ -9,6 +9,7 @@ import asyncio
 import importlib.metadata
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvloop
@@ -18,6 +19,7 @@ from gateway.boot import Boot
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator, sight_maker
+from gateway.control.cluster import ClusterWatch
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.zeromq import ZmqPublisher
@@ -67,6 +69,7 @@ async def _serve(boot: Boot) -> None:
             schemes=settings.feedback_schemes,
             paths=boot.paths,
         )
+        watch = ClusterWatch(catalog, members, counters)
         feedback = FeedbackHub(counters, director=actions, publisher=publisher)
         actions.notify = feedback.notice
         users = CatalogUsers(catalog, NodeKey.load(boot.paths.node_key).open_secret)
@@ -75,7 +78,7 @@ async def _serve(boot: Boot) -> None:
             catalog=catalog,
             authenticate=authenticator(users),
             sight_of=sight_maker(Gate(catalog, access_defaults(settings)), lambda: catalog.now_ns() / 1e9),
-            check=health_check(processes, catalog, kernels),
+            check=health_check(processes, catalog, kernels, watch.degraded),
             status=StatusSource(
                 reader,
                 rates,
@@ -85,10 +88,11 @@ async def _serve(boot: Boot) -> None:
                 version,
                 kernels,
                 lambda: outlets(actions, publisher),
+                watch.document,
             ),
             nodes=NodeSource(
                 catalog,
-                Members(boot.paths),
+                members,
                 reader,
                 name=settings.node_name,
                 capacity_bytes=settings.buffer_bytes,
@@ -105,6 +109,7 @@ async def _serve(boot: Boot) -> None:
             tls = process.tls_context(settings.tls_cert, settings.tls_key)
         await feedback.listen(boot.paths.feedback_socket)
         work = [asyncio.create_task(rates.run(), name="rates"), asyncio.create_task(actions.run(), name="actions")]
+        work.append(asyncio.create_task(watch.run(), name="cluster"))
         if publisher is not None:
             work.append(asyncio.create_task(publisher.run(), name="zmq"))
         shares = ShareTable(boot.shares)
@@ -141,7 +146,9 @@ def outlets(actions: ActionDirector, publisher: ZmqPublisher | None) -> dict[str
     return {"zmq": published, "bridges": actions.bridges()}
 
 
-def health_check(processes: ProcessFile, catalog: Catalog, kernels: SandboxFile) -> HealthCheck:
+def health_check(
+    processes: ProcessFile, catalog: Catalog, kernels: SandboxFile, degraded: Callable[[], str] = str
+) -> HealthCheck:
     """Yes while a worker and the catalogue process are ready, the catalogue can be read and the node is not stopping.
     That no kernel runs is said, and is no reason to refuse a detector's data."""
 
@@ -158,6 +165,7 @@ def health_check(processes: ProcessFile, catalog: Catalog, kernels: SandboxFile)
             "catalogue_ready": catalogue,
             "kernels": await asyncio.to_thread(kernels.read),
             "failing": sorted({row["role"] for row in rows if row["failing"]}),
+            "degraded": degraded(),
         }
         if catalogue:
             await catalog.drain_counts()

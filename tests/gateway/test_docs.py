@@ -47,3 +47,12 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_proxy_example_is_taken(peer: Callable[[str], str]) -> None:
+    example = ROOT / "docs" / "examples" / "haproxy.cfg"
+    done = subprocess.run(
+        [peer("haproxy"), "-c", "-f", str(example)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower()

@@ -1,0 +1,134 @@
+"""The engine is away: new bodies are refused before they come, reads go on, what is in flight is decided, and all of it ends by
+itself when the engine is there again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cluster.loopback import LoopbackNode, Nodes, until
+from tests.crash.client import sign
+from tests.engine import Engine
+
+
+@pytest.fixture
+def node(tmp_path: Path, own_postgres: Engine) -> Iterator[LoopbackNode]:
+    nodes = Nodes(tmp_path, own_postgres.fresh())
+    try:
+        (node,) = nodes.start("a")
+        assert node.ask("PUT", "/scan").ok
+        yield node
+    finally:
+        nodes.end()
+        if not own_postgres.running:
+            own_postgres.start()
+
+
+def health(node: LoopbackNode, wanted: str) -> tuple[int, str]:
+    answer = httpx.get(f"http://127.0.0.1:{node.port('control')}/v1/health?for={wanted}", timeout=20)
+    return answer.status_code, answer.json()["status"]
+
+
+def before_its_body(node: LoopbackNode, path: str, query: str = "") -> tuple[int, bytes, bool]:
+    """A PUT that waits for 100 Continue: (status, what was answered, whether it was told to send)."""
+    connection = node.connection(40)
+    connection.connect()
+    headers = {"host": f"{node.host}:{connection.port}", "expect": "100-continue", "content-length": str(1 << 30)}
+    signed = sign("PUT", path, query, headers)
+    lines = [
+        f"PUT {path}{'?' + query if query else ''} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in signed.items()),
+    ]
+    if "content-length" not in signed:
+        lines.append(f"content-length: {1 << 30}")
+    try:
+        connection.sock.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
+        answer = b""
+        while b"</Error>" not in answer and b"100 Continue" not in answer:
+            piece = connection.sock.recv(65536)
+            if not piece:
+                break
+            answer += piece
+        return int(answer.split(b" ", 2)[1]), answer, b"100 Continue" in answer
+    finally:
+        connection.close()
+
+
+def test_writes_are_refused_at_their_head_and_reads_go_on(node: LoopbackNode, own_postgres: Engine) -> None:
+    body = os.urandom(1 << 20)
+    assert node.ask("PUT", "/scan/before", "", body).ok
+    started = node.ask("POST", "/scan/parts", "uploads=")
+    upload = "uploadId=" + started.body.partition(b"<UploadId>")[2].partition(b"<")[0].decode()
+    assert health(node, "write") == (200, "ok")
+    own_postgres.stop()
+    until(lambda: health(node, "write")[0] == 503, "the node says that it takes nothing")
+    assert health(node, "read") == (200, "degraded")
+    for path, query in (("/scan/new", ""), ("/scan/parts", f"partNumber=1&{upload}")):
+        status, answer, told = before_its_body(node, path, query)
+        assert (status, told) == (503, False)
+        assert b"<Code>ServiceUnavailable</Code>" in answer
+        assert b"retry-after" in answer.lower()
+    form = node.ask("POST", "/scan", "", b"--x\r\n", {"content-type": "multipart/form-data; boundary=x"})
+    copied = node.ask("PUT", "/scan/copy", "", b"", {"x-amz-copy-source": "/scan/before"})
+    assert [(one.status, one.code) for one in (form, copied)] == [(503, "ServiceUnavailable")] * 2
+    assert node.ask("GET", "/scan/before").body == body
+    assert node.ask("GET", "/scan", "list-type=2").body.count(b"<Key>") == 1
+    until(lambda: node.metric("hiss_cluster_engine_away_seconds") > 1, "the metric says so")
+    cluster = node.get("/v1/status")[1]["cluster"]
+    assert (cluster["engine"], cluster["nodes"]["up"]) == ("away", 1)
+    own_postgres.start()
+    until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
+    assert node.ask("PUT", "/scan/after", "", body).ok
+    assert node.get("/v1/status")[1]["cluster"]["engine"] == "ok"
+
+
+def test_under_load_nothing_acknowledged_is_lost(node: LoopbackNode, own_postgres: Engine) -> None:
+    said: dict[str, list[int]] = {}
+    stop = threading.Event()
+
+    def client(number: int) -> None:
+        count = 0
+        while not stop.is_set():
+            path = f"/scan/{number}-{count}"
+            try:
+                status = node.ask("PUT", path, "", path.encode()).status
+            except OSError:
+                status = 0
+            said.setdefault(path, []).append(status)
+            count += 1
+            if status != 200:
+                stop.wait(0.05)
+
+    with ThreadPoolExecutor(4) as pool:
+        working = [pool.submit(client, number) for number in range(4)]
+        until(lambda: sum(answers == [200] for answers in list(said.values())) > 20, "the load runs")
+        for absence_s in (0.5, 2.5):
+            own_postgres.stop()
+            # How long it is away is what is tested; nothing else is waited for here.
+            threading.Event().wait(absence_s)
+            own_postgres.start()
+            back_at = time.monotonic()
+            known = len(said)
+            until(
+                lambda known=known: any(answers == [200] for answers in list(said.values())[known:]),
+                "bodies are taken again",
+            )
+            assert time.monotonic() - back_at < 30
+        stop.set()
+        for one in working:
+            one.result()
+    answers = {status for all_of_it in said.values() for status in all_of_it}
+    assert answers <= {200, 503}
+    for path, statuses in said.items():
+        found = node.ask("GET", path)
+        if statuses == [200]:
+            assert found.body == path.encode()
+        else:
+            assert found.status in (200, 404)
