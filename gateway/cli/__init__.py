@@ -47,7 +47,21 @@ EXIT_CODES: tuple[tuple[type[Exception], ExitCode], ...] = (
 
 def build_app() -> typer.Typer:
     """The command with all its groups. Each module loads what it needs when its command runs, so that all start fast."""
-    from gateway.cli import catalog, demo, kernel, members, migrate, replay, reserve, run, send, serve, settings, status, user
+    from gateway.cli import (
+        catalog,
+        demo,
+        kernel,
+        members,
+        migrate,
+        replay,
+        reserve,
+        run,
+        send,
+        serve,
+        settings,
+        status,
+        user,
+    )
 
     app = typer.Typer(
         name="hiss",
