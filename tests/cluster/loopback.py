@@ -18,6 +18,7 @@ from tests.crash.node import ROOT, Node, until
 
 __all__ = ["LoopbackNode", "Nodes", "hiss", "until"]
 
+_ROOT = (ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"])
 _SETTINGS = {"workers": "1", "arena_bytes": "96MiB", "shutdown_grace_s": "10"}
 
 
@@ -43,11 +44,10 @@ class LoopbackNode(Node):
         assert done.returncode == code, f"{done.returncode}: {done.stdout} {done.stderr}\n{self.tail()}"
         return json.loads(done.stdout) if done.stdout.strip() else done.stderr
 
-    def get(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Of the control port, as root."""
+    def get(self, path: str, keys: tuple[str, str] = _ROOT) -> tuple[int, dict[str, Any]]:
+        """Of the control port."""
         import httpx
 
-        keys = (ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"])
         answer = httpx.get(f"http://{self.host}:{self.port('control')}{path}", auth=keys, timeout=20)
         return answer.status_code, dict(answer.json())
 
