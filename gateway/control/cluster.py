@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 PERIOD_S = 1.0
 COUNT_EVERY_S = 5.0
 """Counting what no living node has looks at the whole drain queue."""
+COUNT_SHARE = 20
+"""and takes one in so many seconds at most."""
 AWAY_S = 1.0
 """An engine that does not answer for so long is said to be away: new bodies are refused from then on."""
 NAMED_MAX = 20
@@ -38,7 +40,7 @@ class ClusterWatch:
         self._unreachable = counters.cell("hiss_cluster_unreachable_objects")
         self._unreachable_named: list[str] = []
         self._under_mirrored = 0
-        self._counted_at = -COUNT_EVERY_S
+        self._count_again_at = 0.0
 
     async def run(self) -> None:
         """For ever."""
@@ -58,9 +60,10 @@ class ClusterWatch:
         me = self._members.me
         self._lag.set(0 if me is None else max(0, known.head - me.applied))
         now = time.monotonic()
-        if now - self._counted_at >= COUNT_EVERY_S:
-            self._counted_at = now
+        if now >= self._count_again_at:
             await self._count()
+            took_s = time.monotonic() - now
+            self._count_again_at = now + max(COUNT_EVERY_S, COUNT_SHARE * took_s)
 
     async def _count(self) -> None:
         if not self._members.look().members:

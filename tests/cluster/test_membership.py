@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,9 +119,50 @@ def test_a_node_is_drained_and_leaves(nodes: Nodes) -> None:
     assert {name: row["node"] for name, row in rows_of(c).items()} == {"a": 0, "c": 2}
 
 
-def test_a_node_is_taken_back(nodes: Nodes) -> None:
+class Hook(http.server.ThreadingHTTPServer):
+    """A webhook that remembers the keys it was told of."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        super().__init__(("127.0.0.1", 0), _HookHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _HookHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        document = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert isinstance(self.server, Hook)
+        self.server.keys += [record["s3"]["object"]["key"] for record in document["Records"]]
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    with Hook() as made:
+        yield made
+        made.shutdown()
+
+
+def test_a_node_is_taken_back_and_one_does_the_chores(nodes: Nodes, hook: Hook) -> None:
+    for name in ("a", "b"):
+        nodes.add(name, notification_endpoints=f"hook=http://127.0.0.1:{hook.server_port}/")
     a, b = nodes.start("a", "b")
     make_bucket(a, "scan")
+    wanted = b"<Queue>arn:hiss:sqs:::hook</Queue><Event>s3:ObjectCreated:*</Event>"
+    reports = (
+        b"<NotificationConfiguration><QueueConfiguration>%b</QueueConfiguration></NotificationConfiguration>" % wanted
+    )
+    assert a.ask("PUT", "/scan", "notification=", reports).ok
+    keys = [f"{number}-{node.name}" for number in range(4) for node in (a, b)]
+    for key in keys:
+        assert put(nodes[key[-1]], f"/scan/{key}", b"told once") == 200
+    until(lambda: len(hook.keys) >= len(keys), "the hook was told")
+    until(lambda: b.metric("hiss_notifications_waiting") == 0, "nothing waits for the hook")
+    assert sorted(hook.keys) == sorted(keys)
+    assert (a.metric("hiss_notifications_delivered_total"), b.metric("hiss_notifications_delivered_total")) == (8, 0)
     assert a.hiss("node", "drain", "b")["state"] == "draining"
     until(lambda: put(b, "/scan/one", b"x") == 503, "b takes nothing")
     # It is kept through a restart.

@@ -116,7 +116,7 @@ def test_the_cluster_serves_everything_and_others_join(before: Before, nodes: No
     assert not any((data / "journal").iterdir())
 
     shutil.copytree(before.archive, nodes.folder / "archive")
-    lab = nodes.add("lab", kernels="on")
+    lab = nodes.add("lab")
     (nodes.folder / "b" / "data").mkdir(parents=True, mode=0o700)
     shutil.copy2(data / "node.key", nodes.folder / "b" / "data" / "node.key")
     (lab,) = nodes.start("lab")
