@@ -44,12 +44,12 @@ class LoopbackNode(Node):
         assert done.returncode == code, f"{done.returncode}: {done.stdout} {done.stderr}\n{self.tail()}"
         return json.loads(done.stdout) if done.stdout.strip() else done.stderr
 
-    def get(self, path: str, keys: tuple[str, str] = _ROOT) -> tuple[int, dict[str, Any]]:
+    def get(self, path: str, keys: tuple[str, str] = _ROOT) -> tuple[int, Any]:
         """Of the control port."""
         import httpx
 
         answer = httpx.get(f"http://{self.host}:{self.port('control')}{path}", auth=keys, timeout=20)
-        return answer.status_code, dict(answer.json())
+        return answer.status_code, answer.json()
 
     def metric(self, name: str) -> float:
         import httpx

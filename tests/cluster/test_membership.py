@@ -47,7 +47,7 @@ def rows_of(node: LoopbackNode) -> dict[str, dict[str, Any]]:
 def held(node: LoopbackNode, name: str) -> dict[str, Any]:
     status, document = node.get(f"/v1/nodes/{name}")
     assert status == 200
-    return document
+    return dict(document)
 
 
 def test_a_node_is_drained_and_leaves(nodes: Nodes) -> None:
