@@ -363,8 +363,9 @@ class Decider:
     def _append(self, request: CommitObject, bucket: BucketRecord, newest: Facts | None) -> e.Entry:
         old = None if newest is None else self._version(newest.object_id)
         record = append.appended(request, bucket, old, self._sequence, self._now_ns)
-        mirror = self._mirror_of(request.object_id, request.durability, request.extents)
-        record = msgspec.structs.replace(record, mirror=mirror)
+        if not request.mirror_later:
+            mirror = self._mirror_of(request.object_id, request.durability, request.extents)
+            record = msgspec.structs.replace(record, mirror=mirror)
         filters = request.filters if may_filter(bucket) else {}
         due_ns = self._now_ns + (filter_wait_ns(bucket) if filters else drain_after_ns(bucket))
         assert newest is not None

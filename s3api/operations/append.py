@@ -23,7 +23,7 @@ from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.integrity import plan
 from s3api.operations import kernels
-from s3api.operations.describe import checksum_headers
+from s3api.operations.describe import checksum_headers, lowered_headers
 from s3api.operations.reading import current, open_version
 from s3api.operations.received import lost_race, received
 
@@ -62,10 +62,11 @@ async def append_object(
 ) -> Response:
     """Put the body behind the bytes of ``found``."""
     expected = plan(call.request, call.signed, length_max_bytes=call.limits.object_bytes - found.length)
+    # A piece is durable before it is told of, whatever the bucket says: a version is in memory or on disk, not both.
+    level = Durability.DISK if settings.durability is Durability.MEMORY else settings.durability
     spec = StreamSpec(
         bucket=bucket,
-        # A piece is durable before it is told of, whatever the bucket says: a version is in memory or on disk, not both.
-        settings=dataclasses.replace(settings, durability=Durability.DISK),
+        settings=dataclasses.replace(settings, durability=level),
         key=call.key,
         length=expected.length,
         algorithms=expected.algorithms(md5=False),
@@ -77,7 +78,7 @@ async def append_object(
     host = call.node.kernels
 
     async def commit(stream: Stream, digest: StreamDigest, _: dict[str, str]) -> ObjectRecord:
-        request = _request(call, await _whole(call, found.length, settings), digest, condition)
+        request = _request(call, await _whole(call, found.length, settings), digest, condition, level)
         if host is not None:
             await host.prepare(call.bucket_name)
             request = msgspec.structs.replace(
@@ -95,7 +96,7 @@ async def append_object(
 
     record = await received(call, spec, expected, commit)
     answer = [("etag", f'"{record.etag}"'), *checksum_headers(record), ("x-amz-object-size", str(record.length))]
-    return Response(200, answer)
+    return Response(200, answer + lowered_headers(bucket, record.length, record.mirror))
 
 
 async def _whole(call: Call, offset: int, settings: BucketSettings) -> ObjectRecord:
@@ -110,7 +111,9 @@ async def _whole(call: Call, offset: int, settings: BucketSettings) -> ObjectRec
     return record if record.settled else await call.catalog.settle(record.object_id, SETTLE_TIMEOUT_S)
 
 
-def _request(call: Call, old: ObjectRecord, digest: StreamDigest, condition: WriteCondition) -> CommitObject:
+def _request(
+    call: Call, old: ObjectRecord, digest: StreamDigest, condition: WriteCondition, level: Durability
+) -> CommitObject:
     crc = checksums.combined_crc64([(old.crc64nvme, old.length), (digest.crc64nvme, digest.length)])
     length = old.length + digest.length
     return CommitObject(
@@ -122,6 +125,7 @@ def _request(call: Call, old: ObjectRecord, digest: StreamDigest, condition: Wri
         crc64nvme=crc,
         owner=call.user.user_id,
         extents=digest.extents,
+        durability=level,
         checksums={"crc64nvme": checksums.crc64_base64(crc)},
         if_none_match=condition.if_none_match,
         if_match=condition.if_match,

@@ -24,7 +24,7 @@ from s3api.errors import S3Error
 from s3api.http.message import Response
 from s3api.operations import kernels
 from s3api.operations.buckets import XML_TYPE
-from s3api.operations.describe import new_version_headers, stored_headers, user_metadata
+from s3api.operations.describe import lowered_headers, new_version_headers, stored_headers, user_metadata
 from s3api.operations.lifecycle import expiration_header
 from s3api.operations.locks import lock_of_write
 from s3api.operations.multipart import part_number, upload_of
@@ -215,7 +215,8 @@ async def upload_part_copy(call: Call) -> Response:
         )
 
     part = await stored(call, spec, _bytes_of(call, source, start, stop), commit)
-    return _result("CopyPartResult", part.etag, part.modified_ns, part.checksums, None, source.headers)
+    told = [*source.headers, *lowered_headers(bucket, part.length, part.mirror)]
+    return _result("CopyPartResult", part.etag, part.modified_ns, part.checksums, None, told)
 
 
 def _directive(text: str) -> bool:

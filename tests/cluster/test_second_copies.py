@@ -149,6 +149,20 @@ def test_every_node_reads_what_two_have(three: Cluster, bucket: str, length: int
         assert got(node, bucket, "k") == BODY[:length]
 
 
+def test_what_is_deleted_is_free_on_both(three: Cluster, bucket: str) -> None:
+    s3 = S3(three["a"])
+    assert s3.put(bucket, "k", BODY).ok
+    peer = node_of(three, record_of(three["a"], bucket, "k").mirror[0].node)
+    for node in (three["a"], peer):
+        until(lambda node=node: metric(node, "hiss_buffer_used_bytes") >= len(BODY), "it is counted")  # type: ignore[misc]
+    used = {node.name: metric(node, "hiss_buffer_used_bytes") for node in (three["a"], peer)}
+    assert s3.delete(bucket, "k").ok
+    s3.close()
+    for node in (three["a"], peer):
+        most = used[node.name] - len(BODY)
+        until(lambda node=node, most=most: metric(node, "hiss_buffer_used_bytes") <= most, "it is free")  # type: ignore[misc]
+
+
 def test_a_peer_killed_in_the_middle(three: Cluster, bucket: str) -> None:
     before = received(three)
     sending = Sending(three["a"], bucket, "k", BODY)

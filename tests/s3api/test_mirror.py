@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
+from ingest import compaction
 from ingest.bucket_settings import BucketSettings
 from ingest.cluster import members
 from ingest.cluster.choice import candidates
@@ -182,11 +183,15 @@ def bucket(s3: Any) -> str:
 def mirrored(s3: Any, loss: str | None = None) -> str:
     name = f"m-{secrets.token_hex(6)}"
     s3.create_bucket(Bucket=name)
+    set_tags(s3, name, loss)
+    return name
+
+
+def set_tags(s3: Any, name: str, loss: str | None) -> None:
     tags = {"hiss.durability": "mirror"} | ({"hiss.mirror-loss": loss} if loss else {})
     s3.put_bucket_tagging(
         Bucket=name, Tagging={"TagSet": [{"Key": key, "Value": value} for key, value in tags.items()]}
     )
-    return name
 
 
 def head(three: Three, bucket: str, key: str = "k") -> ObjectRecord:
@@ -277,6 +282,28 @@ def test_copies_too(three: Three, s3: Any, bucket: str) -> None:
     s3.put_object(Bucket=bucket, Key="k", Body=data)
     s3.copy_object(Bucket=bucket, Key="c", CopySource={"Bucket": bucket, "Key": "k"})
     check(three, bucket, data, "c")
+
+
+def test_what_is_appended_too(three: Three, s3: Any, raw: RawClient, bucket: str) -> None:
+    three.know(away=(THIRD,))
+    pieces = [os.urandom(2 * MIB), os.urandom(3 * MIB + 1), os.urandom(10)]
+    offset = 0
+    for piece in pieces:
+        headers = {"x-amz-write-offset-bytes": str(offset)}
+        answer = raw("PUT", f"/{bucket}/k", piece, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert "x-hiss-durability" not in answer.headers
+        offset += len(piece)
+    check(three, bucket, b"".join(pieces), on=SECOND)
+    # A piece without a copy leaves the object without one, and says so.
+    set_tags(s3, bucket, "degrade")
+    three.know(away=(SECOND, THIRD))
+    answer = raw("PUT", f"/{bucket}/k", b"more", headers={"x-amz-write-offset-bytes": str(offset)})
+    assert (answer.status_code, answer.headers["x-hiss-durability"]) == (200, "disk")
+    assert head(three, bucket).mirror == ()
+    three.know(away=(THIRD,))
+    remirror(three)
+    check(three, bucket, b"".join([*pieces, b"more"]), on=SECOND)
 
 
 class Slow:
@@ -445,6 +472,17 @@ def test_what_is_not_committed_is_dropped(three: Three, s3: Any, raw: RawClient,
     answer = raw("PUT", f"/{bucket}/k", os.urandom(length), headers={"content-md5": "1B2M2Y8AsgTpgAmY7PhCfg=="})
     assert answer.status_code == 400, answer.text
     until(lambda: not [*held(three.second), *held(three.third)])
+
+
+def test_a_copy_that_compaction_moves_is_found(three: Three, s3: Any, bucket: str) -> None:
+    data = os.urandom(5 * MIB + 3)
+    s3.put_object(Bucket=bucket, Key="k", Body=data)
+    record = head(three, bucket)
+    node = three.all[record.mirror[0].node - 1]
+    for extent in record.mirror:
+        assert node.run(compaction._move(node.buffer, record, extent)) == extent.length
+    assert not set(head(three, bucket).mirror) & set(record.mirror)
+    check(three, bucket, data)
 
 
 # -- a kernel's STOP
