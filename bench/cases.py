@@ -16,6 +16,7 @@ from bench.feedback import Case, Follower
 from bench.figure import MIB, Bench, Figure, Rounds
 from bench.kernel_cases import KERNEL_CASES
 from bench.load import Plan
+from bench.reserved_case import RESERVED_CASES
 from bench.run_cases import RUN_CASES
 from bench.small_cases import SMALL_CASES
 from bench.tls_case import put_tls
@@ -161,4 +162,5 @@ CASES: dict[str, Callable[[Bench], Figure]] = {
     "resident": resident,
     **KERNEL_CASES,
     **RUN_CASES,
+    **RESERVED_CASES,
 }

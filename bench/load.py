@@ -6,6 +6,7 @@ Out: JSON on stdout with the seconds from the first byte sent to the last answer
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from bench.wire import Connection, Endpoint, head
@@ -65,6 +67,23 @@ def run(plan: Plan, timeout_s: float = 300.0) -> Outcome:
     if done.returncode:
         raise RuntimeError(f"the load failed: {done.stderr.strip().splitlines()[-1:]}")
     return Outcome(**json.loads(done.stdout))
+
+
+@contextlib.contextmanager
+def flooding(plan: Plan) -> Iterator[None]:
+    """The plan in a child process while the context is open; it is to be longer than that."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.load"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(dataclasses.asdict(plan)))
+        process.stdin.close()
+        try:
+            yield
+            if process.poll() is not None:
+                raise RuntimeError("the flood ended too early")
+        finally:
+            process.kill()
 
 
 def _body(size_bytes: int) -> memoryview:

@@ -45,7 +45,8 @@ class Body(abc.ABC):
     lane = BEST
     lane_version = -1
     counted = 0
-    """For ingest/shaping.py: the lane, as of which version of the table, and the bytes that it counted."""
+    turn_bytes = 0
+    """For ingest/shaping.py: the lane, as of which version of the table, the bytes that it counted, what is left of a turn."""
     mirror: Mirroring | None = None
     """The second copy that is made on another node while the body arrives."""
 
@@ -138,7 +139,7 @@ class Body(abc.ABC):
     async def wait_for_turn(self) -> None:
         """Until whoever has a reservation leaves something."""
         shaper = self.plane.shaper
-        while shaper.words[ACTIVE] and self.failure is None and not shaper.may_read(self):
+        while shaper.words[ACTIVE] and self.failure is None and not shaper.allowed(self):
             self._waiter = asyncio.get_running_loop().create_future()
             shaper.queue(self)
             await self._waiter

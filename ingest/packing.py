@@ -283,7 +283,7 @@ class PackedStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
-        if self._shares[ACTIVE] and not self.plane.shaper.may_read(self):
+        if self._shares[ACTIVE] and not self.plane.shaper.allowed(self):
             return None
         if self._slab is None and not self._place_first():
             return None

@@ -43,35 +43,58 @@ class Law:
     others back says that it was too much: then less than what they had; else a little more each time."""
 
     LEAST_SHARE = 0.02
-    """Of the ceiling: nobody starves."""
-    LEAST_BYTES_PER_S = 1 << 20
+    """Of the ceiling, or of what is reserved: nobody starves."""
+    LEAST_BYTES_PER_S = 8 << 20
     MARGIN = 1.25
     WINDOW = 10
-    """Ticks over which the rate of the others is averaged."""
-    LESS, MORE = 0.9, 1.04
-    IDLE_TICKS = 4
+    """Ticks that say what the others had of late: three quarters of them had no more."""
+    HELD_TICKS = 2
+    """So many of them with holds are too many: now and then a hold does what it is for."""
+    LESS, MORE, FIRST_MORE = 0.9, 1.02, 1.1
+    """A step down, a step up, and one up as long as none went down."""
+    BACK_TICKS = 20
+    """What was taken is given back in so many ticks; from there on it is a little more each time."""
+    PATIENCE_TICKS = 10
+    """Between two cuts: the hold itself helps at once, a cut needs some ticks to show."""
+    IDLE_TICKS = 2
 
     def __init__(self, ceiling: int) -> None:
         self._ceiling = ceiling
         self._best: deque[float] = deque(maxlen=self.WINDOW)
+        self._held: deque[bool] = deque(maxlen=self.WINDOW)
         self._limit = float(UNLIMITED)
+        self._target = 0.0
+        self._step = 0.0
         self._idle = 0
+        self._since_cut = self.PATIENCE_TICKS
 
     def limit(self, lanes: Sequence[tuple[float, float]], best: float, holds: int) -> int:
         """``lanes``: (reserved, received) bytes per second of each; ``best``: taken by all others; ``holds``: times they were
         held back since the last tick."""
+        reserved = sum(rate for rate, _ in lanes)
         if self._ceiling:
             wanted = sum(rate if holds else min(rate, self.MARGIN * received) for rate, received in lanes)
             return int(max(self._ceiling - wanted, self._ceiling * self.LEAST_SHARE))
         self._best.append(best)
+        self._held.append(holds > 0)
+        had = sorted(self._best)[3 * len(self._best) // 4]
+        least = max(self.LEAST_BYTES_PER_S, self.LEAST_SHARE * reserved)
         self._idle = 0 if any(received for _, received in lanes) else self._idle + 1
+        self._since_cut += 1
         if self._idle >= self.IDLE_TICKS:
-            self._limit = float(UNLIMITED)
-        elif holds:
-            had = sum(self._best) / len(self._best)
-            self._limit = max(self.LESS * min(self._limit, had), self.LEAST_BYTES_PER_S)
-        else:
-            self._limit = min(self.MORE * self._limit, float(UNLIMITED))
+            self._limit, self._target = float(UNLIMITED), 0.0
+        elif sum(self._held) >= self.HELD_TICKS and self._since_cut >= self.PATIENCE_TICKS:
+            self._target = min(self._limit, had)
+            self._limit = max(self.LESS * self._target, least)
+            self._step = (self._target - self._limit) / self.BACK_TICKS
+            self._since_cut = 0
+        elif not holds:
+            if self._limit < self._target:
+                more = self._limit + self._step
+            else:
+                more = self._limit * (self.MORE if self._target else self.FIRST_MORE)
+            # Not far above what they take: a flood that begins is let in step by step.
+            self._limit = min(more, max(2 * had, reserved / 4, least))
         return int(self._limit)
 
 
@@ -215,14 +238,16 @@ class Rebalancer:
         if limit >= UNLIMITED:
             grants = [UNLIMITED] * WORKERS
         else:
-            grants = fair(limit, [self._wanted(worker, rate, limit) for worker, rate in enumerate(came)])
+            shared = fair(limit, [self._wanted(worker, rate, limit) for worker, rate in enumerate(came)])
+            # Whoever has no body yet may begin one.
+            grants = [max(grant, limit // 10) for grant in shared]
         for worker, grant in enumerate(grants):
             table.set_grant(worker, grant)
 
     def _wanted(self, worker: int, rate: float, limit: int) -> tuple[int, float]:
         """Each body counts the same. A worker whose bodies wait wants all there is, another what it takes and some."""
         bodies, waiting = self._table.bodies(worker, BEST)
-        return max(1, bodies), float(limit) if waiting else Law.MARGIN * rate + limit / 20
+        return bodies, float(limit) if waiting else Law.MARGIN * rate + limit / 20
 
     def _tell(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> None:
         self._active.set(len(running))

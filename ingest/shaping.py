@@ -4,7 +4,8 @@ In: the node's ``ShareTable``, bodies that ask for memory to receive into. Out: 
 bucket earns credit at its rate and spends it with every byte. One that has credit and leaves bytes waiting in its socket is
 short: then it has everybody without credit hold (in all workers, by one word of shared memory) until it has caught up. So
 it needs no guess at what the machine can do; what a reserved lane does not take, others have. Beyond that a worker's unreserved
-bodies share the rate it was granted (ingest/rebalance.py), turn by turn.
+bodies share the rate it was granted (ingest/rebalance.py) turn by turn, a turn in each round of the loop: so a reserved socket
+is looked at again after a millisecond, however many others there are and however much waits in theirs.
 Always holds: nobody with credit waits; where nothing is reserved the price is one look at a word for each read.
 """
 
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
 TICK_S = 0.004
 LATE_S = 0.004
 """A lane with credit for so long, and bytes waiting, is short."""
+AHEAD_S = 0.02
+"""A lane may be so much ahead of its rate before it is one of many: who sends at its rate is a little ahead half of the time."""
+ANY = 1 << 40
 HOLD_NS = 10_000_000
 """A hold that is not renewed ends after this: a worker that dies holds nobody for long."""
 CREDIT_S = 0.25
 """Most that a lane saves up; a lane that was held up catches up with it."""
-DEBT_S = 0.05
+DEBT_S = 0.07
 """Most that a lane owes: who took more than its rate while nobody else wanted it does not pay for it afterwards."""
 BACKLOG_BYTES = 64 << 10
 """So little in a socket is on its way, not waiting."""
 BURST_S = 0.02
-_TURN_BYTES = 1 << 20
-"""What one body is likely to read in its turn."""
+TURN_BYTES = 1 << 20
+"""What a body reads in its turn: below a millisecond's work."""
 _STALE_NS = 2_000_000_000
 """Grants that nobody has renewed for so long are void: the process that makes them is gone."""
 EXEMPT = -1
@@ -62,12 +66,13 @@ class Shaper:
         self._ticked_ns = 0
         self._best = 0
         self._holding = False
+        self._dealing = False
         table.clear_worker(worker)
 
     # -- for bodies
 
-    def may_read(self, body: Body) -> bool:
-        """Whether the body may receive now. Only to be asked while ``words[ACTIVE]``."""
+    def allowed(self, body: Body) -> int:
+        """How many bytes the body may receive now; 0: it has to wait. Only to be asked while ``words[ACTIVE]``."""
         words = self.words
         if not self._ticking:
             self._start()
@@ -75,13 +80,18 @@ class Shaper:
             self._assign(body)
         self._count(body)
         lane = body.lane
-        if lane != BEST and (lane == EXEMPT or self._credit[lane] > 0):
-            return True
-        return self._tokens > 0 and words[HOLD_UNTIL_NS] <= time.monotonic_ns()
+        if lane != BEST and self._has_credit(lane):
+            return ANY
+        if body.turn_bytes > 0 and self._may_deal(time.monotonic_ns()):
+            return body.turn_bytes
+        return 0
 
     def queue(self, body: Body) -> None:
-        """``body.wake`` is called when it is worth asking again."""
+        """``body.wake`` is called when it is its turn."""
         self._queue.append(body)
+        if not self._dealing:
+            self._dealing = True
+            asyncio.get_running_loop().call_soon(self._deal)
 
     def ended(self, body: Body) -> None:
         """The body receives no more."""
@@ -102,6 +112,7 @@ class Shaper:
         self._leave(body)
         body.lane_version = self.words[VERSION]
         body.counted = body.received_total  # what came before is nobody's
+        body.turn_bytes = TURN_BYTES
         if body.lane != EXEMPT:
             body.lane = self._lane_of(body)
         if body.lane == BEST:
@@ -109,8 +120,7 @@ class Shaper:
         elif body.lane != EXEMPT:
             self._bodies.setdefault(body.lane, set()).add(body)
             if body.lane not in self._credit:
-                # Whoever begins has not been late yet.
-                self._credit[body.lane] = self.table.rate(body.lane) * LATE_S
+                self._credit[body.lane] = 0.0
                 self._seen[body.lane] = self.table.received(body.lane)
                 self._own[body.lane] = 0
 
@@ -136,10 +146,11 @@ class Shaper:
         self.table.receive(self.worker, lane, count)
         if lane != BEST:
             self._own[lane] += count
-            credit = self._credit[lane]
-            self._credit[lane] = credit - count
-            if credit > 0:
+            in_credit = self._has_credit(lane)
+            self._credit[lane] -= count
+            if in_credit:
                 return
+        body.turn_bytes -= count
         self._tokens -= count
 
     # -- the tick
@@ -167,12 +178,14 @@ class Shaper:
             words[HOLD_UNTIL_NS] = 0  # if somebody else holds, too, they will say so again
         self._refill(now_ns, elapsed_s)
         if self._queue:
-            self._wake(now_ns)
+            self._let_free()
+            if not self._dealing:
+                self._deal()
         self.table.set_bodies(self.worker, BEST, self._best, len(self._queue))
         asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _is_short(self, lane: int, elapsed_s: float) -> bool:
-        """Update the lane's credit; whether it has been kept from spending it, at this tick and at the one before."""
+        """Update the lane's credit; whether it is kept from spending it: by much, or at this tick and at the one before."""
         bodies = self._bodies[lane]
         if not bodies:
             del self._bodies[lane]
@@ -194,10 +207,10 @@ class Shaper:
         waits = credit > rate * LATE_S and any(body.backlog() > BACKLOG_BYTES for body in bodies)
         before = lane in self._backlogged
         (self._backlogged.add if waits else self._backlogged.discard)(lane)
-        if credit > rate * LATE_S and not waits:
+        if credit > 0 and not waits:
             # Nothing came to spend it on: an idle lane does not save up.
-            self._credit[lane] = rate * LATE_S
-        return waits and before
+            self._credit[lane] = min(credit, rate * LATE_S)
+        return waits and (before or credit > rate * 3 * LATE_S)
 
     def _refill(self, now_ns: int, elapsed_s: float) -> None:
         grant = self.table.grant(self.worker)
@@ -208,20 +221,44 @@ class Shaper:
             self._tokens = 0.0
         self._tokens = min(self._tokens + grant * elapsed_s, grant * BURST_S)
 
-    def _wake(self, now_ns: int) -> None:
-        """In the order they came, as many as the tokens may serve; those with credit in any case."""
-        held = self.words[HOLD_UNTIL_NS] > now_ns
-        budget = 0.0 if held else self._tokens
+    def _may_deal(self, now_ns: int) -> bool:
+        return self._tokens > 0 and self.words[HOLD_UNTIL_NS] <= now_ns
+
+    def _deal(self) -> None:
+        """Give the next one in the queue its turn, once in a round of the loop; while nobody may have one, the tick looks."""
+        self._dealing = False
         for _ in range(len(self._queue)):
             body = self._queue.popleft()
-            stale = body.ended or body.failure is not None or body.lane_version != self.words[VERSION]
-            if stale or (body.lane != BEST and (body.lane == EXEMPT or self._credit.get(body.lane, 1.0) > 0)):
+            if self._is_free(body):
                 body.wake()
-            elif budget > 0:
-                budget -= _TURN_BYTES
+            elif self._may_deal(time.monotonic_ns()):
+                body.turn_bytes = TURN_BYTES
                 body.wake()
+                break
             else:
                 self._queue.append(body)
+        else:
+            return
+        if self._queue:
+            self._dealing = True
+            asyncio.get_running_loop().call_soon(self._deal)
+
+    def _let_free(self) -> None:
+        """Those that have credit by now wait for nobody's turn."""
+        free = [body for body in self._queue if self._is_free(body)]
+        if free:
+            self._queue = deque(body for body in self._queue if body not in free)
+            for body in free:
+                body.wake()
+
+    def _is_free(self, body: Body) -> bool:
+        """Whether it need not wait for a turn: it has credit, or nothing to wait for."""
+        if body.ended or body.failure is not None or body.lane_version != self.words[VERSION]:
+            return True
+        return body.lane != BEST and self._has_credit(body.lane)
+
+    def _has_credit(self, lane: int) -> bool:
+        return lane == EXEMPT or self._credit[lane] > -AHEAD_S * self.table.rate(lane)
 
     def _stop(self) -> None:
         """Nothing is reserved any more."""

@@ -32,6 +32,7 @@ from ingest.ports import BodyChange, FrameReduction, FrameScanner
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, FrameGeometry
 from ingest.rest import Rest
 from ingest.segments import Reservation, Segment
+from ingest.shaping import ANY
 from ingest.share_table import ACTIVE
 from ingest.span_table import OwedSpan
 from ingest.stream_types import BodyDigest, StreamDigest, StreamSpec
@@ -102,14 +103,15 @@ class SpanStream(Body):
     def get_buffer(self) -> memoryview | None:
         if self.failure is not None:
             raise self.failure
-        if self._shares[ACTIVE] and not self.plane.shaper.may_read(self):
+        allowed = self.plane.shaper.allowed(self) if self._shares[ACTIVE] else ANY
+        if not allowed:
             return None
         if self._rest is not None:
             return self._rest.get_buffer()
         piece = self._open or self._next_piece()
         if piece is None:
             return None
-        return piece.span.view[piece.fill : min(piece.limit, piece.fill + self._window())]
+        return piece.span.view[piece.fill : min(piece.limit, piece.fill + self._window(), piece.fill + allowed)]
 
     def _window(self) -> int:
         """Bytes to hand out at most: not far beyond what is known of the frames, so that little of a frame is received

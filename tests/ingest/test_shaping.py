@@ -1,0 +1,333 @@
+"""Who may read while something is reserved: the table, the control law on a machine nobody knows, turns and holds of a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.counters import CONTROL, Counters
+from ingest.rebalance import TICK_S, Law, Rebalancer, fair
+from ingest.records import Reservation, ReservationUse, Share
+from ingest.shaping import ANY, TURN_BYTES, Shaper
+from ingest.share_table import (
+    ACTIVE,
+    BEST,
+    HELD_BYTES,
+    HOLD_UNTIL_NS,
+    MAKE_ROOM_BYTES,
+    TICKED_NS,
+    UNLIMITED,
+    VERSION,
+    ShareTable,
+    name_of,
+)
+
+MB = 10**6
+SECOND_NS = 10**9
+HOUR_NS = 3600 * SECOND_NS
+NOW_NS = 1_800_000_000 * SECOND_NS
+
+
+# -- sharing out
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 10**6)), min_size=1, max_size=10),
+)
+def test_what_is_shared_out_is_within_what_there_is_and_what_is_wanted(
+    total: int, wanted: list[tuple[int, int]]
+) -> None:
+    parts = fair(total, [(weight, float(most)) for weight, most in wanted])
+    assert sum(parts) <= total
+    assert all(0 <= part <= most for part, (_, most) in zip(parts, wanted, strict=True))
+    # Nobody could have more without another having less: either all is given, or all are content.
+    content = all(part >= most - 1 for part, (weight, most) in zip(parts, wanted, strict=True) if weight)
+    assert content or sum(parts) >= total - len(wanted)
+
+
+def test_who_wants_less_leaves_the_rest_to_the_others() -> None:
+    assert fair(100, [(1, 1000), (1, 10), (2, 1000)]) == [30, 10, 60]
+    assert fair(100, [(0, 1000), (1, 1000)]) == [0, 100]
+
+
+# -- the law
+
+
+def _play(law: Law, machine: float, reserved: float, wants: float, others_want: float, ticks: int) -> list[float]:
+    """A machine that takes in ``machine`` bytes/s and shares it by what is offered. What the others had, tick by tick."""
+    had = []
+    limit, holds, credit = float(UNLIMITED), 0, 0.0
+    for _ in range(ticks):
+        best = min(others_want, limit, machine if not holds else machine / 2)
+        offered = wants + best
+        share = min(1.0, machine / offered) if offered else 1.0
+        got = wants * share
+        credit = max(0.0, credit + (min(wants, reserved) - got) * TICK_S)
+        holds = int(credit > reserved * 0.004)
+        if holds:
+            credit = 0.0  # everybody else stops until it has caught up
+        had.append(best * share)
+        limit = float(law.limit([(reserved, got)], best * share, holds))
+    return had
+
+
+@pytest.mark.parametrize("machine", [500 * MB, 1000 * MB, 5000 * MB])
+def test_others_come_near_to_what_is_left_of_a_machine_that_nobody_knows(machine: float) -> None:
+    had = _play(Law(0), machine, 300 * MB, 300 * MB, 1e12, 1200)
+    left = machine - 300 * MB
+    late = had[600:]
+    assert 0.8 * left < sum(late) / len(late) <= 1.05 * left
+
+
+def test_an_idle_reservation_is_lent_within_two_ticks() -> None:
+    law = Law(0)
+    _play(law, 1000 * MB, 900 * MB, 900 * MB, 1e12, 100)
+    assert law.limit([(900.0 * MB, 0.0)], 50.0 * MB, 0) < 1000 * MB
+    assert law.limit([(900.0 * MB, 0.0)], 50.0 * MB, 0) == UNLIMITED
+
+
+def test_with_a_ceiling_the_others_have_what_reserved_lanes_leave() -> None:
+    law = Law(1000 * MB)
+    assert law.limit([(600.0 * MB, 0.0)], 0.0, 0) == 1000 * MB
+    assert law.limit([(600.0 * MB, 100.0 * MB)], 0.0, 0) == 875 * MB
+    # Held back once: the lane is there, all of it is taken back.
+    assert law.limit([(600.0 * MB, 100.0 * MB)], 0.0, 1) == 400 * MB
+    assert law.limit([(600.0 * MB, 600.0 * MB)], 0.0, 0) == 400 * MB
+    assert law.limit([(1000.0 * MB, 1000.0 * MB)], 0.0, 0) == 20 * MB
+
+
+# -- the rebalancer
+
+
+def _reservation(first_hour: float, last_hour: float, capacity: int = 0, rate: int = 0, node: int = 0) -> Reservation:
+    return Reservation(
+        secrets.token_hex(4),
+        "scan",
+        "root",
+        capacity,
+        rate,
+        NOW_NS + int(first_hour * HOUR_NS),
+        NOW_NS + int(last_hour * HOUR_NS),
+        shares=(Share(node, capacity, rate),),
+    )
+
+
+class Node:
+    """A rebalancer over what a catalogue would say."""
+
+    def __init__(self, *uses: ReservationUse, ceiling: int = 0) -> None:
+        self.table = ShareTable(None)
+        self.uses = list(uses)
+        self.generation = 1
+        self.rebalancer = Rebalancer(
+            self.table,
+            node=lambda: 0,
+            ceiling=ceiling,
+            generation=lambda: self.generation,
+            read=lambda: self.uses,
+            counters=Counters(None, CONTROL),
+        )
+
+    def step(self, hours: float = 0.0) -> None:
+        self.rebalancer.step(NOW_NS + int(hours * HOUR_NS), time.monotonic_ns())
+
+    def lane(self, reservation: Reservation) -> int | None:
+        return self.table.lanes().get(name_of(reservation.reservation_id))
+
+
+def test_lanes_follow_the_reservations() -> None:
+    now, later, elsewhere = _reservation(0, 1, 100, 10), _reservation(2, 3, 50, 20), _reservation(0, 9, 7, 7, node=3)
+    node = Node(ReservationUse(now, {0: 30}), ReservationUse(later), ReservationUse(elsewhere))
+    node.step()
+    assert node.table.words[ACTIVE] == 1
+    lane = node.lane(now)
+    assert lane is not None
+    assert (node.table.rate(lane), node.table.capacity(lane)) == (10, 100)
+    assert (node.lane(later), node.lane(elsewhere)) == (None, None)
+    assert node.table.words[HELD_BYTES] == 70
+    assert node.table.words[MAKE_ROOM_BYTES] == 70
+    # What is let in is on its way: nobody else needs to leave room for it twice.
+    node.table.admit(3, lane, 20)
+    node.step()
+    assert node.table.words[HELD_BYTES] == 50
+    # In the grace its rate stays where nobody else has it, its unused capacity is free; an hour before the next there is room.
+    node.step(1.01)
+    assert node.table.rate(lane) == 10
+    assert (node.table.words[HELD_BYTES], node.table.words[MAKE_ROOM_BYTES]) == (0, 50)
+    version = node.table.words[VERSION]
+    node.step(2.5)
+    assert node.table.words[VERSION] != version
+    assert (node.lane(now), node.table.words[ACTIVE]) == (None, 1)
+    node.step(5)
+    assert node.table.words[ACTIVE] == 0
+
+
+def test_grace_yields_to_who_comes_after() -> None:
+    before, after = _reservation(-1, 0, rate=800), _reservation(0, 1, rate=700)
+    node = Node(ReservationUse(before), ReservationUse(after), ceiling=1000)
+    node.step(0.01)
+    lanes = [node.lane(before), node.lane(after)]
+    assert [node.table.rate(lane) for lane in lanes if lane is not None] == [300, 700]
+
+
+def test_a_new_worker_has_let_nothing_in() -> None:
+    table = ShareTable(None)
+    table.admit(4, 0, 1000)
+    table.receive(4, 0, 500)
+    Shaper(table, 4, lambda _: BEST)
+    assert (table.admitted(0), table.received(0)) == (0, 500)
+
+
+# -- a worker
+
+
+@dataclasses.dataclass(eq=False)
+class Stream:
+    """A body whose socket always has ``waits`` bytes."""
+
+    waits: int = 0
+    lane: int = BEST
+    lane_version: int = -1
+    counted: int = 0
+    turn_bytes: int = 0
+    ended: bool = False
+    failure: None = None
+    received_total: int = 0
+    woken: int = 0
+
+    def backlog(self) -> int:
+        return self.waits
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        met = condition()
+        while not met:
+            await asyncio.sleep(0.001)
+            met = condition()
+
+
+@pytest.fixture
+def table() -> ShareTable:
+    """One lane is in force: 100 MB/s."""
+    table = ShareTable(None)
+    table.set_lane(0, name_of("r"), 100 * MB, 0)
+    table.words[ACTIVE] = 1
+    table.words[VERSION] += 1
+    return table
+
+
+def _shaper(table: ShareTable, reserved: Stream | None = None) -> Shaper:
+    return Shaper(table, 1, lambda body: 0 if cast(Any, body) is reserved else BEST)
+
+
+def _allowed(shaper: Shaper, stream: Stream) -> int:
+    return shaper.allowed(cast(Any, stream))
+
+
+async def test_others_hold_while_a_reserved_stream_is_short(table: ShareTable) -> None:
+    reserved, other = Stream(waits=1 << 20), Stream()
+    shaper = _shaper(table, reserved)
+    assert _allowed(shaper, reserved) == ANY
+    assert _allowed(shaper, other) == TURN_BYTES
+    # It reads nothing of what waits: something keeps it from its rate.
+    await _until(lambda: table.holds() > 0)
+    assert _allowed(shaper, other) == 0
+    shaper.queue(cast(Any, other))
+    assert _allowed(shaper, reserved) == ANY
+    # It has caught up, and nothing waits: the others go on.
+    reserved.received_total += 1000 * MB
+    reserved.waits = 0
+    _allowed(shaper, reserved)
+    await _until(lambda: other.woken > 0)
+    assert _allowed(shaper, other) == TURN_BYTES
+    table.words[ACTIVE] = 0
+
+
+async def test_an_idle_reserved_stream_holds_nobody(table: ShareTable) -> None:
+    reserved, other = Stream(), Stream()
+    shaper = _shaper(table, reserved)
+    _allowed(shaper, reserved)
+    ticks = 0
+    while ticks < 20:
+        assert _allowed(shaper, other) > 0
+        await asyncio.sleep(0.005)
+        ticks += 1
+    assert table.holds() == 0
+    table.words[ACTIVE] = 0
+
+
+async def test_who_is_beyond_its_rate_is_one_of_many(table: ShareTable) -> None:
+    reserved = Stream()
+    shaper = _shaper(table, reserved)
+    assert _allowed(shaper, reserved) == ANY
+    reserved.received_total += 50 * MB
+    assert _allowed(shaper, reserved) == TURN_BYTES
+    table.words[HOLD_UNTIL_NS] = time.monotonic_ns() + 60 * SECOND_NS
+    assert _allowed(shaper, reserved) == 0
+    shaper.queue(cast(Any, reserved))
+    # In half a second it has earned what it took, within what a lane may owe.
+    await _until(lambda: reserved.woken > 0)
+    assert _allowed(shaper, reserved) == ANY
+    table.words[ACTIVE] = 0
+
+
+async def test_turns_go_round(table: ShareTable) -> None:
+    shaper = _shaper(table)
+    streams = [Stream() for _ in range(5)]
+    rng = random.Random(7)
+    for _ in range(200):
+        for stream in rng.sample(streams, len(streams)):
+            if count := _allowed(shaper, stream):
+                stream.received_total += min(count, TURN_BYTES)
+            if not _allowed(shaper, stream) and cast(Any, stream) not in shaper._queue:
+                shaper.queue(cast(Any, stream))
+        await asyncio.sleep(0)
+    totals = [stream.received_total for stream in streams]
+    assert min(totals) > 0
+    assert max(totals) - min(totals) <= 2 * TURN_BYTES
+    table.words[ACTIVE] = 0
+
+
+async def test_a_grant_is_kept(table: ShareTable) -> None:
+    shaper = _shaper(table)
+    stream = Stream()
+    table.set_grant(1, 20 * MB)
+    table.words[TICKED_NS] = time.monotonic_ns()
+    assert _allowed(shaper, stream) > 0
+    await _until(lambda: shaper._tokens < 20 * MB)  # the first tick has come
+    started = time.monotonic()
+    while time.monotonic() - started < 0.5:
+        table.words[TICKED_NS] = time.monotonic_ns()  # somebody rebalances
+        if count := _allowed(shaper, stream):
+            stream.received_total += min(count, 64 << 10)
+        elif cast(Any, stream) not in shaper._queue:
+            shaper.queue(cast(Any, stream))
+        await asyncio.sleep(0)
+    rate = stream.received_total / (time.monotonic() - started)
+    assert rate < 1.5 * 20 * MB
+    assert stream.received_total > 0
+    table.words[ACTIVE] = 0
+
+
+async def test_the_end_of_all_reservations_wakes_everybody(table: ShareTable) -> None:
+    shaper = _shaper(table)
+    stream = Stream()
+    table.words[HOLD_UNTIL_NS] = time.monotonic_ns() + 60 * SECOND_NS
+    assert _allowed(shaper, stream) == 0
+    shaper.queue(cast(Any, stream))
+    table.words[ACTIVE] = 0
+    await _until(lambda: stream.woken > 0)
