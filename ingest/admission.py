@@ -70,7 +70,6 @@ class Admissions:
         self._table = table
         self._node = node
         self._worker = worker
-        self._lanes: dict[int, int] = {}
 
     def held_bytes(self, admission: Admission) -> int:
         """Room that the body must leave to others."""
@@ -120,17 +119,27 @@ class Admissions:
         return self._table.lanes().get(name_of(reservation.reservation_id), BEST)
 
     def _take(self, admission: Admission, reservation: Reservation, share: Share, size_bytes: int) -> None:
-        assert admission.lane is not None
-        lane = admission.lane
         with self._table.admission():
+            lane = self._lane(admission, reservation)
             # In this order: a body that is committed meanwhile counts twice, never not at all.
-            let_in = self._table.admitted(lane) if lane != BEST else 0
+            let_in = self._table.admitted(lane)
+            if lane != BEST:
+                let_in += self._table.admitted(BEST)
             used = self._catalog.used_bytes(reservation.reservation_id, self._node)
             left = share.capacity_bytes - used - let_in
             if size_bytes > left:
                 raise self._full(reservation, share, size_bytes, left)
             self._table.admit(self._worker, lane, size_bytes)
             admission.size_bytes += size_bytes
+
+    def _lane(self, admission: Admission, reservation: Reservation) -> int:
+        """Where its bytes are counted: as long as a slot that has just begun has no lane, together with others like it."""
+        lane = self._table.lanes().get(name_of(reservation.reservation_id), BEST)
+        if admission.lane is not None and lane != admission.lane:
+            self._table.admit(self._worker, admission.lane, -admission.size_bytes)
+            self._table.admit(self._worker, lane, admission.size_bytes)
+        admission.lane = lane
+        return lane
 
     def _full(self, reservation: Reservation, share: Share, size_bytes: int, left: int) -> NotAdmitted:
         after_s = RETRY_AFTER_S

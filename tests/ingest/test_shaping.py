@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingest.admission import Admissions
+from ingest.bucket_settings import BucketSettings
 from ingest.counters import CONTROL, Counters
+from ingest.errors import NotAdmitted
 from ingest.rebalance import TICK_S, Law, Rebalancer, fair
-from ingest.records import Reservation, ReservationUse, Share
+from ingest.records import BucketRecord, Reservation, ReservationUse, Share
 from ingest.shaping import ANY, TURN_BYTES, Shaper
 from ingest.share_table import (
     ACTIVE,
@@ -30,6 +33,7 @@ from ingest.share_table import (
     ShareTable,
     name_of,
 )
+from ingest.stream_types import StreamSpec
 
 MB = 10**6
 SECOND_NS = 10**9
@@ -331,3 +335,59 @@ async def test_the_end_of_all_reservations_wakes_everybody(table: ShareTable) ->
     shaper.queue(cast(Any, stream))
     table.words[ACTIVE] = 0
     await _until(lambda: stream.woken > 0)
+
+
+# -- capacity
+
+
+class Index:
+    """What an admission asks of the catalogue."""
+
+    def __init__(self, *reserved: Reservation) -> None:
+        self.uses = [ReservationUse(reservation) for reservation in reserved]
+        self.used = 0
+
+    def generation(self) -> int:
+        return 1
+
+    def reserved(self) -> list[ReservationUse]:
+        return self.uses
+
+    def used_bytes(self, _: str, node: int) -> int:
+        return self.used if node == 0 else 0
+
+    def now_ns(self) -> int:
+        return NOW_NS
+
+
+def _spec(length: int | None, bucket: str = "scan") -> StreamSpec:
+    return StreamSpec(BucketRecord(bucket, "root", 0), BucketSettings(), b"k", length)
+
+
+def test_bodies_count_from_their_admission_to_their_end() -> None:
+    reservation = _reservation(-1, 1, capacity=10 * MB)
+    index, table = Index(reservation), ShareTable(None)
+    workers = [Admissions(cast(Any, index), table, 0, worker) for worker in (0, 1)]
+    # A slot that has just begun has no lane yet.
+    first = workers[0].admit(_spec(4 * MB))
+    table.set_lane(5, name_of(reservation.reservation_id), 0, 10 * MB)
+    second = workers[1].admit(_spec(4 * MB))
+    with pytest.raises(NotAdmitted, match="left of 10 MB"):
+        workers[0].admit(_spec(4 * MB))
+    with pytest.raises(NotAdmitted):
+        workers[0].grow(_spec(None), first, 4 * MB)
+    workers[0].grow(_spec(None), first, 1 * MB)
+    assert table.admitted(5) > 9 * MB
+    # One is committed, the other is gone.
+    index.used = 4 * MB
+    workers[1].let_go(second)
+    workers[0].let_go(first)
+    assert (table.admitted(5), table.admitted(BEST)) == (0, 0)
+    workers[0].admit(_spec(5 * MB))
+    assert workers[0].admit(_spec(10**12, "other")).lane is None
+
+
+def test_where_a_slot_has_no_share_its_bucket_is_one_of_many() -> None:
+    index = Index(_reservation(-1, 1, capacity=10, node=3))
+    admission = Admissions(cast(Any, index), ShareTable(None), 0, 0).admit(_spec(10**9))
+    assert admission.lane is None
