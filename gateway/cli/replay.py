@@ -129,6 +129,7 @@ class _Done:
     cluster: Cluster
     objects: int
     seconds: float
+    first_answer_s: float
     stored: bool
 
 
@@ -242,10 +243,11 @@ def _replayed(
                 )  # fmt: skip
                 drive.run(objects)
                 seconds = time.monotonic() - began_s
+                first_s = (drive.first_s or began_s) - began_s
             staged.publish()
     finally:
         reader.close()
-    return _Done(drive, staged, cluster, len(objects), seconds, output is not None)
+    return _Done(drive, staged, cluster, len(objects), seconds, first_s, output is not None)
 
 
 @contextmanager
@@ -290,6 +292,8 @@ def _report(done: _Done, bucket: str, settings: Settings, *, as_json: bool) -> N
         "dask_workers": done.cluster.workers,
         "threads": done.cluster.threads,
         "seconds": round(done.seconds, 3),
+        "first_answer_s": round(done.first_answer_s, 3),
+        "first_frames": drive.first_frames,
         "frames_per_s": round(rate, 1),
         "notes": list(done.cluster.notes),
     }

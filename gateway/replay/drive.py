@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,10 @@ class Drive:
         self.failures: list[tuple[bytes, str]] = []
         self.frames = 0
         self.bytes = 0
+        self.first_s: float | None = None
+        """When the first answer came (time.monotonic): until then fork servers start and kernels are compiled."""
+        self.first_frames = 0
+        """How many were in it."""
         self._cluster = cluster
         self._s3 = s3
         self._bucket = bucket
@@ -219,6 +224,9 @@ class Drive:
         outcome = self._outcome(future)
         if isinstance(outcome, Answer):
             slot.answer = outcome
+            if self.first_s is None:
+                self.first_s = time.monotonic()
+                self.first_frames = sum(len(one.verdicts) for one in outcome.objects)
             return []
         if len(task.objects) > 1:
             slot.instead = [

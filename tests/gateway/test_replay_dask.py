@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -54,6 +55,17 @@ def frame(frame, params, state, index, out, feedback):
         return STOP
     return KEEP if n >= 8 else DROP
 """
+SCALED = """\
+PARAMS = {"gain": ("float32", "frame")}
+OUT = ("float32", "same")
+
+
+def frame(frame, params, state, index, out, feedback):
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            out[y, x] = frame[y, x] * params.gain[y, x]
+    return REPLACE
+"""
 MEANS = """\
 STATE = {"mean": ("float64", (4, 6), "sum"), "single": ("float32", (4, 6), "sum")}
 
@@ -80,6 +92,7 @@ def frame(frame, params, state, index, out, feedback):
     return KEEP
 """
 SHAPE = (4, 6)
+HALF = 100_000
 GEOMETRY = {"x-amz-meta-frame-dtype": "uint16", "x-amz-meta-frame-shape": "4,6"}
 
 
@@ -95,7 +108,7 @@ class Bucket:
         self.name = name
         self._keys = KeyPair(**node.keys())
 
-    def call(self, method: str, path: str = "", body: bytes = b"", **headers: str) -> httpx.Response:
+    def call(self, method: str, path: str = "", body: bytes | Iterator[bytes] = b"", **headers: str) -> httpx.Response:
         url = self.node.url("s3")
         path = f"/{self.name}" + (f"/{path}" if path else "")
         signed = sign(method, path, {"host": url.split("://")[1], **headers}, self._keys, "us-east-1")
@@ -233,26 +246,36 @@ def test_integers_have_the_bits_of_the_live_products(
     stopping[120, 0, 0] = 60000
     bucket.put("run/stopped.raw", stopping)
     first = run_is_whole(bucket, poll, "counts", "run/", 5)
-    # Other parameters are another group of the run, with a product of its own.
-    submit(bucket, poll, "counts", COUNTS, params='{"low": 11}')
-    for number in range(3, 6):
-        bucket.put(f"run/{number}.raw", frames(1, seed=number))
-    bucket.put("run/later/many.raw", frames(400, seed=10))
 
     def two_groups() -> bool:
         found = bucket.product("counts", "run/_run.nxs")
         return found is not None and (found.about_run["members"], found.about_run["members_in_other_groups"]) == (3, 5)
 
-    poll(two_groups, "the group of the new parameters")
+    def halves() -> Iterator[bytes]:
+        """A span is full after the first; then the parameters change, which makes another group of the run, too."""
+        yield streamed[:HALF].tobytes()
+        submit(bucket, poll, "counts", COUNTS, params='{"low": 11}')
+        for number in range(3, 6):
+            bucket.put(f"run/{number}.raw", frames(1, seed=number))
+        poll(two_groups, "the group of the new parameters")
+        yield streamed[HALF:].tobytes()
+
+    streamed = frames(2 * HALF, seed=10)
+    answer = bucket.call(
+        "PUT", "run/later/stream.raw", halves(), **GEOMETRY, **{"content-length": str(streamed.nbytes)}
+    )
+    assert answer.status_code == 200, answer.text
     run_is_whole(bucket, poll, "counts", "run/later/", 1)
+    later = poll(lambda: bucket.product("counts", "run/later/stream.raw.nxs"), "the product of the stream")
+    assert len(later.inputs[0].epochs) == 2
 
     out = tmp_path / "out"
-    # 24 kB are three tasks, and the STOP lies in the first of two.
+    # The stream is several tasks, which end where an epoch does.
     done = replay(
-        "counts", f"s3://{bucket.name}/run/", "--compare", "--output", str(out), "--split-bytes", "8192"
+        "counts", f"s3://{bucket.name}/run/", "--compare", "--output", str(out), "--split-bytes", "3000000"
     )  # fmt: skip
     done.same(6)
-    assert done.json["frames"] == 6 + 500 + 300 + 400
+    assert done.json["frames"] == 6 + 500 + 300 + 2 * HALF
     older = next((out / "counts/run").glob("_run.*.nxs"), None)
     assert older is not None
     stored = {path.name for path in (out / "counts/run").iterdir()}
@@ -267,7 +290,10 @@ def test_integers_have_the_bits_of_the_live_products(
 def test_floats_have_the_bits_of_the_live_products(
     bucket: Bucket, poll: Poll, replay: Callable[..., Replayed], tmp_path: Path
 ) -> None:
-    submit(bucket, poll, "means", MEANS)
+    submit(bucket, poll, "scaled", SCALED)
+    np.save(tmp_path / "gain.npy", np.linspace(0.3, 1.7, 24, dtype=np.float32).reshape(SHAPE))
+    assert bucket.call("PUT", "_kernels/scaled/gain.npy", (tmp_path / "gain.npy").read_bytes()).status_code == 200
+    submit(bucket, poll, "means", MEANS, after="scaled")
     for number in np.random.default_rng(2).permutation(12):
         bucket.put(f"run/{number:02}.raw", frames(1, seed=number))
     bucket.put("run/07b.raw", frames(700, seed=20))
@@ -284,7 +310,7 @@ def test_floats_have_the_bits_of_the_live_products(
 
     # One bit of a live product would have been seen: with another kernel of that name all of it differs.
     (tmp_path / "means.py").write_text(MEANS.replace("/ 3.0", "/ 3.0000000000000004"))
-    done = replay(str(tmp_path / "means.py"), f"s3://{bucket.name}/run/", "--compare")
+    done = replay(str(tmp_path / "means.py"), f"s3://{bucket.name}/run/", "--after", "scaled", "--compare")
     assert done.code == 1
     assert {"kernel", "state/mean"} <= {one["what"] for one in done.json["differences"]}
 
@@ -299,6 +325,49 @@ def test_an_ordered_kernel_sees_a_run_in_the_order_of_its_keys(
     bucket.call("PUT", "run/_SUCCESS")
     run_is_whole(bucket, poll, "sequence", "run/", 13)
     replay("sequence", f"s3://{bucket.name}/run/", "--compare").same(2)
+
+
+SLOW = """\
+STATE = {"sum": ("int64", (4, 6), "sum"), "busy": ("float64", (1,), "max"), "frames": ("int64", (1,), "sum")}
+
+
+def frame(frame, params, state, index, out, feedback):
+    busy = 1.0
+    for turn in range(300_000):
+        busy = busy * 0.999999 + turn
+    state.busy[0] = max(state.busy[0], busy)
+    state.frames[0] += 1
+    for y in range(frame.shape[0]):
+        for x in range(frame.shape[1]):
+            state.sum[y, x] += frame[y, x]
+    return KEEP
+"""
+
+
+def test_a_dask_worker_that_is_killed_costs_time_and_no_frame_counts_twice(
+    real_node: Any, bucket: Bucket, poll: Poll, is_gone: Callable[[int], bool], tmp_path: Path
+) -> None:
+    submit(bucket, poll, "slow", SLOW)
+    for number in range(4):
+        bucket.put(f"run/{number}.raw", frames(400, seed=number))
+    run_is_whole(bucket, poll, "slow", "run/", 4)
+    dask = Dask(tmp_path, 2)
+    try:
+        # Each object is a task of its own, so that both workers are busy.
+        process = start(
+            real_node, "slow", f"s3://{bucket.name}/run/", "--scheduler", dask.address, "--compare",
+            "--split-bytes", "4096",
+        )  # fmt: skip
+        victim = poll(lambda: next((pid for pid in dask.pids if dask.sandboxes(pid)), 0), "a worker judges", 200)
+        family = [child.pid for child in psutil.Process(victim).children(recursive=True)]
+        os.kill(victim, signal.SIGKILL)
+        out, err = process.communicate(timeout=240)
+        done = Replayed(process.returncode, out, err)
+        done.same(5)
+        assert done.json["frames"] == 1600
+        poll(lambda: all(map(is_gone, family)), "its fork server and its sandboxes went with it")
+    finally:
+        dask.close()
 
 
 CRASHING = """\
@@ -332,6 +401,26 @@ def test_an_object_that_fails_is_named_and_costs_no_other(
     assert found.state is not None
     assert found.state["sum"].tolist() == [1, 32]
     assert (found.about_run["members"], found.about_run["failed"]) == (4, 2)
+
+
+def test_ctrl_c_leaves_nothing(
+    real_node: Any, bucket: Bucket, poll: Poll, dask: Dask, is_gone: Callable[[int], bool], tmp_path: Path
+) -> None:
+    bucket.put("run/0.raw", frames(100_000))
+    bucket.put("run/1.raw", frames(1))
+    (tmp_path / "slow.py").write_text(SLOW)
+    out = tmp_path / "out"
+    process = start(
+        real_node, str(tmp_path / "slow.py"), f"s3://{bucket.name}/run/", "--scheduler", dask.address, "--output", str(out)
+    )  # fmt: skip
+    poll(lambda: dask.sandboxes(dask.pids[0]), "the worker judges", 200)
+    family = dask.below()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "")
+    poll(lambda: not dask.below(), "no process is left at the Dask worker")
+    assert all(map(is_gone, family))
+    assert not out.exists()
 
 
 def test_what_is_missing_is_said(
