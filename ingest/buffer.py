@@ -36,6 +36,7 @@ from ingest.errors import (
     DataLost,
     IngestError,
     MirrorUnavailable,
+    NodeAway,
     NodeDraining,
     NotAdmitted,
     ObjectOffline,
@@ -500,7 +501,24 @@ class Buffer:
                         raise DataLost(f"segment {stale} no longer holds {record.bucket}/{record.key!r}") from None
                     await asyncio.sleep(REOPEN_WAIT_S)  # its node knows of a change that has not reached us
                 record = fresh
+            except NodeAway as error:
+                record = await self._from_archive(record, error)
         raise CatalogUnavailable("the object moves faster than it can be opened")
+
+    async def _from_archive(self, record: ObjectRecord, error: NodeAway) -> ObjectRecord:
+        """A buffered copy on a node that is gone is given up where the archive has one, which can be recalled. Raises ``error``
+        where that is not so: a node that is only slow to answer keeps its copies."""
+        gone = self._members.away() & {extent.node for extent in record.extents}
+        if not gone or record.state is not ObjectState.ARCHIVED or needs_restore(record, self.catalog.now_ns()):
+            raise error
+        bucket = await self.catalog.bucket(record.bucket)
+        if bucket_settings.parse(bucket.tags).recall == "never":
+            raise error
+        try:
+            await self.catalog.evicted(record.object_id)
+        except (StaleVersion, CatalogUnavailable):
+            raise error from None
+        return await self.catalog.by_id(record.object_id)
 
     async def _recall(self, record: ObjectRecord) -> ObjectRecord:
         bucket = await self.catalog.bucket(record.bucket)

@@ -43,6 +43,7 @@ TRANSITIONS: dict[tuple[ObjectState, Event], ObjectState] = {
     (_S.DRAINING, Event.DRAIN_FAILED): _S.BUFFERED,
     (_S.ARCHIVED, Event.EVICT): _S.EVICTED,
     (_S.EVICTED, Event.REQUEST_RECALL): _S.RECALLING,
+    (_S.RECALLING, Event.REQUEST_RECALL): _S.RECALLING,  # the node that was at it is gone: another takes over
     (_S.RECALLING, Event.RECALLED): _S.ARCHIVED,
     (_S.RECALLING, Event.RECALL_FAILED): _S.EVICTED,
     (_S.RECEIVING, Event.MARK): _S.MARKER,

@@ -633,7 +633,11 @@ class Decider:
 
     def _request_recall(self, mutation: wire.RequestRecall) -> e.Entry | Known:
         record = self._version(mutation.object_id)
-        if record.state is not ObjectState.EVICTED:
+        if record.state is ObjectState.RECALLING:
+            (recaller,) = self._db.execute(statements.RECALL_NODE, {"object_id": mutation.object_id}).fetchone()
+            if recaller not in self.gone | self._left():
+                return Known(record)
+        elif record.state is not ObjectState.EVICTED:
             return Known(record)
         return e.RecallRequested(mutation.object_id, self._now_ns, self._node)
 

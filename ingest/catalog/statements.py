@@ -479,6 +479,7 @@ PUT_EVICTION = _sql(
 )
 DELETE_EVICTION = _sql(sa.delete(evictions).where(evictions.c.object_id == _p("of")))
 UNSETTLED = _sql(sa.select(*_whole).where(text("settled = 0")).order_by(objects.c.sequence).limit(_limit).offset(_none))
+RECALL_NODE = _sql(sa.select(objects.c.recall_node).where(objects.c.object_id == _p("object_id")))
 RECALLS = _sql(
     sa.select(*_whole)
     .where(text("state = 'recalling'"), objects.c.recall_node == _p("node"))

@@ -45,7 +45,7 @@ END_WAIT_S = 3.0
 """How long what is asked of the engine has to end when the process does."""
 FRESH_WAIT_S = 1.0
 """How long a reader waits to be told that it sees everything; then it sees what is known here."""
-_NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror, wire.SetNodeState)
+_NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror, wire.SetNodeState, wire.RequestRecall)
 CHAIN = "log_chain"
 """Name of the chain in the index's ``meta``: the digest of everything applied."""
 
