@@ -167,7 +167,8 @@ class Drain:
                 await self._reconciler.withdraw(record, copy.path)
                 raise
             else:
-                if recorded.archive != copy:
+                if recorded.archive != copy or not await self._reconciler.shows(recorded):
+                    # Another node may have removed an older copy at this name since it was published.
                     await self._reconciler.settle(recorded)
                 return
 

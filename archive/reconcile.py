@@ -54,10 +54,7 @@ class Reconciler:
         if await self._target.remove(path, record.object_id):
             self._repairs.add()
             log.info("took back %s, published after its version was deleted or replaced", path)
-        # Another node may have published a later version there before: it is put back while its bytes are buffered.
-        for version in await self._catalog.archived_versions(record.bucket, record.key):
-            if version.archive is not None and version.archive.path == path and not await self._shows(version):
-                await self.settle(version)
+        await self._put_back(record.bucket, record.key, {path})
 
     async def carry_out_deletes(self) -> None:
         """Remove the archive copies of deleted versions and confirm it to the catalogue."""
@@ -75,11 +72,19 @@ class Reconciler:
             names.add(self._target.version_path(bucket, key, object_id))
         if await self._current(bucket, key) is None:
             await self.clear_names(bucket, key, b"")
-        for version in await self._catalog.archived_versions(bucket, key):
+        for version in await self._catalog.archived_versions_now(bucket, key):
             if version.archive is not None and version.archive.target == self._target.name:
                 names.discard(version.archive.path)
-        for name in names:
-            await self._target.remove(name, None)
+        removed = {name for name in names if await self._target.remove(name, None)}
+        if removed:
+            await self._put_back(bucket, key, removed)
+
+    async def _put_back(self, bucket: str, key: bytes, removed: set[str]) -> None:
+        """Keys are held in one process. Where another node has published a version at one of these names meanwhile, it must
+        be there: who records a copy looks afterwards, who removes one looks afterwards, so one of them sees it missing."""
+        for version in await self._catalog.archived_versions_now(bucket, key):
+            if version.archive is not None and version.archive.path in removed and not await self.shows(version):
+                await self.settle(version)
 
     async def _current(self, bucket: str, key: bytes) -> ObjectRecord | None:
         try:
@@ -137,11 +142,11 @@ class Reconciler:
 
     async def _look_at(self, listed: ObjectRecord) -> None:
         try:
-            if await self._shows(listed):
+            if await self.shows(listed):
                 return
             async with self._keys.hold(listed.bucket, listed.key):
                 record = await self._catalog.by_id(listed.object_id)
-                if not await self._shows(record):
+                if not await self.shows(record):
                     await self.settle(record)
         except (NoSuchKey, NoSuchBucket, StaleVersion):
             return
@@ -150,7 +155,7 @@ class Reconciler:
         except (TargetError, IngestError, bucket_settings.BadSetting) as error:
             log.error("cannot compare or repair the archive copy of %s: %s", key_text(listed), error)
 
-    async def _shows(self, record: ObjectRecord) -> bool:
+    async def shows(self, record: ObjectRecord) -> bool:
         """Whether the recorded path shows this version. Versions on other targets are not this one's business."""
         copy = record.archive
         if copy is None or copy.target != self._target.name:

@@ -274,6 +274,11 @@ class Catalog(Protocol):
         """Versions of a key with a copy in the archive."""
         ...
 
+    async def archived_versions_now(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
+        """As ``archived_versions``, with everything that any node of a cluster was answered before; raises CatalogUnavailable
+        while that cannot be known: for who is about to remove something outside the catalogue."""
+        ...
+
     async def archive_moved(self, object_id: bytes, old: str, new: str) -> None:
         """A version's copy lies at another path; StaleVersion if it was not at ``old``."""
         ...

@@ -374,6 +374,11 @@ class CatalogClient:
             with contextlib.suppress(CatalogUnavailable, StaleEpoch):
                 await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S)
 
+    async def _surely_fresh(self) -> None:
+        """As ``_fresh``; raises CatalogUnavailable where that is not to be had."""
+        if self._clustered and not await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S):
+            raise CatalogUnavailable("the cluster's engine is away: what other nodes did is not known")
+
     async def _look(self, look: Callable[[Reader], T]) -> T:
         """A point look-up that a client's request rests on."""
         await self._fresh()
@@ -617,6 +622,10 @@ class CatalogClient:
     # -- archive, kernels, segments
     async def archived_versions(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
         return self._readers.read(lambda reader: reader.archived_versions(bucket, key))
+
+    async def archived_versions_now(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
+        await self._surely_fresh()
+        return await self.archived_versions(bucket, key)
 
     async def archive_moved(self, object_id: bytes, old: str, new: str) -> None:
         await self._call(wire.MarkArchiveMoved(object_id, old, new), _nothing)
