@@ -7,8 +7,11 @@ cluster's, is refused with what to do.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import datetime
+import random
 import secrets
 
 import msgspec
@@ -17,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ingest import journal
 from ingest.cluster import identity
-from ingest.cluster.engine import ClusterRefused, Engine
+from ingest.cluster.engine import TRIES, ClusterRefused, Engine, EngineAway
 from ingest.cluster.identity import Identity
 from ingest.cluster.log import left
 from ingest.cluster.members import LEASE_S, Load
@@ -57,11 +60,20 @@ async def join(engine: Engine, paths: NodePaths, joining: Joining) -> Place:
         )
     known = identity.claimed(paths)
     crashpoint("join-claimed")
-    place = await engine.run(lambda connection: _placed(connection, known, joining))
+    place = await _first(engine, known, joining)
     crashpoint("join-placed")
     if not known.joined:
         identity.write(paths, Identity(known.claim, place.cluster_id, place.node))
     return place
+
+
+async def _first(engine: Engine, known: Identity, joining: Joining) -> Place:
+    """Of nodes that make the cluster at the same moment the engine lets one through; the others find it made."""
+    for _ in range(TRIES):
+        with contextlib.suppress(sa.exc.IntegrityError):
+            return await engine.run(lambda connection: _placed(connection, known, joining))
+        await asyncio.sleep(random.uniform(0.02, 0.1))
+    raise EngineAway("too many nodes join at once")
 
 
 def _alone(paths: NodePaths) -> bool:
