@@ -1,4 +1,4 @@
-# make venv | demo | serve | test | soak | fuzz | check | bench: see README.md and CONTRIBUTING.md.
+# make venv | demo | serve | test | soak | fuzz | check | bench | bench-nodes: see README.md and CONTRIBUTING.md.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -17,7 +17,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.cache/bin:$(PATH)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## create .venv with everything; needs Python 3.11 or newer, nothing else
 
@@ -58,6 +58,9 @@ check: $(STAMP) ## format, lint, types, imports between rooms
 bench: $(STAMP) ## measure beside the ceilings; writes bench/results/DATE.json
 	$(BIN)/python -m bench --json bench/results/$$(date +%Y%m%d-%H%M%S).json $(ARGS)
 
+bench-nodes: $(STAMP) apt ## measure 1, 2 and 4 nodes on shaped links (root); writes bench/results/DATE-nodes.json
+	$(BIN)/python -m bench.nodes --json bench/results/$$(date +%Y%m%d-%H%M%S)-nodes.json $(ARGS)
+
 format: $(STAMP) ## put the format right, and what the linter can
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
@@ -65,4 +68,4 @@ format: $(STAMP) ## put the format right, and what the linter can
 clean: ## remove what make made here
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-.PHONY: help venv demo serve apt test soak fuzz check bench format clean
+.PHONY: help venv demo serve apt test soak fuzz check bench bench-nodes format clean

@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import bare
@@ -44,11 +45,9 @@ def main() -> int:
         for name in options.cases or CASES:
             figure = CASES[name](bench)
             figures.append(figure)
-            print(_row(figure), flush=True)
+            print(row(figure), flush=True)
     if options.json:
-        report = {"machine": _machine(), "figures": [dataclasses.asdict(figure) for figure in figures]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(options.json, figures)
     missed = sum(not figure.met for figure in figures)
     print(f"{len(figures) - missed} of {len(figures)} figures met")
     return 0
@@ -64,11 +63,17 @@ def _wait_until_warm() -> None:
     time.sleep(12)
 
 
+def write_report(path: Path, figures: Sequence[Figure]) -> None:
+    report = {"machine": _machine(), "figures": [dataclasses.asdict(figure) for figure in figures]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def _machine() -> dict[str, str | int | None]:
     return {"cores": os.cpu_count(), "system": platform.release(), "python": platform.python_version()}
 
 
-def _row(figure: Figure) -> str:
+def row(figure: Figure) -> str:
     mark = "met   " if figure.met else "MISSED"
     text = f"{mark} {figure.name:<46} {figure.value:9.2f} {figure.unit}"
     if figure.ratio is not None:

@@ -68,13 +68,18 @@ class Engine:
         # Of its own: root's temporary folders are closed to the server's user, and a socket's path is short.
         self.folder = Path(tempfile.mkdtemp(prefix="hiss-engine-"))
         self.log = self.folder / "log"
-        self._data = self.folder / "data"
+        self.data = self.folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
         self._names = itertools.count(1)
         self._account = pwd.getpwnam("postgres") if os.getuid() == 0 else None
-        if self._account is not None:
-            os.chown(self.folder, self._account.pw_uid, self._account.pw_gid)
+        self.own(self.folder)
         self._initialise()
+
+    def own(self, folder: Path) -> None:
+        """Give a folder and what is in it to the server's user."""
+        if self._account is not None:
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, self._account.pw_uid, self._account.pw_gid, follow_symlinks=False)
 
     def _as_user(self) -> list[str]:
         """Not as root, which the server refuses; and it ends when this process does."""
@@ -85,12 +90,12 @@ class Engine:
         return [*command, "--"]
 
     def _initialise(self) -> None:
-        command = [*self._as_user(), str(self._bin / "initdb"), "--pgdata", str(self._data), "--username", USER]
+        command = [*self._as_user(), str(self._bin / "initdb"), "--pgdata", str(self.data), "--username", USER]
         command += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync", "--no-instructions"]
         subprocess.run(command, cwd=self.folder, capture_output=True, timeout=120, check=True)
-        with (self._data / "postgresql.conf").open("a") as file:
+        with (self.data / "postgresql.conf").open("a") as file:
             file.write(_CONFIGURATION.format(folder=self.folder, host=self.host, port=self.port))
-        with (self._data / "pg_hba.conf").open("a") as file:
+        with (self.data / "pg_hba.conf").open("a") as file:
             file.write("host all all samenet trust\n")
 
     def dsn(self, database: str = "postgres") -> str:
@@ -114,7 +119,7 @@ class Engine:
 
     def start(self) -> None:
         assert self._process is None
-        command = [*self._launcher, *self._as_user(), str(self._bin / "postgres"), "-D", str(self._data)]
+        command = [*self._launcher, *self._as_user(), str(self._bin / "postgres"), "-D", str(self.data)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -127,7 +132,7 @@ class Engine:
 
     def ready(self, timeout_s: float = 60.0) -> None:
         """Wait until it takes connections: its pid file says so in the eighth line."""
-        pid_file = self._data / "postmaster.pid"
+        pid_file = self.data / "postmaster.pid"
 
         def state() -> list[str]:
             with contextlib.suppress(FileNotFoundError):
