@@ -4,7 +4,7 @@
 switch would between two lines. Unset, a crash point costs two comparisons.
 
 ``HISS_CRASHPOINT_ONCE=path`` is for a whole node whose processes are started again: the file at ``path`` holds the name, may be
-written at any time, and is removed by the one process that dies.
+written at any time, and is removed by the one process that dies. ``name stop`` freezes that process there (SIGSTOP) instead.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _once = os.environ.get("HISS_CRASHPOINT_ONCE", "")
 def crashpoint(name: str) -> None:
     """Die here if the environment asks for it. ``name`` is one of POINTS."""
     global _left
-    if _once and _is_next(name):
-        os.kill(os.getpid(), signal.SIGKILL)
+    if _once and (found := _armed(name)):
+        os.kill(os.getpid(), found)
     if name != _name:
         return
     _left -= 1
@@ -48,12 +48,14 @@ def disarm() -> None:
     _name = ""
 
 
-def _is_next(name: str) -> bool:
+def _armed(name: str) -> int:
+    """The signal to send oneself, or 0."""
     try:
         with open(_once, encoding="ascii") as file:
-            if file.read() != name:
-                return False
+            wanted, _, how = file.read().partition(" ")
+        if wanted != name:
+            return 0
         os.unlink(_once)
     except FileNotFoundError:
-        return False  # nothing is armed, or another process was quicker
-    return True
+        return 0  # nothing is armed, or another process was quicker
+    return signal.SIGSTOP if how == "stop" else signal.SIGKILL

@@ -33,7 +33,7 @@ class Judge:
         self._cluster = cluster
         self._load = load
 
-    def tails(self, lines: int = 25) -> str:
+    def tails(self, lines: int = 10) -> str:
         return "\n".join(f"--- {node.name}\n{node.tail(lines)}" for node in self._cluster.nodes)
 
     def reads_back(self, timeout_s: float = 90.0) -> None:
@@ -129,27 +129,32 @@ class Judge:
     def gives_everything_back(self) -> None:
         """Delete everything, each time on another node: then no file lies in the archive, and every segment was recycled."""
         nodes = self._cluster.nodes
-        clients = [S3(node) for node in nodes]
-        with contextlib.ExitStack() as stack:
-            for client in clients:
-                stack.callback(client.close)
-            for ledger in self._load.ledgers:
-                ledger.uploads.clear()
-                ledger.entries.clear()
-            for bucket in self._load.buckets:
-                for upload in self._uploads(clients[0], bucket):
-                    answer = clients[0].request("DELETE", *upload)
+        for ledger in self._load.ledgers:
+            ledger.uploads.clear()
+            ledger.entries.clear()
+        with contextlib.closing(S3(nodes[0])) as client:
+            buckets = [name.decode() for name in re.findall(rb"<Name>([^<]*)</Name>", client.request("GET", "/").body)]
+            for bucket in buckets:
+                for upload in self._uploads(client, bucket):
+                    answer = client.request("DELETE", *upload)
                     assert answer.status in (204, 404), answer
-                for number, key in enumerate(sorted(clients[0].listed(bucket))):
-                    assert clients[number % len(clients)].delete(bucket, key).ok
+            doomed = [(bucket, key) for bucket in buckets for key in sorted(client.listed(bucket))]
+        with ThreadPoolExecutor(len(nodes)) as pool:
+            list(pool.map(self._delete, nodes, [doomed[number :: len(nodes)] for number in range(len(nodes))]))
         until(lambda: not self._archive_files(), lambda: self._too_much(()))
-        assert not any(node.records() for node in nodes), self.replicas_agree()
+        until(lambda: not any(node.records() for node in nodes), lambda: f"no version is left\n{self.tails()}")
         for node in nodes:
             until(
                 lambda node=node: not held_segments(node.paths),
                 lambda node=node: f"segments that are not recycled: {held_segments(node.paths)}\n{node.tail(20)}",
                 30,
             )
+
+    @staticmethod
+    def _delete(node: ClusterNode, doomed: list[tuple[str, str]]) -> None:
+        with contextlib.closing(S3(node)) as client:
+            for bucket, key in doomed:
+                assert client.delete(bucket, key).ok
 
     @staticmethod
     def _uploads(client: S3, bucket: str) -> list[tuple[str, str]]:

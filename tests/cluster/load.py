@@ -2,7 +2,7 @@
 
 In: a seed and nodes. Out: ``Load`` (the clients), ``Ledger`` (what was acknowledged by whom, and what has an unknown outcome).
 Always holds: a key belongs to one client thread, so its requests are in order; a request without an answer may take effect at any
-later time (it may wait in a frozen node's socket), so its content stays possible until the key is put in order by ``settle``.
+later time (it may wait in a frozen node's socket), so its content stays possible for good.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Load:
 
     @contextlib.contextmanager
     def storm(self) -> Iterator[None]:
-        """While a node may not see the engine, it may answer reads from what it knows: an older content is no complaint."""
+        """While a node may not see the engine, it answers from what it knows: an older content is no complaint, nor is an upload
+        that it has not heard of."""
         self._storms += 1
         self._weather += 1
         try:
@@ -111,11 +112,15 @@ class Load:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
+    def stop_quietly(self) -> None:
+        """Its complaints are not the news: something else failed."""
         self._going.clear()
         for thread in self._threads:
             thread.join(120)
-            assert not thread.is_alive(), "a client hangs"
+
+    def stop(self) -> None:
+        self.stop_quietly()
+        assert not any(thread.is_alive() for thread in self._threads), "a client hangs"
         assert not self.complaints, "\n".join(self.complaints[:20])
 
     @property
@@ -177,6 +182,7 @@ class Load:
     def ask(
         self, ledger: Ledger, bucket: str, key: str, content: Content, node: ClusterNode, request: Callable[[], Answer]
     ) -> bool:
+        weather, stormy = self._weather, self._storms > 0
         try:
             answer = request()
         except OSError:
@@ -185,7 +191,7 @@ class Load:
         if answer.ok:
             ledger.done(bucket, key, content, node.name)
             return True
-        if answer.status < 500:
+        if answer.status < 500 and not (stormy or self._storms or self._weather != weather):
             self.complaints.append(f"{node.name} {bucket}/{key}: {answer.status} {answer.code}")
         # A 5xx says nothing about the outcome, except that a later request may find it.
         ledger.unanswered(bucket, key, content)
@@ -229,6 +235,11 @@ class Load:
         if done:
             ledger.uploads.remove((bucket, key, upload))
 
+    @staticmethod
+    def _whole(answer: Answer) -> None:
+        if len(answer.body) != int(answer.headers["content-length"]):
+            raise OSError("cut off")
+
     def _look(self, client: S3, ledger: Ledger, bucket: str, key: str, node: ClusterNode) -> None:
         """Read a key; trouble of a node under fire is no complaint."""
         weather, stormy = self._weather, self._storms > 0
@@ -237,8 +248,7 @@ class Load:
         if answer.status == 404:
             seen: Content = None
         elif answer.status == 200:
-            if len(answer.body) != int(answer.headers["content-length"]):
-                raise OSError("cut off")
+            self._whole(answer)
             seen = content_of(answer)
         else:
             if answer.status < 500:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.netns import Host, Network
+from ingest.cluster.members import Member, Members
 from tests.crash.node import Node, until
 from tests.engine import Engine
 
 PORTS = (9000, 9001, 9002)
 ENGINE_PORT = 5432
+_MOUNT = "hiss-test-"
+"""Names of mounts begin so, with the pid of who made them."""
 SETTINGS = {
     "workers": "1",
     "segment_bytes": "16MiB",
@@ -49,6 +53,8 @@ class ClusterNode(Node):
         self.host = host.address
         self.launcher = host.launcher
         self._clients = clients
+        self.flag = folder / "crashpoint"
+        self.environ = {"HISS_CRASHPOINT_ONCE": str(self.flag), **self.environ}
 
     def __repr__(self) -> str:
         return f"node {self.name}"
@@ -59,6 +65,22 @@ class ClusterNode(Node):
 
     def connection(self, timeout_s: float, name: str = "s3") -> http.client.HTTPConnection:
         return _Connection(self._clients, self.host, self.port(name), timeout_s)
+
+    def members(self) -> tuple[Member, ...]:
+        """Who is in the cluster, as this node's processes know it."""
+        return Members(self.paths).all()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's series with these labels, from /metrics."""
+        with contextlib.closing(self.connection(10, "control")) as connection:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if re.split("[{ ]", line, maxsplit=1)[0] == name and all(part in line for part in wanted)
+        )
 
     @property
     def running(self) -> bool:
@@ -77,6 +99,17 @@ class ClusterNode(Node):
         self.process.wait(30)
         self.process = None
         until(lambda: not any(_lives(pid) for pid in pids), "the node's processes are gone")
+
+    def tail(self, lines: int = 60) -> str:
+        """Without the requests: there are thousands."""
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in text if "INFO" not in line or "access" not in line][-lines:])
+
+    def arm(self, point: str, how: str = "") -> None:
+        """The next process of this node that passes the point dies there; ``how`` "stop": it is frozen there."""
+        draft = self.flag.with_suffix(".draft")
+        draft.write_text(f"{point} {how}".strip())
+        draft.rename(self.flag)
 
     def freeze(self) -> list[int]:
         """SIGSTOP every process; those that are born meanwhile too."""
@@ -115,6 +148,7 @@ class Cluster:
     def __init__(
         self, folder: Path, network: Network, bin_folder: Path, names: Sequence[str] = ("a", "b", "c"), **settings: str
     ) -> None:
+        _sweep_mounts()
         self.folder = folder
         self.network = network
         self.clients = network.host("clients")
@@ -129,6 +163,8 @@ class Cluster:
         self.settings = settings
         self.nodes: list[ClusterNode] = []
         self._mounts: list[Path] = []
+        self.used: list[str] = []
+        """Names that tests have given their buckets."""
         for name in names:
             self.add(name)
 
@@ -141,7 +177,8 @@ class Cluster:
         data.mkdir(parents=True, mode=0o700)
         if disk_bytes is not None:
             subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", f"size={disk_bytes},mode=700", f"hiss-test-{name}", data], check=True
+                ["mount", "-t", "tmpfs", "-o", f"size={disk_bytes},mode=700", f"{_MOUNT}{os.getpid()}-{name}", data],
+                check=True,
             )
             self._mounts.append(data)
         shutil.copy2(self.key, data / "node.key")
@@ -199,6 +236,14 @@ def ended(cluster: Cluster) -> Iterator[Cluster]:
         raise
     finally:
         cluster.end()
+
+
+def _sweep_mounts() -> None:
+    """Remove what runs left behind that were killed."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        source, target, *_ = line.split()
+        if source.startswith(_MOUNT) and not Path(f"/proc/{source.removeprefix(_MOUNT).split('-')[0]}").exists():
+            subprocess.run(["umount", "--lazy", target], check=False)
 
 
 def _tree(pid: int) -> list[int]:
