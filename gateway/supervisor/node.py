@@ -281,7 +281,11 @@ class Supervisor:
     def _write_processes(self) -> None:
         rows = [msgspec.to_builtins(slot.status()) for slots in self._slots.values() for slot in slots]
         document = {"pid": os.getpid(), "state": self._state, "since_ns": self._started_ns, "processes": rows}
-        resources.write_atomically(self._paths.processes, json.dumps(document).encode())
+        try:
+            resources.write_atomically(self._paths.processes, json.dumps(document).encode())
+        except OSError as error:
+            # A full disk: whoever looks sees what was. Children are started again all the same.
+            logger.warning("the state of the processes cannot be written down: %s", error)
 
     def _release(self) -> None:
         """Close what the node held; the lock last, when nothing of this node is left."""

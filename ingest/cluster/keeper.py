@@ -113,7 +113,11 @@ class Keeper:
             silent_s, applied, status = lives.get(record.node, (2 * LEASE_S, 0, "{}"))
             known.append(Member(record, max(0.0, silent_s), applied, msgspec.json.decode(status, type=Load)))
         told = Membership(self._place.node, self._place.cluster_id, time.monotonic(), tuple(known), head)
-        members.write(self._paths, told)
+        try:
+            members.write(self._paths, told)
+        except OSError as error:
+            # A full disk of this node's: what others know of it goes on, and so do its commits.
+            logger.warning("who is in the cluster cannot be written down: %s", error)
 
     # -- checkpoints
     async def _shorten(self) -> None:
