@@ -27,6 +27,7 @@ from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from ingest.catalog import server
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.members import Members
 from ingest.counters import CATALOGUE, DRAIN, Counters
 from ingest.paths import NodePaths
 from ingest.records import CommitObject, Extent, ObjectRecord, ObjectState
@@ -222,6 +223,7 @@ class Node:
                 snapshots_dir=self.paths.snapshots,
                 counters=self.counters,
                 limits=DrainLimits(**(FAST | limits)),
+                members=Members(self.paths),
                 stop=self._stop,
             )
         )
