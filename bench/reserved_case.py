@@ -19,7 +19,7 @@ from bench.kernel_cases import FAST, attach
 from bench.load import Plan
 
 SIDE = 512
-RATE_BYTES_PER_S = 200e6
+RATE_BYTES_PER_S = 300e6
 """What two cores carry beside the sender, the flood and the kernel."""
 SECONDS = 16
 FLOOD_FROM_S, FLOOD_UNTIL_S = 4.0, 13.0

@@ -169,7 +169,10 @@ class Shaper:
             self._ticking = False
             self._stop()
             return
-        if any(self._is_short(lane, elapsed_s) for lane in list(self._bodies)):
+        # First of all: whatever goes wrong below, those who wait are looked at again.
+        asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        short = [self._is_short(lane, elapsed_s) for lane in list(self._bodies)]
+        if any(short):
             words[HOLD_UNTIL_NS] = now_ns + HOLD_NS
             self._holding = True
             self.table.count_hold(self.worker)
@@ -182,7 +185,6 @@ class Shaper:
             if not self._dealing:
                 self._deal()
         self.table.set_bodies(self.worker, BEST, self._best, len(self._queue))
-        asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _is_short(self, lane: int, elapsed_s: float) -> bool:
         """Update the lane's credit; whether it is kept from spending it: by much, or at this tick and at the one before."""
@@ -258,7 +260,7 @@ class Shaper:
         return body.lane != BEST and self._has_credit(body.lane)
 
     def _has_credit(self, lane: int) -> bool:
-        return lane == EXEMPT or self._credit[lane] > -AHEAD_S * self.table.rate(lane)
+        return lane == EXEMPT or self._credit.get(lane, 0.0) > -AHEAD_S * self.table.rate(lane)
 
     def _stop(self) -> None:
         """Nothing is reserved any more."""
