@@ -252,7 +252,7 @@ def reserved_usage(
 
     def reserved() -> tuple[int, int]:
         used_bytes, capacity_bytes = usage()
-        return max(used_bytes, used_bytes + held() - int((1 - evict_high) * capacity_bytes)), capacity_bytes
+        return max(used_bytes, used_bytes + held() - round((1 - evict_high) * capacity_bytes)), capacity_bytes
 
     return reserved
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from awscrt.checksums import crc64nvme
 
-from gateway.drain_storage import BufferUsage, SegmentLanding, shortages
+from gateway.drain_storage import BufferUsage, SegmentLanding, reserved_usage, shortages
 from ingest.counters import Counters
 from ingest.errors import BufferFull, StorageFailed
 from ingest.label import read_label
@@ -183,3 +183,14 @@ async def test_a_segment_that_fails_a_write_is_retired(segments: SegmentStore) -
         segment.fd = real
     assert segment.retired
     assert (await landing.land(record(body), pieces(body, 1 << 20)))[0].segment != segment.number
+
+
+def test_eviction_makes_the_room_that_is_reserved_and_not_used_yet() -> None:
+    held = [0]
+    used = reserved_usage(lambda: (500, 1000), lambda: held[0], 0.8)
+    assert used() == (500, 1000)
+    held[0] = 500
+    # It fits beside what is there: the watermarks go on as they were.
+    assert used()[0] <= 800
+    held[0] = 600
+    assert used()[0] > 800
