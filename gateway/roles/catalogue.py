@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
+import signal
 
 from gateway.boot import Boot
 from gateway.metrics import Reader
@@ -18,7 +20,7 @@ from ingest.catalog import server
 from ingest.cluster import identity, node
 from ingest.cluster.engine import ClusterRefused
 from ingest.cluster.join import Joining
-from ingest.cluster.log import Diverged, Fenced
+from ingest.cluster.log import Diverged, Fenced, Left
 from ingest.cluster.members import Load
 from ingest.cluster.schema import LOG_FORMAT
 from ingest.counters import CATALOGUE, Counters
@@ -63,9 +65,20 @@ def _main_of_cluster(boot: Boot, settings: Settings, counters: Counters) -> None
         server.run(serving)
     except (ClusterRefused, Fenced, Diverged) as error:
         log.error("%s", error)
+        if isinstance(error, Left) and _serves(boot):
+            # It is not to answer from what it knew: the supervisor, our parent, ends the node. A start fails by itself.
+            os.kill(os.getppid(), signal.SIGTERM)
         with contextlib.suppress(OSError):
             logging.shutdown()
         os._exit(1)
+
+
+def _serves(boot: Boot) -> bool:
+    """Whether the node has started, and is not stopping."""
+    try:
+        return bool(json.loads(boot.paths.processes.read_bytes())["state"] == "serving")
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 class LoadMeter:

@@ -26,7 +26,7 @@ from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.index import distinct
 from ingest.cluster.engine import EngineAway, TakenBack
-from ingest.cluster.log import Diverged, EngineLog, Fenced, Logged, chained, left
+from ingest.cluster.log import Diverged, EngineLog, Left, Logged, chained
 from ingest.cluster.members import LEASE_S
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
@@ -229,7 +229,7 @@ class ClusterCommitter(BatchMaker):
         for entry in batch.entries:
             if isinstance(entry, e.NodePut) and entry.record.node == self._log.node:
                 if entry.record.state is NodeState.REMOVED:
-                    raise Fenced(left(entry.record.name))
+                    raise Left(entry.record.name)
 
     def _done(self, batch: Batch, started: float) -> None:
         if not batch.entries:

@@ -22,7 +22,7 @@ from ingest import journal
 from ingest.cluster import identity
 from ingest.cluster.engine import TRIES, ClusterRefused, Engine, EngineAway
 from ingest.cluster.identity import Identity
-from ingest.cluster.log import left
+from ingest.cluster.log import Left
 from ingest.cluster.members import LEASE_S, Load
 from ingest.cluster.places import SLOTS_MAX
 from ingest.cluster.schema import LOG_FORMAT, THE_ONE, checkpoint_parts, checkpoints, cluster, nodes
@@ -94,7 +94,7 @@ async def _placed(connection: AsyncConnection, known: Identity, joining: Joining
         if (await connection.execute(renamed.values(values))).rowcount != 1:
             there = (await connection.execute(sa.select(nodes.c.claim).where(nodes.c.node == known.node))).first()
             if there is not None and there[0] == "":
-                raise ClusterRefused(left(joining.name))
+                raise Left(joining.name)
             raise ClusterRefused(
                 f"the cluster does not know this folder as node {known.node}: the engine's database was made anew, or restored "
                 "from before this node joined"

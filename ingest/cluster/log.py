@@ -36,12 +36,14 @@ class Diverged(IngestError):
     """This node's index is not of this log: it must not answer anything."""
 
 
-def left(name: str) -> str:
-    """What the operator of a node that was removed is told."""
-    return (
-        f"node {name} was removed from the cluster and does not come back: to use this machine again, start it on an empty data "
-        "folder (with the cluster's node.key); what it had not drained lies in this folder's segments"
-    )
+class Left(ClusterRefused):
+    """This node was removed from the cluster: ``str()`` is what its operator is told."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"node {name} was removed from the cluster and does not come back: to use this machine again, start it on an empty "
+            "data folder (with the cluster's node.key); what it had not drained lies in this folder's segments"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,10 +20,10 @@ from ingest.catalog.recovery import Recovered
 from ingest.catalog.server import CatalogueServer, locked
 from ingest.cluster import replica
 from ingest.cluster.committer import END_WAIT_S, ClusterCommitter
-from ingest.cluster.engine import ClusterRefused, Engine, EngineAway
+from ingest.cluster.engine import Engine, EngineAway
 from ingest.cluster.join import Joining, Place, join
 from ingest.cluster.keeper import CHECKPOINT_ENTRIES, Keeper
-from ingest.cluster.log import EngineLog, left
+from ingest.cluster.log import EngineLog, Left
 from ingest.cluster.members import Load
 from ingest.counters import Counters
 from ingest.errors import IngestError
@@ -136,7 +136,7 @@ async def _serve(
                 return
         record = self_record(place, options, server.reader.nodes())
         if record.state is NodeState.REMOVED:
-            raise ClusterRefused(left(record.name))
+            raise Left(record.name)
         ticket = OwnTicket(wire.PutNode(record))
         server.committer.submit(ticket)
         await ticket.done
