@@ -223,7 +223,7 @@ class Catalog(Protocol):
 
     async def confirm_drain(self, object_id: bytes) -> None:
         """Whether what ``claim_drain`` gave to this client is still its, and was claimed by nobody since: to be asked before
-        anything is published. Raises LeaseLost."""
+        anything is published. Raises LeaseLost, and CatalogUnavailable while that cannot be known."""
         ...
 
     async def drained(self, object_id: bytes, copy: ArchiveCopy) -> ObjectRecord: ...

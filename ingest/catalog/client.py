@@ -565,7 +565,8 @@ class CatalogClient:
         return records
 
     async def confirm_drain(self, object_id: bytes) -> None:
-        claim = await self._look(lambda reader: reader.drain_claim(object_id))
+        await self._surely_fresh()
+        claim = self._readers.read(lambda reader: reader.drain_claim(object_id))
         if claim is None or claim != self._claims.get(object_id):
             self._claims.pop(object_id, None)
             raise LeaseLost(f"version {object_id.hex()} was claimed by somebody else, or is not to be drained any more")
