@@ -24,10 +24,10 @@ def neighbours(paths: NodePaths, settings: Settings, key: NodeKey) -> Neighbours
         me = members.me
         return Sender(0, 0) if me is None else Sender(me.node, me.record.epoch)
 
-    return Neighbours(members, PeerClient(key.peers, sender, tls=_tls(settings.tls_cert)))
+    return Neighbours(members, PeerClient(key.peers, sender, tls=peer_tls(settings.tls_cert)))
 
 
-def _tls(certificate: Path | None) -> ssl.SSLContext | None:
+def peer_tls(certificate: Path | None) -> ssl.SSLContext | None:
     """Other nodes are known by the authorities of this machine, or by a certificate that is in this node's own file: the same for
     all nodes, or that of an authority behind it."""
     if certificate is None:

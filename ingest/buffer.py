@@ -23,6 +23,7 @@ from ingest import bucket_settings
 from ingest.admission import Admission, Admissions
 from ingest.arena import SLAB_BYTES, SPANS_GUARANTEED, Arena, ArenaDomain, Span
 from ingest.body import Body
+from ingest.cluster.copies import Copies
 from ingest.cluster.members import Members
 from ingest.cluster.mirror import Mirroring, MirrorMeter
 from ingest.cluster.neighbours import Neighbours
@@ -83,6 +84,8 @@ ENGINE_AWAY_S = 1.0
 """A shorter absence of a cluster's engine is waited out by whoever has a body already."""
 OPEN_TRIES = 5
 REOPEN_WAIT_S = 0.05
+PRODUCT_MIRRORED_BYTES_MAX = 16 << 20
+"""Products of kernels, and what runs are made of, get a second copy on another node up to this size."""
 READ_BYTES = 1 << 20
 """One piece of a range that is read to be stored anew."""
 RESOLVE_RETRY_S = 0.5
@@ -120,6 +123,8 @@ class Buffer:
         self.neighbours: Neighbours | None = None
         """The other nodes, where this one is of a cluster."""
         self._members = Members(paths)
+        self.copies: Copies | None = None
+        """Of what all nodes must be able to read, where this one is of a cluster."""
         self._spans = spans
         self._streams: set[SpanStream] = set()
         """Streams that have not ended, and ended ones whose frames a kernel still reads."""
@@ -242,8 +247,9 @@ class Buffer:
                 raise
         return stream
 
-    def _begin_copy(self, stream: SpanStream | PackedStream) -> None:
-        """Have another node store the body, too. Raises MirrorUnavailable."""
+    def _begin_copy(self, stream: SpanStream | PackedStream, loss: str = "") -> None:
+        """Have another node store the body, too. ``loss``: as of ``hiss.mirror-loss``; empty: as the bucket says. Raises
+        MirrorUnavailable."""
         spec = stream.spec
         if self.neighbours is None:
             raise MirrorUnavailable("the bucket asks for a second copy on another node, and this node is alone")
@@ -255,7 +261,7 @@ class Buffer:
             stream,
             MirrorOf(stream.object_id, spec.bucket.name, spec.key, length, spec.lifetime),
             me=self.segments.node,
-            loss=spec.settings.mirror_loss,
+            loss=loss or spec.settings.mirror_loss,
             meter=self._mirror_meter,
             ask=not packed,
         )
@@ -484,6 +490,11 @@ class Buffer:
 
         Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, NodeAway, CatalogUnavailable.
         """
+        copy = await self.copies.open(record, start, stop) if self.copies is not None and start < stop else None
+        return copy if copy is not None else await self.open_stored(record, start, stop)
+
+    async def open_stored(self, record: ObjectRecord, start: int, stop: int) -> SegmentReader | RelayReader:
+        """As ``open_reader``, from where the version is stored."""
         me = self.segments.node
         for _ in range(OPEN_TRIES):
             if start >= stop:
@@ -570,7 +581,11 @@ class Buffer:
             stream = SpanStream(self, spec, None, None, request.object_id)
             self._streams.add(stream)
         self._active.add(stream)
+        level = self._durability_of(request, spec, length)
         try:
+            if level is Durability.MIRROR and self.neighbours is not None:
+                self._begin_copy(stream, loss="degrade")
+                await stream.ready()
             async for piece in pieces:
                 await fill(stream, piece)
             digest = await stream.finish()
@@ -580,13 +595,22 @@ class Buffer:
                 length=digest.length,
                 crc64nvme=crc,
                 etag=f"{crc:016x}{digest.length:016x}-1",
-                durability=spec.settings.durability,
-                mirror_later=True,
+                durability=level,
+                mirror_later=stream.mirror is None,
                 checksums={"crc64nvme": base64.b64encode(crc.to_bytes(8, "big")).decode()},
             )
             return await stream.commit(request)
         finally:
             await stream.abort()
+
+    def _durability_of(self, request: CommitObject, spec: StreamSpec, length: int) -> Durability:
+        """What kernels made is to outlive the node that made it, whatever the bucket says of the frames: the run that it is a
+        part of may have frames from all nodes."""
+        level = spec.settings.durability
+        made = request.reduces is not None or request.partial is not None or request.run_product is not None
+        if level is not Durability.DISK or not made or length > PRODUCT_MIRRORED_BYTES_MAX or self.neighbours is None:
+            return level
+        return Durability.MIRROR if any(one.takes_bodies for one in self.neighbours.members.others()) else level
 
     async def read_range(self, record: ObjectRecord, start: int, stop: int) -> AsyncIterator[memoryview]:
         """See ``ingest.ports.LandingPad``."""

@@ -53,7 +53,18 @@ S3_OPERATIONS = (
 ERROR_CLASSES = ("client", "auth", "not_found", "precondition", "slow_down", "server")
 ROLES = ("catalogue", "worker", "drain", "zygote", "control", "epics", "tango")
 TRANSPORTS = ("sse", "websocket")
-ACTION_OUTCOMES = ("sent", "range", "rate", "late", "target", "unavailable", "failed", "superseded", "expired")
+ACTION_OUTCOMES = (
+    "sent",
+    "range",
+    "rate",
+    "late",
+    "target",
+    "unavailable",
+    "failed",
+    "superseded",
+    "expired",
+    "forwarded",
+)
 VERDICTS = ("keep", "drop", "replace", "unreduced")
 
 METRICS: tuple[Metric, ...] = (

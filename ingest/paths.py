@@ -63,6 +63,11 @@ class NodePaths:
         return self.run / "members.json"
 
     @property
+    def kernels(self) -> Path:
+        """On a node of a cluster: copies of the kernels that other nodes received (ingest/cluster/copies.py)."""
+        return self.root / "kernels"
+
+    @property
     def archive(self) -> Path:
         return self.root / "archive"
 

@@ -11,7 +11,7 @@ Implementations: ingest.catalog (client of the catalogue process), ingest.stream
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from ingest.records import (
@@ -289,7 +289,16 @@ class Catalog(Protocol):
         ...
 
     async def archive_deleted(self, tombstone: int) -> None: ...
-    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]: ...
+    async def pending_reductions(
+        self, slot: int | None, limit: int, gone: Collection[int] = ()
+    ) -> Sequence[ReductionJob]:
+        """Of a slot of this node; ``gone``: also what these nodes owe of versions whose second copy is in that slot."""
+        ...
+
+    async def owed_at_node(self, node: int, bucket: str, prefix: bytes) -> Mapping[str, int]:
+        """By kernel: products that a node owes of versions which nobody else has."""
+        ...
+
     async def reduction_counts(self, bucket: str) -> Sequence[ReductionCount]:
         """Of every kernel of the bucket that owes a product, or has given one up whose version still exists."""
         ...
@@ -301,8 +310,8 @@ class Catalog(Protocol):
         ...
 
     # -- raw filters
-    async def filters_due(self, slot: int, limit: int) -> Sequence[FilterJob]:
-        """Versions of a slot that are to be filtered and owe no reduction any more."""
+    async def filters_due(self, slot: int, limit: int, gone: Collection[int] = ()) -> Sequence[FilterJob]:
+        """Versions of a slot that are to be filtered and owe no reduction any more; ``gone``: as above."""
         ...
 
     async def filters_failed(self, bucket: str, prefix: bytes, limit: int) -> Sequence[tuple[bytes, str]]:
@@ -361,6 +370,10 @@ class Catalog(Protocol):
 
     async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
         """Products that are not there and of which it is known why, by key."""
+        ...
+
+    async def kernel_objects(self, limit: int) -> Sequence[ObjectRecord]:
+        """Everything current under ``_kernels/`` in all buckets, as known here; ``limit``: of each bucket."""
         ...
 
     # -- nodes of a cluster

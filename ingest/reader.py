@@ -13,6 +13,7 @@ import fcntl
 import os
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 
 from ingest.blockio import AlignedBuffer, open_direct, read_fully
 from ingest.errors import DataLost
@@ -80,6 +81,15 @@ class SegmentReader:
         except BaseException:
             reader.close()
             raise
+        return reader
+
+    @classmethod
+    def of_file(cls, executor: Executor, path: Path, start: int, stop: int) -> SegmentReader:
+        """Bytes [start, stop) of a file that nobody writes to, which stays open until the reader closes. Raises OSError."""
+        reader = cls(executor)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        reader._fds[-1, -1] = fd
+        reader.pieces = (SegmentPiece(fd, start, stop - start, os.fspath(path)),)
         return reader
 
     async def _lock(self, paths: NodePaths, extent: Extent) -> tuple[int, str]:

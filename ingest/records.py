@@ -457,7 +457,10 @@ class RunProductOf(msgspec.Struct, frozen=True):
     kernel: str
     run: bytes
     reflects: int
-    """``RunProductRecord.changed`` when the partials were listed."""
+    """``RunProductRecord.changed`` when the partials were listed. Where a later state is stored, the commit is refused
+    (StaleVersion)."""
+    final: bool = True
+    """False: another product of this state follows; the run's is not up to date yet."""
 
 
 class CommitObject(msgspec.Struct, frozen=True):

@@ -13,12 +13,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from ingest.cluster.members import Members
 from ingest.counters import Counters
 from ingest.errors import IngestError, NoSuchBucket
 from ingest.ports import (
@@ -49,6 +50,7 @@ from kernels.registry import Registry
 from kernels.runs.gather import Gatherer, is_single
 from kernels.runs.handover import Handover
 from kernels.runs.keeper import RunKeeper
+from kernels.runs.keeping import Keeping
 from kernels.runs.ledger import OneFrame, prior_of
 from kernels.runs.tray import FRAME_BYTES_MAX, Tray
 from kernels.sandbox import SandboxFailed, SandboxLimits
@@ -114,8 +116,10 @@ class KernelHost:
         limits: HostLimits,
         clearance: Clearance,
         strikes_file: Path | None = None,
+        members: Members | None = None,
     ) -> None:
-        """``strikes_file``: where to say which kernels fail; see kernels/strikes.py."""
+        """``strikes_file``: where to say which kernels fail; see kernels/strikes.py. ``members``: of a cluster, this node
+        among them."""
         self.catalog = catalog
         self.pad = pad
         self.zygote_socket = zygote_socket
@@ -139,7 +143,9 @@ class KernelHost:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
         self._pool = LanePool(limits.processes_max, limits.idle_s, self._tally.sandboxes, self.spawn)
         self.context = PassContext(pad, feedback, self._tally, asyncio.Semaphore(limits.pieces_max))
-        self.handover = Handover(slot, limits.workers)
+        self._members = members
+        nodes = None if members is None else lambda: (members.look().me, members.reducing())
+        self.handover = Handover(Keeping(slot, limits.workers, nodes))
         self._gatherer = Gatherer(self)
         self._stored = StoredLayouts(pad, zygote_socket, limits.sandbox, clearance)
         self.single = self._stored.single
@@ -148,7 +154,7 @@ class KernelHost:
         )
         self._owed = Owed(self, slot, owed, self._gatherer.holds)
         self._tray = Tray(pad)
-        self._keeper = RunKeeper(self, slot, limits.workers)
+        self._keeper = RunKeeper(self)
         self._filter = RawFilter(self, slot, self._tally, self._stored.of)
 
     async def start(self) -> None:
@@ -340,6 +346,10 @@ class KernelHost:
     def use(self, bucket: str) -> None:
         """See ``Reducer``."""
         self._watch.use(bucket)
+
+    def gone(self) -> Collection[int]:
+        """See ``Reducer``."""
+        return () if self._members is None else self._members.gone()
 
     def succeeded(self, bucket: str, attachment: Attachment) -> None:
         self._strikes.succeeded(bucket, attachment.kernel.sha256)

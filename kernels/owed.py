@@ -1,9 +1,9 @@
 """What a worker owes: reductions of stored versions that no live stream pays.
 
 In: versions that landed without their kernels, products that were postponed, and what the catalogue says is owed when the
-sweep asks. Out: one version after the other to whoever reduces it from disk, and failures to the catalogue. What always holds:
-what is not remembered here is still owed in the catalogue; one version is never worked on twice at once; what was postponed
-is tried again, each time after twice the wait.
+sweep asks, also what a node owed that has gone, where the second copy is here. Out: one version after the other to whoever
+reduces it from disk, and failures to the catalogue. What always holds: what is not remembered here is still owed in the
+catalogue; one version is never worked on twice at once; what was postponed is tried again, each time after twice the wait.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Reducer(Protocol):
 
     def use(self, bucket: str) -> None:
         """Its kernels are to be watched: something waits for them."""
+        ...
+
+    def gone(self) -> Collection[int]:
+        """Nodes of the cluster that do not live."""
         ...
 
 
@@ -131,7 +135,7 @@ class Owed:
 
     async def find(self, grace_s: float) -> None:
         owed: dict[bytes, tuple[ObjectRecord, list[str]]] = {}
-        jobs = await self._host.catalog.pending_reductions(self._slot, self._limits.backlog_max)
+        jobs = await self._host.catalog.pending_reductions(self._slot, self._limits.backlog_max, self._host.gone())
         now_s = asyncio.get_running_loop().time()
         due = {
             (job.record.object_id, job.kernel): _Due(

@@ -95,7 +95,8 @@ def _print_runs(runs: list[dict[str, Any]]) -> None:
         state = f"closed ({run['closed_by']})" if run["state"] == "closed" else "open"
         for product in run["products"] or [{}]:
             covered = (product.get("kernel", ""), product.get("members", ""), product.get("pending", ""))
-            why = ": ".join(filter(None, (product.get("error_key", ""), product.get("error", ""))))
+            failed = ": ".join(filter(None, (product.get("error_key", ""), product.get("error", ""))))
+            why = "; ".join(filter(None, (failed, product.get("waits", ""))))
             rows.append((run["prefix"], state, *covered, product.get("failed", ""), why))
     print_table(("run", "state", "kernel", "members", "pending", "failed", "why"), rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,10 +23,12 @@ from starlette.websockets import WebSocket
 from archive.dav.auth import Authenticator
 from gateway.control import reservations
 from gateway.control.auth import User, require_operator, require_read, require_write, signed_in
+from gateway.control.elsewhere import Elsewhere
 from gateway.control.feedback import websocket
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.hub import FeedbackHub, TooManySubscribers
-from gateway.control.feedback.ring import Filter
+from gateway.control.feedback.peers import PATH
+from gateway.control.feedback.ring import ID_BYTES_MAX, Filter
 from gateway.control.feedback.sse import SSE
 from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
@@ -35,6 +38,7 @@ from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
 from gateway.metrics import Exposition
+from ingest.cluster.signing import BadPeerSignature, PeerKey
 from ingest.errors import (
     BadReservation,
     CatalogError,
@@ -46,6 +50,7 @@ from ingest.errors import (
 )
 from ingest.ports import Catalog
 from ingest.records import NodeState, Offer, UserRecord
+from kernels.notices import Notice
 from s3api.auth.sight import UserSight
 from s3api.http.message import Request
 
@@ -56,6 +61,7 @@ _Sent = Annotated[int | None, Query(ge=0, description="What the sender knows it 
 
 
 _Node = Annotated[str, FastPath(max_length=64, description="A node's number or name.")]
+_EventId = Annotated[str, Header(max_length=ID_BYTES_MAX)]
 _TOO_MANY = "too many feedback streams are open"
 
 
@@ -77,6 +83,9 @@ class ControlContext:
     actions: ActionDirector
     offers: Callable[[], Sequence[Offer]]
     """What each node has to be reserved."""
+    elsewhere: Elsewhere = dataclasses.field(default_factory=Elsewhere)
+    peers: PeerKey | None = None
+    """On a node of a cluster: what its nodes sign their requests with."""
 
 
 def create_app(context: ControlContext) -> FastAPI:
@@ -90,6 +99,8 @@ def create_app(context: ControlContext) -> FastAPI:
     _add_bucket_routes(app, context)
     _add_feedback_routes(app, context)
     _add_reservation_routes(app, context)
+    if context.peers is not None:
+        _add_peer_routes(app, context.peers)
     return app
 
 
@@ -173,7 +184,8 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
             prefix.encode(),
             expect_objects=expect_objects,
             expect_bytes=expect_bytes,
-            notices=await notices_in(context.run_folder),
+            notices=await _all_notices(context),
+            waiting=await context.elsewhere.waiting(context.catalog, bucket, prefix.encode()),
         )
         return Response(msgspec.json.encode(status), media_type="application/json")
 
@@ -186,7 +198,7 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
         limit: Annotated[int, Query(ge=1, le=RUNS_MAX)] = 100,
     ) -> Response:
         await require_read(user, bucket, prefix.encode())
-        runs = await list_runs(context.catalog, bucket, prefix.encode(), after.encode(), limit)
+        runs = await list_runs(context.catalog, bucket, prefix.encode(), after.encode(), limit, context.elsewhere)
         return Response(msgspec.json.encode(runs), media_type="application/json")
 
     @app.post("/v1/runs/close", response_class=Response, summary="Close a run: its product becomes final")
@@ -195,7 +207,7 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
         if prefix and not prefix.endswith("/"):
             raise HTTPException(422, f"a run is a prefix up to its last slash: {prefix}/")
         try:
-            run = await close_run(context.catalog, bucket, prefix.encode())
+            run = await close_run(context.catalog, bucket, prefix.encode(), context.elsewhere)
         except NoSuchKey:
             raise HTTPException(404, f"no object with a kernel has arrived under {prefix!r}") from None
         return Response(msgspec.json.encode(run), media_type="application/json")
@@ -204,7 +216,7 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
     async def get_kernels(user: User, bucket: _Bucket) -> Response:
         await require_read(user, bucket, b"_kernels/")
         return Response(
-            msgspec.json.encode(await kernels(context.catalog, bucket, context.run_folder)),
+            msgspec.json.encode(await kernels(context.catalog, bucket, context.run_folder, context.elsewhere)),
             media_type="application/json",
         )
 
@@ -216,7 +228,7 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
         bucket: _Bucket,
         kernel: _Kernel = "",
         key_prefix: _Prefix = "",
-        last_event_id: Annotated[str, Header(max_length=64)] = "",
+        last_event_id: _EventId = "",
     ) -> StreamingResponse:
         await require_read(user, bucket, key_prefix.encode())
         await context.catalog.bucket(bucket)
@@ -235,7 +247,7 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
         bucket: _Bucket,
         kernel: _Kernel = "",
         key_prefix: _Prefix = "",
-        last_event_id: Annotated[str, Query(max_length=64)] = "",
+        last_event_id: Annotated[str, Query(max_length=ID_BYTES_MAX)] = "",
     ) -> None:
         try:
             user = await signed_in(socket, websocket.credentials(socket.headers, socket.scope["subprotocols"]))
@@ -257,6 +269,29 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
         await require_read(user, bucket)
         await context.catalog.bucket(bucket)
         return {"actions": await context.actions.document(bucket), "bridges": context.actions.bridges()}
+
+
+def _add_peer_routes(app: FastAPI, key: PeerKey) -> None:
+    """For the other nodes of a cluster only."""
+
+    @app.websocket(PATH)
+    async def follow_node(socket: WebSocket, source: str = "", after: int = 0) -> None:
+        context: ControlContext = app.state.context
+        target = f"{socket.scope['path']}?{socket.scope['query_string'].decode('latin-1')}"
+        try:
+            key.verify(socket.headers.get("authorization", ""), "GET", target, [], time.time())
+        except BadPeerSignature as error:
+            await refuse(socket, JSONResponse({"detail": str(error)}, 403))
+            return
+        exchange = context.feedback.exchange
+        assert exchange is not None
+        await websocket.pump(socket, exchange.follow(source, after), binary=True)
+
+
+async def _all_notices(context: ControlContext) -> list[Notice]:
+    """Of the workers of all nodes."""
+    here = await notices_in(context.run_folder)
+    return here + [notice for said in context.elsewhere.kernels().values() for notice in said.notices]
 
 
 async def refuse(socket: WebSocket, answer: Response) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from gateway.control.elsewhere import Elsewhere, sentence
 from ingest.ports import Catalog
 from ingest.records import ObjectRecord, ReductionCount
 from kernels import notices
@@ -30,6 +31,8 @@ class Failure(msgspec.Struct, frozen=True):
     disabled: bool
     error: str
     time_ns: int
+    node: str = ""
+    """Of a cluster, where it is another one than this."""
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -55,14 +58,21 @@ class Kernel(msgspec.Struct, frozen=True):
     failures: tuple[Failure, ...]
     notices: tuple[str, ...] = ()
     """What does not go as its submitter wanted, and disables nothing (kernels/notices.py)."""
+    waits: str = ""
+    """Owed products that wait for a node of the cluster that is gone, and alone has their objects."""
 
 
-async def kernels(catalog: Catalog, bucket: str, run_folder: Path) -> list[Kernel]:
-    """Raises NoSuchBucket, CatalogUnavailable."""
+async def kernels(catalog: Catalog, bucket: str, run_folder: Path, elsewhere: Elsewhere) -> list[Kernel]:
+    """As all nodes have them. Raises NoSuchBucket, CatalogUnavailable."""
     rows, _ = await catalog.list_objects(bucket, prefix=PREFIX, limit=OBJECTS_MAX)
     counts = {count.kernel: count for count in await catalog.reduction_counts(bucket)}
-    noticed = await notices_in(run_folder)
-    strikes = await asyncio.to_thread(lambda: read_all(sorted(run_folder.glob(FILE_PATTERN))))
+    strikes, noticed = await failing_in(run_folder)
+    failures = [(strike, "") for strike in strikes]
+    notes = [(notice, "") for notice in noticed]
+    for node, said in elsewhere.kernels().items():
+        failures += [(strike, node) for strike in said.strikes]
+        notes += [(notice, node) for notice in said.notices]
+    waiting = await elsewhere.waiting(catalog, bucket)
     arrays: dict[str, list[str]] = {}
     sources: dict[str, ObjectRecord] = {}
     for row in rows:
@@ -79,8 +89,9 @@ async def kernels(catalog: Catalog, bucket: str, run_folder: Path) -> list[Kerne
             record,
             tuple(arrays.get(name, ())),
             counts.get(name, ReductionCount(name, 0, 0, "")),
-            tuple(_failure(strike) for strike in strikes if (strike.bucket, strike.kernel) == (bucket, name)),
-            tuple(_noticed(one) for one in noticed if (one.bucket, one.kernel) == (bucket, name)),
+            tuple(_failure(one, node) for one, node in failures if (one.bucket, one.kernel) == (bucket, name)),
+            tuple(_noticed(one, node) for one, node in notes if (one.bucket, one.kernel) == (bucket, name)),
+            sentence(waiting.get(name, {})),
         )
         for name, record in sources.items()
     ]
@@ -93,6 +104,7 @@ def _kernel(
     count: ReductionCount,
     failures: tuple[Failure, ...],
     notices: tuple[str, ...],
+    waits: str,
 ) -> Kernel:
     metadata = record.metadata
     return Kernel(
@@ -111,6 +123,14 @@ def _kernel(
         last_error=f"{count.key.decode('utf-8', 'backslashreplace')}: {count.error}" if count.error else "",
         failures=failures,
         notices=notices,
+        waits=waits,
+    )
+
+
+async def failing_in(run_folder: Path) -> tuple[list[Strike], list[notices.Notice]]:
+    """What all workers of this node say."""
+    return await asyncio.to_thread(lambda: read_all(sorted(run_folder.glob(FILE_PATTERN)))), await notices_in(
+        run_folder
     )
 
 
@@ -119,9 +139,13 @@ async def notices_in(run_folder: Path) -> list[notices.Notice]:
     return await asyncio.to_thread(lambda: notices.read(sorted(run_folder.glob(notices.FILE_PATTERN))))
 
 
-def _noticed(notice: notices.Notice) -> str:
+def _noticed(notice: notices.Notice, node: str) -> str:
+    return (f"on node {node}: " if node else "") + _said(notice)
+
+
+def _said(notice: notices.Notice) -> str:
     return f"{notice.key}: {notice.error}" if notice.key else f"on the cpu, its core was wrong: {notice.error}"
 
 
-def _failure(strike: Strike) -> Failure:
-    return Failure(strike.sha256, strike.count, strike.disabled, strike.error, strike.time_ns)
+def _failure(strike: Strike, node: str) -> Failure:
+    return Failure(strike.sha256, strike.count, strike.disabled, strike.error, strike.time_ns, node)

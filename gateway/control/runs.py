@@ -8,10 +8,11 @@ reading back, no frame gap is named, no upload is unfinished, and what was annou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from gateway.control.elsewhere import sentence
 from ingest.ports import Catalog
 from ingest.records import FrameLedger, ObjectRecord
 from kernels.notices import MISFIT, Notice
@@ -120,8 +121,9 @@ async def run_status(
     expect_objects: int | None,
     expect_bytes: int | None,
     notices: Sequence[Notice] = (),
+    waiting: Mapping[str, Mapping[str, int]] | None = None,
 ) -> RunStatus:
-    """Raises NoSuchBucket, CatalogUnavailable."""
+    """``waiting``: by kernel, see Elsewhere.waiting. Raises NoSuchBucket, CatalogUnavailable."""
     await catalog.bucket(bucket)
     status = RunStatus(bucket, _text(prefix))
     after, truncated = b"", True
@@ -145,6 +147,9 @@ async def run_status(
         KernelError(one.kernel, one.key, one.error)
         for one in notices
         if one.bucket == bucket and one.kind == MISFIT and one.key.startswith(_text(prefix))
+    ]
+    status.kernel_errors += [
+        KernelError(kernel, "", sentence(nodes)) for kernel, nodes in sorted((waiting or {}).items())
     ]
     status.kernel_errors += [
         KernelError(one.kernel, _text(one.key), one.error, one.given_up)

@@ -13,6 +13,7 @@ import os
 import signal
 
 from gateway.boot import Boot
+from gateway.control.status import SandboxFile
 from gateway.metrics import Reader
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
@@ -24,6 +25,7 @@ from ingest.cluster.log import Diverged, Fenced, Left
 from ingest.cluster.members import Load
 from ingest.cluster.schema import LOG_FORMAT
 from ingest.counters import CATALOGUE, Counters
+from kernels.standing import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def _main_of_cluster(boot: Boot, settings: Settings, counters: Counters) -> None
         control=reached["control"],
         dav=reached["dav"],
     )
-    load = LoadMeter(settings, counters)
+    load = LoadMeter(settings, counters, SandboxFile(boot.paths.sandbox, settings.kernels))
 
     async def serving(stop: asyncio.Event) -> None:
         await node.serve(boot.paths, counters, options, load=load, ready=boot.ready, stop=stop)
@@ -84,7 +86,8 @@ def _serves(boot: Boot) -> bool:
 class LoadMeter:
     """What this node says of itself with each heartbeat, from the counters of all its processes."""
 
-    def __init__(self, settings: Settings, counters: Counters) -> None:
+    def __init__(self, settings: Settings, counters: Counters, sandbox: SandboxFile) -> None:
+        self._sandbox = sandbox
         self._capacity_bytes = settings.buffer_bytes
         self._ingest_bytes_per_s = settings.ingest_bytes_per_s
         self._reader = Reader(counters)
@@ -102,5 +105,6 @@ class LoadMeter:
             receiving_bytes_per_s=int(max(0.0, rate)),
             bodies=int(self._reader.value("hiss_ingest_active_streams")),
             log_format=LOG_FORMAT,
+            kernels=self._sandbox.read()["state"] not in ("off", Verdict.REFUSED.value),
             ingest_bytes_per_s=self._ingest_bytes_per_s,
         )

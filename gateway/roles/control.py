@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import secrets
 import signal
 import socket
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -20,15 +23,21 @@ from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator, sight_maker
 from gateway.control.cluster import ClusterWatch
+from gateway.control.elsewhere import Elsewhere
 from gateway.control.feedback.director import ActionDirector
+from gateway.control.feedback.exchange import Exchange, Outlets
+from gateway.control.feedback.executors import Executors
 from gateway.control.feedback.hub import FeedbackHub
+from gateway.control.feedback.peers import Peers
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
+from gateway.control.kernels import failing_in
 from gateway.control.nodes import NodeSource
 from gateway.control.reservations import offers_of
 from gateway.control.shares import rebalancing
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
+from gateway.neighbours import peer_tls
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from gateway.supervisor.slot import SlotState
@@ -41,6 +50,7 @@ from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
 DISTRIBUTION = "hiss-gateway"
+KERNELS_LOOK_S = 1.0
 
 
 def main(boot: Boot) -> None:
@@ -61,18 +71,34 @@ async def _serve(boot: Boot) -> None:
     publisher = _publisher(settings, counters)
     version = importlib.metadata.version(DISTRIBUTION)
     members = Members(boot.paths)
+    key = NodeKey.load(boot.paths.node_key)
     async with CatalogClient(boot.paths) as catalog:
+        mine = Outlets(tuple(settings.feedback_target_globs), tuple(settings.feedback_schemes))
+        executors = Executors(mine, members.look) if settings.catalog else None
         actions = ActionDirector(
             catalog,
             counters,
             globs=settings.feedback_target_globs,
             schemes=settings.feedback_schemes,
             paths=boot.paths,
+            executors=executors,
         )
         watch = ClusterWatch(catalog, members, counters)
-        feedback = FeedbackHub(counters, director=actions, publisher=publisher)
+
+        def ahead_ns() -> int:
+            return catalog.now_ns() - time.time_ns()
+
+        exchange = None
+        if settings.catalog:
+            exchange = Exchange(catalog.node, f"{catalog.node}:{secrets.token_hex(4)}", mine, ahead_ns)
+        feedback = FeedbackHub(counters, director=actions, publisher=publisher, exchange=exchange)
         actions.notify = feedback.notice
-        users = CatalogUsers(catalog, NodeKey.load(boot.paths.node_key).open_secret)
+        peers = None
+        if executors is not None:
+            tls_of_peers = peer_tls(settings.tls_cert)
+            peers = Peers(members, key.peers, feedback, actions, executors, tls=tls_of_peers, ahead_ns=ahead_ns)
+            feedback.peers = peers
+        users = CatalogUsers(catalog, key.open_secret)
         context = ControlContext(
             version=version,
             catalog=catalog,
@@ -87,7 +113,7 @@ async def _serve(boot: Boot) -> None:
                 settings.shown(),
                 version,
                 kernels,
-                lambda: outlets(actions, publisher),
+                lambda: outlets(actions, publisher, peers),
                 watch.document,
             ),
             nodes=NodeSource(
@@ -102,6 +128,8 @@ async def _serve(boot: Boot) -> None:
             feedback=feedback,
             actions=actions,
             run_folder=boot.paths.run,
+            elsewhere=Elsewhere(members if settings.catalog else None, peers),
+            peers=key.peers if settings.catalog else None,
             offers=lambda: offers_of(settings, members.all()),
         )
         tls = None
@@ -110,6 +138,10 @@ async def _serve(boot: Boot) -> None:
         await feedback.listen(boot.paths.feedback_socket)
         work = [asyncio.create_task(rates.run(), name="rates"), asyncio.create_task(actions.run(), name="actions")]
         work.append(asyncio.create_task(watch.run(), name="cluster"))
+        if peers is not None:
+            work.append(asyncio.create_task(peers.run(), name="feedback of other nodes"))
+        if exchange is not None:
+            work.append(asyncio.create_task(_tell_kernels(exchange, boot.paths.run), name="kernels for other nodes"))
         if publisher is not None:
             work.append(asyncio.create_task(publisher.run(), name="zmq"))
         shares = ShareTable(boot.shares)
@@ -129,6 +161,13 @@ async def _serve(boot: Boot) -> None:
             await asyncio.gather(*work, return_exceptions=True)
 
 
+async def _tell_kernels(exchange: Exchange, run_folder: Path) -> None:
+    """The other nodes know which kernels fail here."""
+    while True:
+        exchange.kernels(*await failing_in(run_folder))
+        await asyncio.sleep(KERNELS_LOOK_S)
+
+
 def _publisher(settings: Settings, counters: Counters) -> ZmqPublisher | None:
     if not settings.feedback_zmq:
         return None
@@ -140,10 +179,11 @@ def _publisher(settings: Settings, counters: Counters) -> ZmqPublisher | None:
     )
 
 
-def outlets(actions: ActionDirector, publisher: ZmqPublisher | None) -> dict[str, Any]:
-    """Where feedback leaves the node, for ``/v1/status``."""
+def outlets(actions: ActionDirector, publisher: ZmqPublisher | None, peers: Peers | None) -> dict[str, Any]:
+    """Where feedback leaves the node and which other nodes' it hears, for ``/v1/status``."""
     published = {"endpoint": publisher.endpoint or None, "error": publisher.error or None} if publisher else None
-    return {"zmq": published, "bridges": actions.bridges()}
+    heard = {} if peers is None else {"nodes": peers.links()}
+    return {"zmq": published, "bridges": actions.bridges(), **heard}
 
 
 def health_check(

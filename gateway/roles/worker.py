@@ -34,7 +34,9 @@ from gateway.supervisor.resources import write_atomically
 from ingest.arena import SLAB_BYTES, Arena
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.copies import Copies
 from ingest.cluster.holdings import Holdings
+from ingest.cluster.members import Members
 from ingest.cluster.remirror import Remirror
 from ingest.compaction import housekeep
 from ingest.counters import Counters
@@ -107,14 +109,26 @@ async def _serve(boot: Boot) -> None:
             recall_timeout_s=settings.recall_timeout_s,
             shares=ShareTable(boot.shares),
         )
-        buffer.neighbours = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
+        others = neighbours(boot.paths, settings, NodeKey.load(boot.paths.node_key))
+        buffer.neighbours = others
+        if settings.catalog:
+            buffer.copies = Copies(
+                boot.paths,
+                catalog,
+                executor,
+                others,
+                catalog.node,
+                lambda record: buffer.open_stored(record, 0, record.length),
+            )
         prefault.start()
         async with _kernels(boot, settings, buffer, counters) as host:
             buffer.host = host
             keepers = [asyncio.create_task(housekeep(buffer, counters, stop), name="housekeeping")]
             if boot.slot == 0:  # one of the node's workers looks after the copies of all
-                remirror = Remirror(buffer, buffer.neighbours, counters)
+                remirror = Remirror(buffer, others, counters)
                 keepers.append(asyncio.create_task(remirror.run(stop), name="second copies"))
+                if buffer.copies is not None:
+                    keepers.append(asyncio.create_task(buffer.copies.run(), name="copies of kernels"))
             async with _servers(boot, settings, buffer, host, counters):
                 boot.ready()
                 await stop.wait()
@@ -122,7 +136,7 @@ async def _serve(boot: Boot) -> None:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
         await buffer.close(settings.shutdown_grace_s / 2)
-        await buffer.neighbours.client.close()
+        await others.client.close()
     executor.shutdown(wait=True)
     segments.close()
 
@@ -147,6 +161,7 @@ async def _kernels(
         HostLimits(sandbox=sandbox, workers=settings.workers),
         _clearance(boot, settings, counters),
         boot.paths.strikes_file(boot.slot),
+        Members(boot.paths) if settings.catalog else None,
     )
     await feedback.start()
     await host.start()

@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -637,8 +637,13 @@ class CatalogClient:
     async def archive_deleted(self, tombstone: int) -> None:
         await self._call(wire.MarkArchiveDeleted(tombstone), _nothing)
 
-    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
-        return await self._scan(lambda reader: reader.pending_reductions(slot, limit))
+    async def pending_reductions(
+        self, slot: int | None, limit: int, gone: Collection[int] = ()
+    ) -> Sequence[ReductionJob]:
+        return await self._scan(lambda reader: reader.pending_reductions(slot, limit, gone))
+
+    async def owed_at_node(self, node: int, bucket: str, prefix: bytes) -> Mapping[str, int]:
+        return await self._scan(lambda reader: reader.owed_at_node(node, bucket, prefix))
 
     async def reduction_counts(self, bucket: str) -> Sequence[ReductionCount]:
         return await self._scan(lambda reader: reader.reduction_counts(bucket))
@@ -648,8 +653,8 @@ class CatalogClient:
     ) -> None:
         await self._call(wire.FailReduction(object_id, kernel, error, give_up, counted), _nothing)
 
-    async def filters_due(self, slot: int, limit: int) -> Sequence[FilterJob]:
-        return await self._scan(lambda reader: reader.filters_due(slot, limit))
+    async def filters_due(self, slot: int, limit: int, gone: Collection[int] = ()) -> Sequence[FilterJob]:
+        return await self._scan(lambda reader: reader.filters_due(slot, limit, gone))
 
     async def filters_failed(self, bucket: str, prefix: bytes, limit: int) -> Sequence[tuple[bytes, str]]:
         return await self._scan(lambda reader: reader.filters_failed(bucket, prefix, limit))
@@ -701,6 +706,9 @@ class CatalogClient:
 
     async def owed_with_reason(self, bucket: str, prefix: bytes, limit: int) -> Sequence[OwedProduct]:
         return await self._scan(lambda reader: reader.owed_with_reason(bucket, prefix, limit))
+
+    async def kernel_objects(self, limit: int) -> Sequence[ObjectRecord]:
+        return await self._scan(lambda reader: reader.kernel_objects(limit))
 
     # -- nodes
     async def nodes(self) -> Sequence[NodeRecord]:

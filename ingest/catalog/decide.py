@@ -53,6 +53,7 @@ from ingest.records import (
     PartialOf,
     PartRecord,
     Reservation,
+    RunProductOf,
 )
 from ingest.states import Event, transition
 
@@ -286,6 +287,8 @@ class Decider:
             raise StaleVersion("the version this product reduces has gone")
         if request.partial is not None:
             self._check_partial(request.bucket, request.partial)
+        if request.run_product is not None:
+            self._check_run_product(request.bucket, request.run_product)
         if (
             request.raw is not None
             and self._db.execute(statements.FILTER_IF_JUDGED, {"of": request.raw.object_id}).fetchone() is None
@@ -417,6 +420,13 @@ class Decider:
             row = self._db.execute(statements.PARTIAL, {"of": old}).fetchone()
             if row is None or tuple(row[:4]) != of_run:
                 raise StaleVersion(f"partial {old.hex()} of this run has gone")
+
+    def _check_run_product(self, bucket: str, product: RunProductOf) -> None:
+        """Two keepers of one run, one of which does not know yet that it is none: who knows more wins, whoever comes last."""
+        of = {"of_bucket": bucket, "of_run": product.run, "of_kernel": product.kernel}
+        row = self._db.execute(statements.RUN_PRODUCT, of).fetchone()
+        if row is not None and row[1] > product.reflects:
+            raise StaleVersion("a product of this run that reflects more is stored")
 
     def _is_in(self, replaced: tuple[bytes, ...], object_id: bytes) -> bool:
         """Whether a member counts in one of the partials that go with the commit."""

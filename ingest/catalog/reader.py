@@ -8,7 +8,8 @@ and by the catalogue process on its writing connection, where it sees the batch 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from ingest import bucket_settings
 from ingest.catalog import rows, statements, stranded
@@ -40,6 +41,7 @@ from ingest.records import (
     UploadRecord,
     UserRecord,
 )
+from ingest.runs import INTERNAL_PREFIXES
 
 LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
@@ -348,16 +350,35 @@ class Reader:
     def pending_archive_deletes(self, limit: int) -> list[tuple[int, str, str, bytes, bytes | None]]:
         return self._db.execute(statements.TOMBSTONES, {"limit": limit}).fetchall()
 
-    def pending_reductions(self, slot: int | None, limit: int) -> list[ReductionJob]:
+    def pending_reductions(self, slot: int | None, limit: int, gone: Collection[int] = ()) -> list[ReductionJob]:
         if slot is None:
             jobs = self._db.execute(statements.REDUCTIONS, {"limit": limit}).fetchall()
         else:
             of = {"slot": places.place(self._node, slot), "limit": limit}
             jobs = self._db.execute(statements.REDUCTIONS_OF_SLOT, of).fetchall()
-        return [
+        found = [
             ReductionJob(kernel, attempts, self.by_id(object_id), bool(released))
             for object_id, kernel, attempts, released in jobs
         ]
+        for object_id, kernel, attempts, _ in self._adopted(statements.ADOPTED_REDUCTIONS, gone, limit):
+            record = self.by_id(object_id)
+            if record.mirror and record.mirror[0].slot == slot:
+                found.append(ReductionJob(kernel, attempts, record, released=True))
+        return found[:limit]
+
+    def _adopted(self, statement: str, gone: Collection[int], limit: int) -> Iterator[tuple[Any, ...]]:
+        """Rows of what nodes owe that have gone, of versions whose second copy is here."""
+        for node in gone:
+            first = places.place(node, 0)
+            of = {"first": first, "last": first + places.SLOTS_MAX - 1, "me": self._node, "limit": limit}
+            yield from self._db.execute(statement, of).fetchall()
+
+    def owed_at_node(self, node: int, bucket: str, prefix: bytes) -> dict[str, int]:
+        """By kernel: products that a node owes of versions which nobody else has."""
+        first = places.place(node, 0)
+        of = {"first": first, "last": first + places.SLOTS_MAX - 1, "bucket": bucket}
+        of_keys = {"start": prefix, "end": key_after(prefix)}
+        return dict(self._db.execute(statements.OWED_AT_NODE, of | of_keys).fetchall())
 
     # -- runs
     def released_reductions(self, slot: int) -> bool:
@@ -431,10 +452,14 @@ class Reader:
             groups.setdefault(kernel, []).append(tuple(group))
         return [_reduction_count(kernel, of_kernel) for kernel, of_kernel in sorted(groups.items())]
 
-    def filters_due(self, slot: int, limit: int) -> list[FilterJob]:
+    def filters_due(self, slot: int, limit: int, gone: Collection[int] = ()) -> list[FilterJob]:
         jobs = []
         of = {"slot": places.place(self._node, slot), "limit": limit}
         found = self._db.execute(statements.FILTERS_DUE, of).fetchall()
+        for row in self._adopted(statements.ADOPTED_FILTERS, gone, limit):
+            mirror = self.by_id(row[0]).mirror
+            if mirror and mirror[0].slot == slot:
+                found.append(row)
         for object_id, attempts, filters in found:
             verdicts = dict(self._db.execute(statements.VERDICTS, {"of": object_id}).fetchall())
             unjudged = frozenset(kernel for (kernel,) in self._db.execute(statements.UNJUDGED, {"of": object_id}))
@@ -453,6 +478,13 @@ class Reader:
         (buffered_bytes,) = self._db.execute(statements.BUFFERED_BYTES, here).fetchone()
         (evictable_bytes,) = self._db.execute(statements.EVICTABLE_BYTES, here).fetchone()
         return DrainCounts(queued, queued_bytes, failing, oldest_ns, buffered_bytes, evictable_bytes)
+
+    def kernel_objects(self, limit: int) -> list[ObjectRecord]:
+        found = []
+        for bucket in self.buckets():
+            listed, _ = self.list_objects(bucket.name, INTERNAL_PREFIXES[0], b"", b"", limit)
+            found += [row.record for row in listed if row.record is not None]
+        return found
 
     # -- nodes
     def held_by(self, node: int, away: frozenset[int] = frozenset()) -> HeldByNode:

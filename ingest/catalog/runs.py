@@ -177,6 +177,8 @@ class RunIndex:
         self._db.execute(statements.RUN_PRODUCT_CHANGED, of)
 
     def product_committed(self, bucket: str, product: RunProductOf) -> None:
+        if not product.final:
+            return
         of = {"of_bucket": bucket, "of_run": product.run, "of_kernel": product.kernel, "reflects": product.reflects}
         self._db.execute(statements.RUN_PRODUCT_STORED, of)
 

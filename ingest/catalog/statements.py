@@ -668,6 +668,34 @@ _pending_reductions = (
 )
 REDUCTIONS = _sql(_pending_reductions)
 REDUCTIONS_OF_SLOT = _sql(_pending_reductions.where(reductions.c.slot == _p("slot")))
+_of_node = text("reductions.slot BETWEEN :first AND :last")
+_mirrored_here = text("+objects.mirror_node = :me")
+ADOPTED_REDUCTIONS = _sql(
+    sa.select(reductions.c.object_id, reductions.c.kernel, reductions.c.attempts, reductions.c.released)
+    .select_from(reductions.join(objects, objects.c.object_id == reductions.c.object_id))
+    .where(
+        reductions.c.given_up == literal_column("0"),
+        reductions.c.released < literal_column("2"),
+        _of_node,
+        _mirrored_here,
+    )
+    .order_by(reductions.c.attempts, reductions.c.sequence)
+    .limit(_limit)
+    .offset(_none)
+)
+"""What a node owes of versions whose second copy is here."""
+OWED_AT_NODE = _sql(
+    sa.select(reductions.c.kernel, sa.func.count())
+    .select_from(reductions.join(objects, objects.c.object_id == reductions.c.object_id))
+    .where(
+        reductions.c.given_up == literal_column("0"),
+        _of_node,
+        text("+objects.mirror_node IS NULL AND +objects.bucket = :bucket AND +objects.key >= :start"),
+        sa.or_(bindparam("end", type_=sa.LargeBinary).is_(None), text("+objects.key < :end")),
+    )
+    .group_by(reductions.c.kernel)
+)
+"""What a node owes of versions that nobody else has."""
 REDUCTION_COUNTS = _sql(
     sa.select(
         reductions.c.kernel,
@@ -782,6 +810,21 @@ FILTERS_DUE = _sql(
     .limit(_limit)
     .offset(_none)
 )
+ADOPTED_FILTERS = _sql(
+    sa.select(filters.c.object_id, filters.c.attempts, filters.c.filters)
+    .select_from(filters.join(objects, objects.c.object_id == filters.c.object_id))
+    .where(
+        filters.c.given_up == literal_column("0"),
+        text("filters.slot BETWEEN :first AND :last"),
+        _mirrored_here,
+        ~sa.exists(_one)
+        .where(reductions.c.object_id == filters.c.object_id, reductions.c.given_up == literal_column("0"))
+        .correlate(filters),
+    )
+    .order_by(filters.c.attempts, filters.c.sequence)
+    .limit(_limit)
+    .offset(_none)
+)
 FILTERS_FAILED = _sql(
     sa.select(objects.c.key, filters.c.error)
     .select_from(filters.join(objects, objects.c.object_id == filters.c.object_id))
@@ -858,6 +901,11 @@ RUN_PRODUCT_STORED = _sql(
 DELETE_RUN_PRODUCT = _sql(
     sa.delete(run_products).where(
         _product_key, run_products.c.kernel == _p("of_kernel"), run_products.c.changed <= _p("reflects")
+    )
+)
+RUN_PRODUCT = _sql(
+    sa.select(run_products.c.changed, run_products.c.stored).where(
+        _product_key, run_products.c.kernel == _p("of_kernel")
     )
 )
 RUN_PRODUCTS_OF = _sql(

@@ -2,8 +2,8 @@
 
 In: requests that were found to come from a node of this cluster (s3api/peers.py). Out: readers of local segments; streams
 that land in local segments and end in the catalogue's holding them.
-Always holds: only bytes that lie on this node are served (a relay never relays a relay); a copy that was not held by the
-catalogue is free again, like any body that was not committed.
+Always holds: only bytes that lie on this node are served, in segments or as copies of kernels (a relay never relays a
+relay); a second copy that was not held by the catalogue is free again, like any body that was not committed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Holdings:
                 return await SegmentReader.open(buffer.paths, buffer.executor, extents, start - base, stop - base)
             except StaleExtent:
                 pass  # moved by our compaction, which our catalogue was told
+        if buffer.copies is not None and (kept := buffer.copies.local(object_id, start, stop)) is not None:
+            return kept
         try:
             record = await buffer.catalog.by_id(object_id)
         except NoSuchKey:

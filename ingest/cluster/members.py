@@ -31,6 +31,8 @@ class Load(msgspec.Struct, frozen=True):
     log_format: int = 0
     ingest_bytes_per_s: int = 0
     """What it takes in, at most; 0: it does not say."""
+    kernels: bool = True
+    """It runs kernels."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -129,6 +131,16 @@ class Members:
     def others(self) -> tuple[Member, ...]:
         me = self.look().me
         return tuple(one for one in self.all() if one.node != me)
+
+    def reducing(self) -> tuple[int, ...]:
+        """Who works on runs now: those that live and run kernels; one that is draining only where there is no other."""
+        living = [one for one in self.all() if one.alive and one.load.kernels]
+        up = [one.node for one in living if one.record.state is NodeState.UP]
+        return tuple(sorted(up or [one.node for one in living]))
+
+    def gone(self) -> tuple[int, ...]:
+        """Those whose lease has ended, and those that have left."""
+        return tuple(one.node for one in self.look().members if one.record.state is NodeState.REMOVED or not one.alive)
 
     def leads(self) -> bool:
         """Whether what one node does for all (rules, webhooks, deleted copies) is for this one: the first that lives."""

@@ -278,6 +278,9 @@ class Fetched:
         self._wire: Wire | None = wire
         self._answer = answer
 
+    async def __aenter__(self) -> Fetched:
+        return self
+
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 

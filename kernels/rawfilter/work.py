@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -61,6 +61,10 @@ class FilterHost(Protocol):
     scratch: Path | None
     """A folder of the node's for files without a name; None: the system's."""
 
+    def gone(self) -> Collection[int]:
+        """Nodes of the cluster that do not live."""
+        ...
+
     def attached(self, bucket: str, name: str) -> Attachment | None: ...
     async def prepare(self, bucket: str) -> None: ...
 
@@ -91,7 +95,7 @@ class RawFilter:
         """For ever."""
         while True:
             try:
-                jobs = await self._host.catalog.filters_due(self._slot, JOBS_AT_ONCE)
+                jobs = await self._host.catalog.filters_due(self._slot, JOBS_AT_ONCE, self._host.gone())
             except IngestError as error:
                 log.warning("the raw filters that are due could not be listed: %s", error)
                 jobs = ()

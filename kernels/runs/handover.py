@@ -7,7 +7,7 @@ another worker, of an earlier process, too much at once) is read from storage, a
 
 from __future__ import annotations
 
-from kernels.runs.names import owner
+from kernels.runs.keeping import Keeping
 from kernels.runs.partial import Partial
 
 BYTES_MAX = 64 << 20
@@ -17,15 +17,14 @@ BYTES_MAX = 64 << 20
 class Handover:
     """Of one worker. Belongs to its event loop."""
 
-    def __init__(self, slot: int, workers: int) -> None:
-        self._slot = slot
-        self._workers = workers
+    def __init__(self, keeping: Keeping) -> None:
+        self._keeping = keeping
         self._waiting: dict[bytes, Partial] = {}
         self._size_bytes = 0
 
     def keeps(self, bucket: str, run: bytes, kernel: str) -> bool:
         """Whether this worker's keeper makes the product of the run."""
-        return owner(bucket, run, kernel, self._workers) == self._slot
+        return self._keeping.keeps(bucket, run, kernel)
 
     def give(self, object_id: bytes, partial: Partial) -> None:
         """Before it is stored: the keeper may look at once."""

@@ -1,9 +1,10 @@
 """The keeper of a worker's runs: their products follow what is stored, at most once a second.
 
 In: the catalogue's list of run products that do not reflect its state. Out: ``_run.nxs`` of the newest group, ``_run.<id>.nxs``
-of older ones, compacted partials, runs closed after their timeout. What always holds: one worker of the node keeps a
-product (``names.owner``), and whatever it knows can be read again from the catalogue and the partials, so that its death
-costs a second. A refresh never takes more than a tenth of the keeper's time: large products are refreshed less often.
+of older ones, compacted partials, runs closed after their timeout. What always holds: one worker of all nodes keeps a
+product (``keeping``), and whatever it knows can be read again from the catalogue and the partials, so that its death costs
+a second, and its node's a lease. A refresh never takes more than a tenth of the keeper's time: large products are refreshed
+less often.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ingest.errors import IngestError, NoSuchBucket, NoSuchKey, StaleVersion
 from ingest.records import (
     CommitObject,
     DeleteObject,
+    ObjectRecord,
     OwedInRun,
     PartialOf,
     PartialRecord,
@@ -33,7 +35,7 @@ from kernels.runs.batch import EACH_BYTES_MAX
 from kernels.runs.conclude import conclude
 from kernels.runs.gather import RunHost
 from kernels.runs.groups import Group, load_group, read_partial
-from kernels.runs.names import folder, owner, partial_key, run_key
+from kernels.runs.names import folder, partial_key, run_key
 
 log = logging.getLogger("hiss.kernels")
 
@@ -63,6 +65,8 @@ class _Kept:
     groups: dict[str, Group] = dataclasses.field(default_factory=dict)
     stored: dict[str, frozenset[bytes]] = dataclasses.field(default_factory=dict)
     """Partials in the stored products of older groups."""
+    trouble: str = ""
+    """Why the product is not as new as it should be, as it was logged."""
 
     @property
     def size_bytes(self) -> int:
@@ -73,10 +77,8 @@ _Identity = tuple[str, bytes, str]
 
 
 class RunKeeper:
-    def __init__(self, host: RunHost, slot: int, workers: int) -> None:
+    def __init__(self, host: RunHost) -> None:
         self._host = host
-        self._slot = slot
-        self._workers = workers
         self._kept: dict[_Identity, _Kept] = {}
         self._ordering: set[_Identity] = set()
 
@@ -102,15 +104,17 @@ class RunKeeper:
 
     async def _keep(self, due: RunProductRecord) -> None:
         run = due.run
-        if not self._host.handover.keeps(run.bucket, run.run, due.kernel):
-            return
         identity = (run.bucket, run.run, due.kernel)
+        if not self._host.handover.keeps(*identity):
+            self._kept.pop(identity, None)
+            return
         kept = self._kept.setdefault(identity, _Kept())
         began_s = time.monotonic()
         if began_s < kept.due_s:
             return
         try:
             final = await self._refresh(due, kept)
+            kept.trouble = ""
         except (NoSuchKey, StaleVersion) as error:
             # The run changed while it was read: it is due again.
             log.info("run %r of %s changed while its product was made: %r", run.run, due.kernel, error)
@@ -119,7 +123,9 @@ class RunKeeper:
             log.info("run %r of %s went with its bucket", run.run, due.kernel)
             final = True
         except IngestError as error:
-            log.warning("the product of run %r was not stored: %s", run.run, error)
+            if kept.trouble != str(error):
+                kept.trouble = str(error)
+                log.warning("the product of run %r was not stored: %s", run.run, error)
             final = False
         except partials.BadPartial as error:
             log.error("a partial of run %r cannot be read: %s", run.run, error)
@@ -133,6 +139,8 @@ class RunKeeper:
     async def _refresh(self, due: RunProductRecord, kept: _Kept) -> bool:
         """Make and store what the catalogue says now; True when the run is closed and complete."""
         run, kernel, catalog = due.run, due.kernel, self._host.catalog
+        # Before anything is read, so that only a product is deleted that knew no more.
+        stored = await self._stored(due)
         owed = await catalog.owed_in_run(run.bucket, run.run, kernel, OWED_COUNT_MAX)
         listed = await catalog.partials(run.bucket, run.run, kernel)
         by_group: dict[str, list[PartialRecord]] = {}
@@ -144,7 +152,7 @@ class RunKeeper:
         if await self._order(due, owed, listed):
             return False  # it stays due: what comes of it is stored then
         if newest is None:
-            await self._empty(due, owed)
+            await self._empty(due, owed, stored)
             return not owed.pending
         for name, found in by_group.items():
             kept.groups[name] = await load_group(self._host, run.bucket, name, found, kept.groups.get(name))
@@ -154,7 +162,8 @@ class RunKeeper:
                 await self._store(due, kept, name, newest, owed)
                 kept.stored[name] = identities
         await self._store(due, kept, newest, newest, owed)
-        await self._sweep_names(due, {run_key(kernel, run.run, name) for name in by_group.keys() - {newest}})
+        wanted = {run_key(kernel, run.run, name) for name in (None, *(by_group.keys() - {newest}))}
+        await self._delete(run.bucket, [one for one in stored if one.key not in wanted])
         final = bool(run.closed_ns) and not owed.pending
         for name, found in by_group.items():
             await self._compact(due, kept.groups[name], name, found, everything=final)
@@ -214,7 +223,7 @@ class RunKeeper:
             extents=(),
             headers={"content-type": product.CONTENT_TYPE},
             metadata={"hiss-kernel": due.kernel, "hiss-run": "closed" if run.closed_ns else "open"},
-            run_product=RunProductOf(due.kernel, run.run, due.changed) if final else None,
+            run_product=RunProductOf(due.kernel, run.run, due.changed, final),
         )
         await self._host.pad.store(request, body)
         self._host.context.tally.product()
@@ -244,7 +253,7 @@ class RunKeeper:
         self._host.spawn(judge(), "ordered run")
         return True
 
-    async def _empty(self, due: RunProductRecord, owed: OwedInRun) -> None:
+    async def _empty(self, due: RunProductRecord, owed: OwedInRun, stored: Sequence[ObjectRecord]) -> None:
         """No member is left, or none could be reduced, or all of them wait for the end of the run."""
         run, catalog = due.run, self._host.catalog
         if owed.pending:
@@ -253,21 +262,23 @@ class RunKeeper:
             body = await self._host.in_thread(lambda: product.build_failure(run, due.kernel, owed, due.changed))
             await self._put(due, run_key(due.kernel, run.run), body, final=True)
         else:
-            await self._delete(run.bucket, [run_key(due.kernel, run.run)])
+            await self._delete(run.bucket, [one for one in stored if one.key == run_key(due.kernel, run.run)])
             await catalog.run_stored(run.bucket, run.run, due.kernel, due.changed)
-        await self._sweep_names(due, set())
+        await self._delete(run.bucket, [one for one in stored if one.key != run_key(due.kernel, run.run)])
 
-    async def _sweep_names(self, due: RunProductRecord, wanted: set[bytes]) -> None:
-        """Delete products of groups that have no members any more."""
+    async def _stored(self, due: RunProductRecord) -> list[ObjectRecord]:
+        """Products of the run's groups, whether or not these have members."""
         prefix = folder(due.kernel, due.run.run) + b"_run."
         rows, _ = await self._host.catalog.list_objects(due.run.bucket, prefix=prefix, limit=1000)
-        stale = [row.key for row in rows if row.key not in wanted and row.key != prefix + b"nxs"]
-        if stale:
-            await self._delete(due.run.bucket, stale)
+        return [row.record for row in rows if row.record is not None]
 
-    async def _delete(self, bucket: str, keys: Sequence[bytes]) -> None:
-        for outcome in await self._host.catalog.delete([DeleteObject(bucket, key) for key in keys]):
-            if isinstance(outcome, Exception):
+    async def _delete(self, bucket: str, found: Sequence[ObjectRecord]) -> None:
+        """Just these versions: another keeper may have stored newer ones."""
+        if not found:
+            return
+        requests = [DeleteObject(bucket, one.key, object_id=one.object_id) for one in found]
+        for outcome in await self._host.catalog.delete(requests):
+            if isinstance(outcome, Exception) and not isinstance(outcome, StaleVersion | NoSuchKey):
                 raise outcome
 
     # -- compaction
@@ -330,9 +341,9 @@ class RunKeeper:
         catalog = self._host.catalog
         for bucket in await catalog.buckets():
             timeout_s = bucket_settings.parse(bucket.tags).run_timeout_s
-            if timeout_s == 0 or owner(bucket.name, b"", "", self._workers) != self._slot:
+            if timeout_s == 0 or not self._host.handover.keeps(bucket.name, b"", ""):
                 continue
-            before_ns = time.time_ns() - timeout_s * 1_000_000_000
+            before_ns = catalog.now_ns() - timeout_s * 1_000_000_000
             for run in await catalog.idle_runs(bucket.name, before_ns, IDLE_RUNS_MAX):
                 await catalog.close_run(bucket.name, run, "timeout", before_ns)
 

@@ -1,4 +1,4 @@
-"""Keys, groups and owners of runs. Pure.
+"""Keys and groups of runs. Pure.
 
 ``_products/<kernel>/<run>_run.nxs`` is the product of the newest group, ``_run.<8 hex>.nxs`` of an older one, and
 ``.partials/`` beside it holds what they are made of. ``<run>`` ends with ``/`` or is empty.
@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 
 import msgspec
 
@@ -59,11 +58,6 @@ def group_of(*epochs: Attachment) -> str:
 def exact(kernel: Kernel) -> bool:
     """Whether partial states may be merged in any order: all but floating-point sums."""
     return not any(spec.merge == "sum" and spec.dtype in FLOAT_DTYPES for spec in kernel.state)
-
-
-def owner(bucket: str, run: bytes, kernel: str, workers: int) -> int:
-    """The worker that keeps the product: every process computes the same."""
-    return zlib.crc32(b"\0".join((bucket.encode(), kernel.encode(), run))) % workers
 
 
 def product_key(kernel: str, key: bytes) -> bytes:

@@ -41,6 +41,7 @@ from ingest.records import (
     ObjectState,
     PartialMember,
     PartialOf,
+    RunProductOf,
     SettleRequest,
     UserRecord,
     VersionAttributes,
@@ -429,6 +430,56 @@ async def test_a_delete_leaves_a_tombstone_where_a_copy_may_lie(
         await client.archive_deleted(tombstone)
         await client.archive_deleted(tombstone)
     assert await client.pending_archive_deletes(10) == []
+
+
+async def test_what_a_node_owes_is_its_mirrors_when_it_has_gone(client: CatalogClient, commit_of: CommitOf) -> None:
+    await client.create_bucket("run", "root")
+    here, away = Extent(client.node, 0, 1, 1, 4096, 100), Extent(5, 2, 1, 1, 4096, 100)
+    for number, key in enumerate((b"r/mirrored", b"r/only")):
+        extent = msgspec.structs.replace(away, offset=4096 * (number + 1))
+        request = commit_of("run", key, reductions=("hits",), filters={}, length=100, extents=(extent,))
+        if key == b"r/mirrored":
+            await client.hold_mirror(request.object_id, (here,))
+            request = msgspec.structs.replace(request, durability=Durability.MIRROR)
+        await client.commit(request)
+    assert await client.pending_reductions(0, 10) == []
+    (job,) = await client.pending_reductions(0, 10, gone=[5])
+    assert (job.record.key, job.released) == (b"r/mirrored", True)
+    assert await client.pending_reductions(1, 10, gone=[5]) == [], "another worker has the copy"
+    assert await client.owed_at_node(5, "run", b"") == {"hits": 1}
+    assert await client.owed_at_node(5, "run", b"other/") == {}
+    assert await client.owed_at_node(client.node, "run", b"") == {}
+
+
+async def test_of_two_keepers_of_a_run_the_one_that_knows_less_is_refused(
+    client: CatalogClient, commit_of: CommitOf
+) -> None:
+    """For a moment two nodes may keep the same run; whatever the order, what stays is the product that reflects most."""
+    await client.create_bucket("run", "root")
+    known = []
+    for name in (b"a", b"b"):
+        member = await client.commit(commit_of("run", b"r/" + name, reductions=("hits",)))
+        partial = PartialOf("hits", b"r/", "g", (PartialMember(member.object_id),), batch=True)
+        await client.commit(commit_of("run", b"_products/hits/r/.partials/" + name, partial=partial))
+        (due,) = await client.run_products_due(10)
+        known.append(due.changed)
+    key = b"_products/hits/r/_run.nxs"
+
+    def product(reflects: int, *, final: bool = True) -> CommitObject:
+        return commit_of("run", key, run_product=RunProductOf("hits", b"r/", reflects, final))
+
+    early = await client.commit(product(known[0]))
+    assert (await client.run_products_due(10))[0].stored == known[0], "it is due still"
+    await client.commit(product(known[1], final=False))
+    assert (await client.run_products_due(10))[0].stored == known[0], "another one of this state follows"
+    newest = await client.commit(product(known[1]))
+    assert await client.run_products_due(10) == []
+    for final in (False, True):
+        with pytest.raises(StaleVersion):
+            await client.commit(product(known[0], final=final))
+    # One that found the run empty deletes what it saw then, not what is there now.
+    await client.delete([DeleteObject("run", key, object_id=early.object_id)])
+    assert (await client.head("run", key)).object_id == newest.object_id
 
 
 async def test_one_commit_may_delete_several_archived_versions(client: CatalogClient, commit_of: CommitOf) -> None:

@@ -294,10 +294,12 @@ class Store:
         elif (object_id, kernel) in self.owed:
             self.owed[object_id, kernel] += 1
 
-    async def filters_due(self, slot: int, limit: int) -> tuple[()]:
+    async def filters_due(self, slot: int, limit: int, gone: Sequence[int] = ()) -> tuple[()]:
         return ()
 
-    async def pending_reductions(self, slot: int | None, limit: int) -> Sequence[ReductionJob]:
+    async def pending_reductions(
+        self, slot: int | None, limit: int, gone: Sequence[int] = ()
+    ) -> Sequence[ReductionJob]:
         return [
             ReductionJob(kernel, attempts, self._live(object_id))
             for (object_id, kernel), attempts in list(self.owed.items())[:limit]

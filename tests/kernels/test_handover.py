@@ -10,7 +10,7 @@ import pytest
 from kernels.contract import RowsSpec, StateSpec
 from kernels.product import build
 from kernels.runs.handover import BYTES_MAX, Handover
-from kernels.runs.names import owner
+from kernels.runs.keeping import Keeping, owner
 from kernels.runs.partial import Origin, Partial, from_product, of_version
 from kernels.verdicts import AFTER_STOP, UNREDUCED
 from tests.kernels.test_product import findings, lineage
@@ -58,9 +58,9 @@ def test_a_handed_partial_is_the_one_that_storage_gives(rows: RowsSpec | None) -
 
 
 def test_it_is_for_the_keeper_of_the_run_once_and_bounded() -> None:
-    kept = [Handover(slot, 3).keeps("b", b"run/", "k") for slot in range(3)]
+    kept = [Handover(Keeping(slot, 3)).keeps("b", b"run/", "k") for slot in range(3)]
     assert kept == [slot == owner("b", b"run/", "k", 3) for slot in range(3)]
-    handover = Handover(0, 1)
+    handover = Handover(Keeping(0, 1))
     large = Partial(ORIGIN, (), {"s": bytes(BYTES_MAX // 2)}, each=True, started_ns=0, ended_ns=0)
     for number in range(3):
         handover.give(bytes([number]), large)

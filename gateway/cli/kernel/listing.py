@@ -127,6 +127,8 @@ def _print(bucket: str, one: Submitted, document: dict[str, Any]) -> None:
         *((word, one.row[word]) for word in ("match", "after", "raw", "device") if one.row[word]),
         ("products", f"{counted}, {one.row['owed_products']} owed, {one.row['failed_products']} failed"),
         ("last error", one.row["last_error"] or "–"),
+        *((("waits", one.row["waits"]),) if one.row.get("waits") else ()),
+        *(("on node " + failed["node"], failed["error"]) for failed in one.row["failures"] if failed.get("node")),
     ]
     print_table(("", ""), facts)
     if document["values"]:

@@ -59,7 +59,11 @@ class Submitted:
         if self.left_out:
             return "left out", "the bucket has more kernels than run: remove others, or this one"
         if failure is not None and failure["disabled"]:
-            return "disabled", f"failed {failure['count']} times in a row: {failure['error']}; submit another source"
+            where = f" on node {failure['node']}" if failure.get("node") else ""
+            return (
+                "disabled",
+                f"failed {failure['count']} times in a row{where}: {failure['error']}; submit another source",
+            )
         if self.missing_arrays:
             arrays = ", ".join(self.missing_arrays)
             return "waiting", f"for array {arrays}: `hiss kernel submit … --array {self.missing_arrays[0]}=FILE.npy`"
@@ -69,7 +73,7 @@ class Submitted:
             return "failing", failure["error"]
         if self.row.get("notices"):
             return "failing", self.row["notices"][0]
-        return "running", self.row["last_error"]
+        return "running", self.row["last_error"] or self.row.get("waits", "")
 
     def document(self) -> dict[str, Any]:
         """For --json."""

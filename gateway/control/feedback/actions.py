@@ -25,6 +25,8 @@ AGE_MAX_S = 2.0
 TAKEN = "taken"
 DEFERRED = "deferred"
 """Follows when the rate allows it, unless a newer one comes."""
+FORWARDED = "forwarded"
+"""Another node decides: the one that writes to the target."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +115,11 @@ class Action:
             self._heard_s, self.expired = now_s, False
         self.armed = running
 
+    def leave(self) -> None:
+        """Another node decides from now on."""
+        self.armed = False
+        self._deferred = None
+
     def due_s(self) -> float:
         """When ``due`` has something to say; infinity for never."""
         times = [math.inf]
@@ -189,10 +196,10 @@ class BucketActions:
     def of(self, kernel: str, code: int) -> list[Action]:
         return [action for action in self.actions.values() if action.concerns(kernel, code)]
 
-    def arm(self, kernels: Iterable[str], now_s: float) -> None:
-        running = set(kernels)
+    def arm(self, running: Callable[[Action], Iterable[str]], now_s: float) -> None:
+        """``running``: the kernels of streams whose silence counts for an action."""
         for action in self.actions.values():
-            action.arm(any(action.of(kernel) for kernel in running), now_s)
+            action.arm(any(action.of(kernel) for kernel in running(action)), now_s)
 
     def due_s(self) -> float:
         return min((action.due_s() for action in self.actions.values()), default=math.inf)

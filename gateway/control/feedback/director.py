@@ -1,9 +1,11 @@
 """Carries named actions out: looks up what a bucket's codes mean, has actions.py decide, and hands orders to the bridges.
 
-In: events and running streams from the hub; bucket settings from the catalogue; the targets the operator allows. Out: orders on
-the links, notices to the bucket's subscribers (expired, failed), counts. What always holds: ``take`` never waits; settings are at
-most one catalogue generation old; without the catalogue what was known last stays in force; a worker that dies while a stream
-runs leaves its actions armed, so they expire.
+In: events and running streams from the hub; bucket settings from the catalogue; the targets the operator allows. Out: orders
+on the links, notices to the bucket's subscribers (expired, failed), counts. What always holds: ``take`` never waits; settings
+are at most one catalogue generation old; without the catalogue what was known last stays in force; a worker that dies while a
+stream runs leaves its actions armed, so they expire, and so does another node that cannot be heard any more. In a cluster the
+values of a target are decided by the one node that writes to it (executors.py), for the streams of all nodes; an action
+without a target by each node for its own streams.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gateway.control.feedback.actions import Action, BucketActions, Expired, Order
-from gateway.control.feedback.hub import Notice
+from gateway.control.feedback.actions import FORWARDED, Action, BucketActions, Expired, Order
+from gateway.control.feedback.exchange import Notice
+from gateway.control.feedback.executors import Executors
 from gateway.control.feedback.link import Link
 from ingest import action_settings, bucket_settings
 from ingest.counters import ACTION_OUTCOMES, Counters
@@ -51,15 +54,21 @@ class ActionDirector:
         globs: Sequence[str] = (),
         schemes: Sequence[str] = (),
         paths: NodePaths,
+        executors: Executors | None = None,
     ) -> None:
-        """``schemes``: those that have a bridge process."""
+        """``schemes``: those that have a bridge process. ``executors``: on a node of a cluster."""
+        self._executors = executors
         self._catalog = catalog
         self._globs = tuple(globs)
         self._links = {scheme: Link(scheme, paths.bridge_socket(scheme), self._done) for scheme in schemes}
         self._cells = {outcome: counters.cell("hiss_feedback_actions_total", outcome) for outcome in ACTION_OUTCOMES}
         self._known: dict[str, _Known] = {}
         self._running: dict[object, tuple[Pair, ...]] = {}
+        self._remote: dict[int, tuple[Pair, ...]] = {}
+        """By node."""
         self._orphans: set[Pair] = set()
+        self._unheard: dict[Pair, set[int]] = {}
+        """Streams of other nodes whose end nobody told -> the nodes that may still tell it; a worker that died there will not."""
         self._wake = asyncio.Event()
         self.notify: Callable[[Notice], None] = lambda _: None
 
@@ -102,7 +111,7 @@ class ActionDirector:
                 del self._known[bucket]
                 return
 
-    def take(self, event: FeedbackEvent) -> Mapping[str, str] | None:
+    def take(self, event: FeedbackEvent, *, remote: bool = False) -> Mapping[str, str] | None:
         known = self._known.get(event.bucket)
         concerned = known.actions.of(event.kernel, event.code) if known is not None else ()
         if not concerned:
@@ -112,6 +121,11 @@ class ActionDirector:
         born_s = now_s - max(0.0, (time.time_ns() - event.time_ns) / 1e9)
         outcomes = {}
         for action in concerned:
+            if (elsewhere := self._elsewhere(action, remote)) is not None:
+                if not remote:
+                    action.count(elsewhere)
+                    outcomes[action.settings.name] = elsewhere
+                continue
             outcome, order = action.take(event.value, fresh=event.live, born_s=born_s, now_s=now_s)
             if order is not None and not self._send(action, order):
                 outcome = "unavailable"
@@ -131,11 +145,54 @@ class ActionDirector:
         self._orphans.update(self._running.pop(worker, ()))
         self._wake.set()
 
+    # -- other nodes' streams
+
+    def streams_of(self, node: int, running: Sequence[Pair], orphans: Sequence[Pair]) -> None:
+        """What arrives at another node; ``orphans``: of workers that died there since."""
+        before = self._remote.get(node, ())
+        self._remote[node] = tuple(running)
+        for pair, nodes in list(self._unheard.items()):
+            # It can be heard again and says itself what runs.
+            nodes_left = nodes - {node}
+            if nodes_left:
+                self._unheard[pair] = nodes_left
+            elif nodes:
+                del self._unheard[pair]
+        self._unheard.update((pair, set()) for pair in orphans)
+        for bucket in {bucket for bucket, _ in (*before, *running, *orphans)}:
+            self._arm(bucket)
+        self._wake.set()
+
+    def node_lost(self, node: int) -> None:
+        """Its streams may go on or have ended: what is not heard counts as silence."""
+        for pair in self._remote.pop(node, ()):
+            if self._unheard.get(pair, {node}):
+                self._unheard.setdefault(pair, set()).add(node)
+        self._wake.set()
+
+    def _elsewhere(self, action: Action, remote: bool) -> str | None:
+        """What becomes of a value that is not decided here; None: it is."""
+        if not action.settings.target or self._executors is None:
+            return FORWARDED if remote else None
+        node = self._executors.of(action.settings.target)
+        if node is None:
+            # Nobody may write there: that is said as on a node alone; or it is not known yet who does.
+            return "unavailable" if action.permitted else None
+        return None if self._executors.me(action.settings.target) else FORWARDED
+
+    def _counting(self, action: Action, bucket: str) -> Iterator[str]:
+        """Kernels of the streams whose silence counts for an action."""
+        if self._elsewhere(action, False) is not None:
+            action.leave()
+            return
+        elsewhere = (self._unheard, *self._remote.values()) if action.settings.target else ()
+        for pairs in (self._orphans, *self._running.values(), *elsewhere):
+            yield from (kernel for name, kernel in pairs if name == bucket)
+
     def _arm(self, bucket: str) -> None:
         known = self._known.get(bucket)
         if known is not None:
-            pairs = [*self._orphans, *(pair for pairs in self._running.values() for pair in pairs)]
-            known.actions.arm((kernel for name, kernel in pairs if name == bucket), time.monotonic())
+            known.actions.arm(lambda action: self._counting(action, bucket), time.monotonic())
 
     # -- time
 
@@ -152,13 +209,17 @@ class ActionDirector:
                         self._due(known.actions, now_s)
                 self._bury()
                 next_s = min((known.actions.due_s() for known in self._known.values()), default=math.inf)
-                arriving = {bucket for pairs in self._running.values() for bucket, _ in pairs}
+                running = (*self._running.values(), *self._remote.values(), self._unheard)
+                arriving = {bucket for pairs in running for bucket, _ in pairs}
                 wait_s = min(next_s - time.monotonic(), LOOK_EVERY_S if arriving else math.inf)
                 try:
                     async with asyncio.timeout(None if math.isinf(wait_s) else max(0.0, wait_s)):
                         await self._wake.wait()
                 except TimeoutError:
                     await self.prepare(arriving)
+                    if self._executors is not None:
+                        for bucket in arriving:
+                            self._arm(bucket)
 
     def _due(self, actions: BucketActions, now_s: float) -> None:
         for action in actions.actions.values():
@@ -181,11 +242,12 @@ class ActionDirector:
 
     def _bury(self) -> None:
         """Streams of dead workers are forgotten once no action listens to their silence any more."""
-        for bucket, kernel in list(self._orphans):
+        for bucket, kernel in [*self._orphans, *self._unheard]:
             known = self._known.get(bucket)
             actions = known.actions.actions.values() if known is not None else ()
             if not any(one.of(kernel) and one.settings.deadman_s is not None and not one.expired for one in actions):
                 self._orphans.discard((bucket, kernel))
+                self._unheard.pop((bucket, kernel), None)
                 self._arm(bucket)
 
     # -- the bridges' side
@@ -225,10 +287,17 @@ class ActionDirector:
         """The bucket's actions: settings, whether the operator allows them, counts since this process started."""
         await self.prepare([bucket])
         known = self._known.get(bucket)
-        return [_shown(action) for action in known.actions.actions.values()] if known is not None else []
+        return [self._shown(action) for action in known.actions.actions.values()] if known is not None else []
+
+    def _shown(self, action: Action) -> dict[str, Any]:
+        node = None
+        if self._executors is not None and action.settings.target:
+            node = self._executors.of(action.settings.target)
+        return shown(action) | ({} if node is None or self._executors is None else {"node": self._executors.name(node)})
 
 
-def _shown(action: Action) -> dict[str, Any]:
+def shown(action: Action) -> dict[str, Any]:
+    """``node`` beside these, in a cluster: the one that writes to the target, and counts what became of the values."""
     return {
         "name": action.settings.name,
         "settings": action.settings.text(),

@@ -1,8 +1,9 @@
 """The feedback hub: takes events from the workers' connections, has actions decided, and wakes the subscribers.
 
-In: messages of kernels/feedback.py on ``run/feedback.sock``; notices of actions (expired, failed). Out: entries in the bucket's
-ring, messages to the ZeroMQ publisher, and for each subscriber an endless stream of chunks. What always holds: ``publish``
-never waits; an event is rendered once, whoever listens.
+In: messages of kernels/feedback.py on ``run/feedback.sock``; notices of actions (expired, failed); what other nodes' hubs
+tell (peers.py). Out: entries in the bucket's ring, messages to the ZeroMQ publisher, what this node tells the others
+(exchange.py), and for each subscriber an endless stream of chunks. What always holds: ``publish`` never waits; an event is
+rendered once, whoever listens; what comes from another node is never passed on to a third.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import secrets
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from gateway.control.feedback.exchange import Exchange, Item, Notice
 from gateway.control.feedback.ring import RING_EVENTS, Entry, Filter, Form, Gap, Ring
 from ingest.counters import TRANSPORTS, Counters
 from ingest.paths import socket_address
@@ -45,8 +49,9 @@ class Director(Protocol):
         """Know the actions of these buckets as of now."""
         ...
 
-    def take(self, event: FeedbackEvent) -> Mapping[str, str] | None:
-        """Decide and act; never waits. Action's name -> what became of the value; None: no action has this code."""
+    def take(self, event: FeedbackEvent, *, remote: bool = False) -> Mapping[str, str] | None:
+        """Decide and act; never waits. Action's name -> what became of the value; None: no action has this code.
+        ``remote``: it was emitted on another node."""
         ...
 
     def streams(self, worker: object, running: Sequence[tuple[str, str]]) -> None:
@@ -55,6 +60,18 @@ class Director(Protocol):
 
     def lost(self, worker: object) -> None:
         """The worker's connection ended; its streams with it, for better or worse."""
+        ...
+
+
+class Followed(Protocol):
+    """The other nodes, as the hub sees them (peers.py)."""
+
+    async def settled(self) -> None:
+        """What they know of the past is here."""
+        ...
+
+    def sources(self) -> Collection[str]:
+        """Which of them can be heard."""
         ...
 
 
@@ -82,20 +99,6 @@ class _Shown(msgspec.Struct, omit_defaults=True):
     """Action's name -> outcome."""
 
 
-class Notice(msgspec.Struct, omit_defaults=True):
-    """Something happened to an action without an event: its dead-man time is over, or its target did not take a value."""
-
-    kind: str
-    """``expired`` or ``failed``."""
-    bucket: str
-    action: str
-    time_ns: int
-    value: float | None = None
-    """What was, or was to be, written; None: nothing."""
-    reason: str = ""
-    kernel: str = ""
-
-
 def entry_of(event: FeedbackEvent, actions: Mapping[str, str] | None) -> Entry:
     key = event.key[:KEY_BYTES_SHOWN_MAX]
     try:
@@ -109,6 +112,11 @@ def entry_of(event: FeedbackEvent, actions: Mapping[str, str] | None) -> Entry:
     return Entry(b"feedback", event.kernel, event.key, msgspec.json.encode(shown))
 
 
+def entry_of_notice(notice: Notice) -> Entry:
+    """It has no key: it is for those who may read the whole bucket."""
+    return Entry(notice.kind.encode(), notice.kernel, b"", msgspec.json.encode(notice))
+
+
 class FeedbackHub:
     """One for the node, in the control process. ``listen`` then ``close`` on its loop."""
 
@@ -120,7 +128,15 @@ class FeedbackHub:
         publisher: Publisher | None = None,
         ring_events: int = RING_EVENTS,
         heartbeat_s: float = HEARTBEAT_S,
+        exchange: Exchange | None = None,
     ) -> None:
+        """``exchange``: on a node of a cluster, what it tells the others."""
+        self.exchange = exchange
+        self.peers: Followed | None = None
+        """On a node of a cluster."""
+        self._source = secrets.token_hex(6) if exchange is None else exchange.source
+        self._numbers: dict[str, int] = {}
+        """Of each bucket whose ring was given up: the number of its last event of this node."""
         self._ring_events = ring_events
         self._heartbeat_s = heartbeat_s
         self._director = director
@@ -156,9 +172,8 @@ class FeedbackHub:
                     if self._director is not None:
                         await self._director.prepare({event.bucket for event in message.events})
                     self.publish(message.events)
-                elif self._director is not None:
-                    await self._director.prepare({bucket for bucket, _ in message.running})
-                    self._director.streams(task, message.running)
+                else:
+                    await self._streams(task, message.running)
         except (asyncio.IncompleteReadError, ConnectionError):
             logger.debug("a worker closed its feedback connection")
         except (ValueError, msgspec.MsgspecError) as error:
@@ -167,29 +182,73 @@ class FeedbackHub:
             self._workers.discard(task)
             if self._director is not None:
                 self._director.lost(task)
+            if self.exchange is not None:
+                self.exchange.lost(task)
             writer.close()
+
+    async def _streams(self, worker: object, running: Sequence[tuple[str, str]]) -> None:
+        if self.exchange is not None:
+            self.exchange.streams(worker, running)
+        if self._director is not None:
+            await self._director.prepare({bucket for bucket, _ in running})
+            self._director.streams(worker, running)
 
     def publish(self, events: Iterable[FeedbackEvent]) -> None:
         """Hand events to actions and subscribers; never waits."""
         # Actions first: an instrument must not wait until the events of a whole batch are rendered.
         director = self._director
         decided = [(event, director.take(event) if director is not None else None) for event in events]
-        self._append([(event.bucket, entry_of(event, actions)) for event, actions in decided])
+        numbers = self._append([(event.bucket, entry_of(event, actions)) for event, actions in decided])
+        if self.exchange is not None:
+            self.exchange.tell(
+                Item(event.bucket, number, event, actions)
+                for number, (event, actions) in zip(numbers, decided, strict=True)
+            )
 
     def notice(self, notice: Notice) -> None:
         """Tell the bucket's subscribers about an action."""
-        # A notice has no key: it is for those who may read the whole bucket.
-        entry = Entry(notice.kind.encode(), notice.kernel, b"", msgspec.json.encode(notice))
-        self._append([(notice.bucket, entry)])
+        (number,) = self._append([(notice.bucket, entry_of_notice(notice))])
+        if self.exchange is not None:
+            self.exchange.tell([Item(notice.bucket, number, notice=notice)])
 
-    def _append(self, entries: Sequence[tuple[str, Entry]]) -> None:
+    def _append(self, entries: Sequence[tuple[str, Entry]]) -> list[int]:
+        """The events' numbers."""
+        numbers = []
         touched = {}
         for bucket, entry in entries:
             ring = self._ring(bucket)
-            ring.append(entry)
+            numbers.append(ring.append(entry))
             touched[id(ring)] = ring
             if self._publisher is not None:
                 self._publisher.send(bucket, entry)
+        for ring in touched.values():
+            ring.wake()
+        return numbers
+
+    # -- from other nodes
+
+    def heard(self, source: str, items: Iterable[Item], shift_ns: int | None) -> None:
+        """What another node's hub told; never waits. ``shift_ns``: what its times are behind this machine's clock; None: it is
+        old, kept for those who ask for it."""
+        touched = {}
+        for item in items:
+            if item.event is not None:
+                entry = entry_of(item.event, item.actions)
+            elif item.notice is not None:
+                entry = entry_of_notice(item.notice)
+            else:
+                continue
+            ring = self._ring(item.bucket)
+            if not ring.append_of(source, item.number, entry):
+                continue
+            touched[id(ring)] = ring
+            if shift_ns is None:
+                continue
+            if self._director is not None and item.event is not None:
+                event = dataclasses.replace(item.event, time_ns=item.event.time_ns + shift_ns)
+                self._director.take(event, remote=True)
+            if self._publisher is not None:
+                self._publisher.send(item.bucket, entry)
         for ring in touched.values():
             ring.wake()
 
@@ -199,8 +258,8 @@ class FeedbackHub:
             if len(self._rings) >= RINGS_MAX:
                 # The bucket that was quiet for longest; one somebody listens to is kept (there are at most SUBSCRIBERS_MAX).
                 quiet = next(name for name, held in self._rings.items() if not held.subscribers)
-                del self._rings[quiet]
-            ring = Ring(self._ring_events)
+                self._numbers[quiet] = self._rings.pop(quiet).last
+            ring = Ring(self._ring_events, self._source, self._numbers.pop(bucket, 0))
         self._rings[bucket] = ring
         return ring
 
@@ -216,26 +275,28 @@ class FeedbackHub:
         ring = self._ring(bucket)
         self._count(ring, form, 1)
         try:
-            position, gap = ring.position(last_event_id)
+            if self.peers is not None:
+                await self.peers.settled()
+            cursor, gap = ring.resume(last_event_id, () if self.peers is None else self.peers.sources())
 
             def single(kind: bytes, data: bytes) -> bytes:
-                return form.many([form.one(ring.id(position - 1), kind, data)])
+                return form.many([form.one(ring.id(cursor), kind, data)])
 
             yield single(b"ready", b"{}")
             while not self._closed:
-                if position < ring.oldest:
-                    gap = Gap("slow", ring.oldest - position, True)
-                    position = ring.oldest
+                if cursor.position < ring.oldest:
+                    gap = Gap("slow", ring.oldest - cursor.position, not cursor.seen)
+                    cursor.position = ring.oldest
                 if gap is not None:
                     gap.exact = gap.exact and not wanted
                     self._lost[form.name].add(gap.lost or 0)
                     yield single(b"gap", msgspec.json.encode(gap))
                     gap = None
                     continue
-                chunk, position = ring.chunk(position, wanted, form)
+                chunk = ring.follow(cursor, wanted, form)
                 if chunk:
                     yield chunk
-                elif position < ring.next:
+                elif cursor.position < ring.next:
                     await asyncio.sleep(0)
                 elif not await ring.changed(self._heartbeat_s):
                     yield single(b"heartbeat", b"{}")
@@ -250,6 +311,8 @@ class FeedbackHub:
     async def close(self) -> None:
         """End every stream and every worker's connection."""
         self._closed = True
+        if self.exchange is not None:
+            self.exchange.close()
         for ring in self._rings.values():
             ring.wake()
         if self._server is not None:

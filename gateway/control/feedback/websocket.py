@@ -16,7 +16,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -67,10 +67,14 @@ def _from_subprotocol(encoded: str) -> tuple[str, str] | None:
     return (user, password) if colon else None
 
 
-async def pump(socket: WebSocket, chunks: AsyncIterator[bytes]) -> None:
+async def pump(socket: WebSocket, chunks: AsyncIterator[bytes], *, binary: bool = False) -> None:
     """Accept the handshake and send until the client goes or the chunks end."""
+
+    async def text(chunk: bytes) -> None:
+        await socket.send_text(chunk.decode())
+
     await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-    sending = asyncio.create_task(_send(socket, chunks), name="websocket")
+    sending = asyncio.create_task(_send(socket, chunks, socket.send_bytes if binary else text), name="websocket")
     try:
         # Reading is what notices that the client is gone; what it says is ignored.
         while True:
@@ -83,12 +87,14 @@ async def pump(socket: WebSocket, chunks: AsyncIterator[bytes]) -> None:
             await sending
 
 
-async def _send(socket: WebSocket, chunks: AsyncIterator[bytes]) -> None:
+async def _send(
+    socket: WebSocket, chunks: AsyncIterator[bytes], send: Callable[[bytes], Coroutine[object, object, None]]
+) -> None:
     # The client may go at any moment; ``pump`` sees that.
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         try:
             async for chunk in chunks:
-                await socket.send_text(chunk.decode())
+                await send(chunk)
             await socket.close(GOING_AWAY, "the node is stopping")
         finally:
             await chunks.aclose()  # type: ignore[attr-defined]

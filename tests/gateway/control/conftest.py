@@ -23,7 +23,10 @@ from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator, sight_maker
 from gateway.control.feedback.director import ActionDirector
+from gateway.control.feedback.exchange import Exchange, Outlets
+from gateway.control.feedback.executors import Executors
 from gateway.control.feedback.hub import FeedbackHub
+from gateway.control.feedback.peers import Peers
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.nodes import NodeSource
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
@@ -31,6 +34,7 @@ from gateway.metrics import Exposition, NodeCollector, Reader
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
 from ingest.cluster.members import Members
+from ingest.cluster.signing import PeerKey
 from ingest.counters import CATALOGUE, CONTROL, Counters
 from ingest.paths import NodePaths
 from ingest.records import ArchiveCopy, CommitObject, Extent, FrameLedger, Grant, ObjectRecord, UserRecord
@@ -38,6 +42,7 @@ from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
 ROOT = ("ROOTKEY", "root-secret")
+PEER_KEY = PeerKey.derived(b"a key of all nodes, of 32 bytes.")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], Any]]:
@@ -66,6 +71,13 @@ class ControlNode:
 
     def client(self, auth: tuple[str, str] | None = ROOT) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, auth=auth, timeout=20, verify=self.tls or True)
+
+    async def check(self) -> tuple[bool, dict[str, Any]]:
+        if isinstance(self.health, Exception):
+            raise self.health
+        if isinstance(self.health, asyncio.Event):
+            await self.health.wait()
+        return self.health
 
     def counters(self, slot: int) -> Counters:
         return Counters(self.counters_fd, slot)
@@ -102,9 +114,18 @@ class ControlNode:
 Start = Callable[..., Awaitable[ControlNode]]
 
 
+def member(folder: Path, number: int, outlets: Outlets) -> tuple[NodePaths, Executors, Exchange]:
+    """What a control process of a cluster has more than one alone."""
+    own = NodePaths(folder / f"node-{number}")
+    own.create()
+    source = f"{number}:{secrets.token_hex(4)}"
+    return own, Executors(outlets, Members(own).look), Exchange(number, source, outlets)
+
+
 @pytest.fixture
 async def start(tmp_path: Path) -> AsyncIterator[Start]:
-    """``await start(tls=…, globs=…, schemes=…, publisher=…, **hub settings)``: a running control port; it ends with the test."""
+    """``await start(tls=…, globs=…, schemes=…, publisher=…, number=…, **hub settings)``: a running control port; it ends with
+    the test. ``number``: it is a node of a cluster, whose members the test writes into its folder."""
     paths = NodePaths(tmp_path / "node")
     ready, stop_catalogue = asyncio.Event(), asyncio.Event()
     writer = asyncio.create_task(
@@ -122,30 +143,30 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             globs: tuple[str, ...] = (),
             schemes: tuple[str, ...] = (),
             publisher: Callable[[Counters], ZmqPublisher] | None = None,
+            number: int | None = None,
             **hub_settings: Any,
         ) -> ControlNode:
             counters = Counters(counters_fd, CONTROL)
-            actions = ActionDirector(catalog, counters, globs=globs, schemes=schemes, paths=paths)
+            own, executors = paths, None
+            if number is not None:
+                own, executors, hub_settings["exchange"] = member(tmp_path, number, Outlets(globs, schemes))
+            actions = ActionDirector(catalog, counters, globs=globs, schemes=schemes, paths=own, executors=executors)
             zmq = publisher(counters) if publisher is not None else None
             hub = FeedbackHub(counters, director=actions, publisher=zmq, **hub_settings)
+            if executors is not None:
+                hub.peers = Peers(Members(own), PEER_KEY, hub, actions, executors)
+                work.append(asyncio.create_task(hub.peers.run()))
             actions.notify = hub.notice
             work.append(asyncio.create_task(actions.run()))
             if zmq is not None:
                 work.append(asyncio.create_task(zmq.run()))
-            await hub.listen(paths.feedback_socket)
+            await hub.listen(own.feedback_socket)
             listener = socket.create_server(("127.0.0.1", 0))
             rates = Rates(Reader(counters))
-            node = ControlNode(paths, catalog, hub, actions, rates, counters_fd, listener.getsockname()[1])
+            node = ControlNode(own, catalog, hub, actions, rates, counters_fd, listener.getsockname()[1])
             if tls is not None:
                 node.tls = ssl.create_default_context(cafile=tls[0])
             await node.add_user(ROOT, root=True)
-
-            async def check() -> tuple[bool, dict[str, Any]]:
-                if isinstance(node.health, Exception):
-                    raise node.health
-                if isinstance(node.health, asyncio.Event):
-                    await node.health.wait()
-                return node.health
 
             processes = ProcessFile(paths.processes)
             settings = {"workers": 2, "host": "0.0.0.0"}
@@ -154,7 +175,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 catalog=catalog,
                 authenticate=authenticator(CatalogUsers(catalog, lambda _, key: node.secrets[key.secret])),
                 sight_of=sight_maker(Gate(catalog), time.time),
-                check=check,
+                check=node.check,
                 status=StatusSource(
                     Reader(counters),
                     node.rates,
@@ -171,6 +192,8 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 feedback=hub,
                 run_folder=paths.run,
                 actions=actions,
+                offers=lambda: (),
+                peers=PEER_KEY if number is not None else None,
             )
             accepting = asyncio.Event()
             served = process.serve(

@@ -154,7 +154,7 @@ def test_arming_follows_the_kernels_that_run() -> None:
     bucket = BucketActions(
         "scan", [parse("a", "code=1 deadman=1s"), parse("b", "code=1 kernel=hits deadman=1s")], permitted=lambda _: True
     )
-    bucket.arm(["rings"], 0.0)
+    bucket.arm(lambda _: ["rings"], 0.0)
     assert [one.armed for one in bucket.actions.values()] == [True, False]
-    bucket.arm([], 0.5)
+    bucket.arm(lambda _: [], 0.5)
     assert bucket.due_s() == math.inf
