@@ -105,6 +105,8 @@ def test_an_array_put_elsewhere_is_the_kernels(nodes: Cluster) -> None:
     body = frames(2)
     with contextlib.closing(S3(nodes["a"])) as here, contextlib.closing(S3(nodes["b"])) as there:
         assert here.put(BUCKET, "_kernels/masked.py", MASKED.encode(), match="masked/*").ok
+        # What b has answered once, its streams know: otherwise they do a tenth of a second later.
+        assert there.get(BUCKET, "_kernels/masked.py").ok
         for number, mask in enumerate(masks):
             # The second in the middle of a stream on the other node.
             stream = Halves(nodes["b"], f"masked/{number}.raw", body.tobytes())
