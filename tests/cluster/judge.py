@@ -141,7 +141,8 @@ class Judge:
             doomed = [(bucket, key) for bucket in buckets for key in sorted(client.listed(bucket))]
         with ThreadPoolExecutor(len(nodes)) as pool:
             list(pool.map(self._delete, nodes, [doomed[number :: len(nodes)] for number in range(len(nodes))]))
-        until(lambda: not self._archive_files(), lambda: self._too_much(()))
+        # One node removes them for all, a few questions to the engine each.
+        until(lambda: not self._archive_files(), lambda: self._too_much(()), 300)
         until(lambda: not any(node.records() for node in nodes), lambda: f"no version is left\n{self.tails()}")
         for node in nodes:
             until(

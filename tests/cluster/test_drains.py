@@ -98,6 +98,7 @@ def test_a_recall_storm_on_all_nodes(scene: Scene) -> None:
     assert len(keys) <= recalls < 12 * len(keys), recalls
 
 
+@pytest.mark.timeout(600)
 def test_parts_that_nobody_completes_are_given_back(scene: Scene) -> None:
     """Parts on different nodes, aborted through a third."""
     load = scene.load(("disk", "mirror"))
