@@ -21,6 +21,7 @@ from archive.targets.files import aligned_buffer
 from archive.targets.posix import PosixTarget
 from archive.threads import IoThreads
 from ingest.catalog.client import CatalogClient
+from ingest.cluster.members import Members
 from ingest.counters import DRAIN, Counters
 from ingest.errors import DataLost
 from ingest.paths import NodePaths
@@ -99,6 +100,7 @@ async def main(node: Path, archive: Path, limits: DrainLimits, usage: tuple[int,
             snapshots_dir=paths.snapshots,
             counters=Counters(None, DRAIN),
             limits=limits,
+            members=Members(paths),
             stop=stop,
         )
     threads.close()
