@@ -87,6 +87,7 @@ def test_the_engine_goes_in_mid_stream(scene: Scene, away_s: float) -> None:
     scene.client(scene.b).delete(bucket, "slow")
 
 
+@pytest.mark.soak  # takes minutes; tests/ingest/test_cluster.py has the same for the catalogue alone
 def test_an_engine_of_yesterday_is_refused(scene: Scene) -> None:
     """An old primary, or an old back-up: nodes that know more than it must not go on as if nothing had been."""
     load = scene.load(("disk",))

@@ -41,7 +41,7 @@ NO_NODE = "no node runs on /nowhere; start one with `hiss serve --data /nowhere`
         ("send --parallel 0 x s3://b/p", 2, "Invalid value for '--parallel': "),
         ("user list --data /nowhere", 4, NO_NODE),
         ("user show-root --data /nowhere", 4, "/nowhere has no root keys: it was never started"),
-        ("catalog backup /tmp/x --data /nowhere", 2, "/nowhere holds no catalogue"),
+        ("catalog backup /nowhere/x --data /nowhere", 2, "/nowhere holds no catalogue"),
         ("fsck --data /nowhere", 2, "/nowhere holds no catalogue"),
     ],
 )

@@ -311,7 +311,8 @@ async def test_a_failing_segment_costs_nothing(
     left = [1]
 
     def broken(fd: int, *rest: object) -> object:
-        if left[0]:
+        # The catalogue lives in this process, too, and flushes its journal.
+        if left[0] and "/segments/" in os.readlink(f"/proc/self/fd/{fd}"):
             left[0] -= 1
             raise OSError(5, "Input/output error")
         return real(fd, *rest)
