@@ -19,6 +19,8 @@ from tests.cluster.load import Load
 from tests.cluster.node import ClusterNode
 from tests.cluster.scene import LEASE_S, Scene
 
+pytestmark = pytest.mark.soak  # a minute of random breakage and several of looking afterwards
+
 QUICK_S = 25.0
 
 
