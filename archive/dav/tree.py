@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 
 from archive.dav.auth import Sight
 from archive.dav.paths import Target, escape, folder_beside
-from ingest.errors import NoSuchBucket, NoSuchKey
+from ingest.errors import CatalogUnavailable, NoSuchBucket, NoSuchKey
 from ingest.ports import Catalog
 from ingest.records import BucketRecord, ListedObject, ObjectRecord
 from ingest.runs import is_partials
@@ -71,11 +71,20 @@ class Tree:
             return Root()
         if target.key is None and target.bucket.encode() in SENTINELS:
             return Sentinel()
-        if not target.folder_only and (found := await self._object(target)):
-            return found
+        unknown: CatalogUnavailable | None = None
+        if not target.folder_only:
+            try:
+                if found := await self._object(target):
+                    return found
+            except CatalogUnavailable as error:
+                # An object may have this name; a folder that is known does.
+                unknown = error
         if target.key in SENTINELS:
             return Sentinel()
-        return await self._folder(target)
+        folder = await self._folder(target)
+        if folder is None and unknown is not None:
+            raise unknown
+        return folder
 
     async def _object(self, target: Target) -> File | None:
         if not target.key or not await self._sight.key(target.bucket, target.key):
@@ -92,13 +101,23 @@ class Tree:
                 return None
             if not target.prefix:
                 return Folder(bucket)
-            for scan in await self._sight.scans(target.bucket, target.prefix):
-                rows, _ = await self._catalog.list_objects(target.bucket, prefix=scan, limit=1)
-                if rows:
-                    return Folder(bucket, target.prefix)
+            if await self._has_keys(target) or await self._surely_has_keys(target):
+                return Folder(bucket, target.prefix)
         except NoSuchBucket:
             return None
         return None
+
+    async def _has_keys(self, target: Target) -> bool:
+        for scan in await self._sight.scans(target.bucket, target.prefix):
+            rows, _ = await self._catalog.list_objects(target.bucket, prefix=scan, limit=1)
+            if rows:
+                return True
+        return False
+
+    async def _surely_has_keys(self, target: Target) -> bool:
+        """Raises CatalogUnavailable where keys that are not known here may be there."""
+        await self._catalog.fresh()
+        return await self._has_keys(target)
 
     async def children(self, collection: Collection) -> AsyncIterator[list[Entry]]:
         """Pages of at most PAGE_ENTRIES children, in the order of their keys."""

@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -28,7 +28,17 @@ from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
 from ingest.cluster import identity
-from ingest.errors import CatalogUnavailable, LeaseLost, NoSuchBucket, NoSuchUpload, StaleEpoch, StorageFailed
+from ingest.errors import (
+    CatalogUnavailable,
+    LeaseLost,
+    NoSuchBucket,
+    NoSuchKey,
+    NoSuchReservation,
+    NoSuchUpload,
+    NoSuchVersion,
+    StaleEpoch,
+    StorageFailed,
+)
 from ingest.origin import ORIGIN
 from ingest.paths import NodePaths, socket_address
 from ingest.records import (
@@ -79,6 +89,9 @@ FRESH_TIMEOUT_S = 2.0
 """How long a look-up on a node of a cluster waits to be told that it sees everything."""
 RECONNECT_FIRST_S, RECONNECT_LAST_S = 0.01, 1.0
 SETTLE_GRACE_S = 5.0
+
+_NOT_THERE = (NoSuchBucket, NoSuchKey, NoSuchVersion, NoSuchUpload, NoSuchReservation)
+_NOT_KNOWN = "the cluster's engine is away, and this node has not heard of what was asked for: it may be there"
 
 _record = msgspec.msgpack.Decoder(ObjectRecord).decode
 _records = msgspec.msgpack.Decoder(list[ObjectRecord]).decode
@@ -367,26 +380,38 @@ class CatalogClient:
         """How long a cluster's engine has not answered; 0 while it does, and on a node alone."""
         return self._readers.generation().engine_away_s
 
-    async def _fresh(self) -> None:
-        """On a node of a cluster: see everything that any node was answered before; while the engine is away, what is known."""
-        if self._clustered and not self.engine_away_s:
-            # Without an answer, too, what is known is better than nothing.
-            with contextlib.suppress(CatalogUnavailable, StaleEpoch):
-                await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S)
-
-    async def _surely_fresh(self) -> None:
-        """As ``_fresh``; raises CatalogUnavailable where that is not to be had."""
-        if self._clustered and not await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S):
+    async def fresh(self) -> None:
+        """See everything that any node was answered before. Raises CatalogUnavailable where that is not to be had."""
+        if not await self._fresh():
             raise CatalogUnavailable("the cluster's engine is away: what other nodes did is not known")
 
+    async def _fresh(self) -> bool:
+        """As ``fresh``; False: what is known here may be old."""
+        if not self._clustered:
+            return True
+        if self.engine_away_s:
+            return False
+        try:
+            return await self._call(wire.Fresh(), _flag, timeout_s=FRESH_TIMEOUT_S)
+        except (CatalogUnavailable, StaleEpoch):
+            return False
+
     async def _look(self, look: Callable[[Reader], T]) -> T:
-        """A point look-up that a client's request rests on."""
-        await self._fresh()
-        return self._readers.read(look)
+        """A point look-up that a client's request rests on. While the engine is away it finds what is known here; what is not
+        known may be there all the same, so that is CatalogUnavailable then."""
+        with _certain(await self._fresh()):
+            return self._readers.read(look)
+
+    async def _look_known(self, look: Callable[[Reader], T]) -> T:
+        """For what changes seldom: what is known here; only what is not known is asked for everywhere."""
+        try:
+            return self._readers.read(look)
+        except _NOT_THERE:
+            return await self._look(look)
 
     async def _scan_fresh(self, look: Callable[[Reader], T]) -> T:
-        await self._fresh()
-        return await self._scan(look)
+        with _certain(await self._fresh()):
+            return await self._scan(look)
 
     async def _scan(self, look: Callable[[Reader], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._readers.read, look)
@@ -408,11 +433,7 @@ class CatalogClient:
         return await self._call(wire.ConfigureBucket(name, dict(documents)), _bucket)
 
     async def bucket(self, name: str) -> BucketRecord:
-        try:
-            return self._readers.read(lambda reader: reader.bucket(name))
-        except NoSuchBucket:
-            # Another node may have made it a moment ago. What is changed is known here a moment later.
-            return await self._look(lambda reader: reader.bucket(name))
+        return await self._look_known(lambda reader: reader.bucket(name))
 
     async def buckets(self) -> Sequence[BucketRecord]:
         return await self._scan_fresh(Reader.buckets)
@@ -434,7 +455,7 @@ class CatalogClient:
         return await self._call(wire.ReleaseReservation(reservation_id), _reservation)
 
     async def reservation(self, reservation_id: str) -> ReservationUse:
-        return self._readers.read(lambda reader: reader.reservation(reservation_id))
+        return await self._look_known(lambda reader: reader.reservation(reservation_id))
 
     async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
         return self._readers.read(lambda reader: reader.reservations(ends_after_ns))
@@ -493,7 +514,11 @@ class CatalogClient:
         return await self._call(wire.RestoreObject(object_id, days, day_s), _record)
 
     async def newest(self, bucket: str, key: bytes) -> ObjectRecord | None:
-        return await self._look(lambda reader: reader.newest(bucket, key))
+        fresh = await self._fresh()
+        found = self._readers.read(lambda reader: reader.newest(bucket, key))
+        if found is None and not fresh:
+            raise CatalogUnavailable(_NOT_KNOWN)
+        return found
 
     async def list_versions(
         self,
@@ -565,7 +590,7 @@ class CatalogClient:
         return records
 
     async def confirm_drain(self, object_id: bytes) -> None:
-        await self._surely_fresh()
+        await self.fresh()
         claim = self._readers.read(lambda reader: reader.drain_claim(object_id))
         if claim is None or claim != self._claims.get(object_id):
             self._claims.pop(object_id, None)
@@ -625,7 +650,7 @@ class CatalogClient:
         return self._readers.read(lambda reader: reader.archived_versions(bucket, key))
 
     async def archived_versions_now(self, bucket: str, key: bytes) -> Sequence[ObjectRecord]:
-        await self._surely_fresh()
+        await self.fresh()
         return await self.archived_versions(bucket, key)
 
     async def archive_moved(self, object_id: bytes, old: str, new: str) -> None:
@@ -672,7 +697,7 @@ class CatalogClient:
         return await self._scan(lambda reader: reader.runs(bucket, prefix, after, limit))
 
     async def run(self, bucket: str, run: bytes) -> RunRecord:
-        return self._readers.read(lambda reader: reader.run(bucket, run))
+        return await self._look_known(lambda reader: reader.run(bucket, run))
 
     async def idle_runs(self, bucket: str, before_ns: int, limit: int) -> Sequence[bytes]:
         return await self._scan(lambda reader: reader.idle_runs(bucket, before_ns, limit))
@@ -754,6 +779,17 @@ class CatalogClient:
 
     async def snapshot(self) -> str:
         return await self._call(wire.Snapshot(), _text, timeout_s=600.0)
+
+
+@contextlib.contextmanager
+def _certain(fresh: bool) -> Iterator[None]:
+    """Around a look-up: what is not found where not everything is known is no answer."""
+    try:
+        yield
+    except _NOT_THERE:
+        if fresh:
+            raise
+        raise CatalogUnavailable(_NOT_KNOWN) from None
 
 
 def _with_marker(request: DeleteObject) -> DeleteObject:

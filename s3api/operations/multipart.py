@@ -184,7 +184,7 @@ async def complete_multipart_upload(call: Call) -> Response:
     except NoSuchUpload:
         return _completed(call, bucket, await _completed_before(call))
     _check_part_checksums(upload, wanted)
-    parts = _matched(wanted, await _all_parts(call))
+    parts = await _chosen(call, wanted)
     values, kind = _object_checksum(upload, parts)
     length = sum(part.length for part in parts)
     if length > call.limits.object_bytes:
@@ -310,6 +310,15 @@ async def _all_parts(call: Call) -> dict[int, PartRecord]:
         after = page[-1].number if page else 0
         more = more and bool(page)
     return found
+
+
+async def _chosen(call: Call, wanted: tuple[CompletedPart, ...]) -> list[PartRecord]:
+    """The stored parts the document names. Raises InvalidPart, and CatalogUnavailable where other nodes may have them."""
+    try:
+        return _matched(wanted, await _all_parts(call))
+    except S3Error:
+        await call.catalog.fresh()
+        return _matched(wanted, await _all_parts(call))
 
 
 def _matched(wanted: tuple[CompletedPart, ...], stored: dict[int, PartRecord]) -> list[PartRecord]:

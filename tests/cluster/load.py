@@ -92,8 +92,8 @@ class Load:
 
     @contextlib.contextmanager
     def storm(self) -> Iterator[None]:
-        """While a node may not see the engine, it answers from what it knows: an older content is no complaint, nor is an upload
-        that it has not heard of."""
+        """While a node may not see the engine, it answers from what it knows: an older content is no complaint. That something is
+        not there is: what it has not heard of, it does not know."""
         self._storms += 1
         self._weather += 1
         try:
@@ -191,7 +191,8 @@ class Load:
         if answer.ok:
             ledger.done(bucket, key, content, node.name)
             return True
-        if answer.status < 500 and not (stormy or self._storms or self._weather != weather):
+        stormy = stormy or self._storms > 0 or self._weather != weather
+        if answer.status < 500 and (not stormy or answer.status == 404 or answer.code == "InvalidPart"):
             self.complaints.append(f"{node.name} {bucket}/{key}: {answer.status} {answer.code}")
         # A 5xx says nothing about the outcome, except that a later request may find it.
         ledger.unanswered(bucket, key, content)
@@ -255,7 +256,7 @@ class Load:
                 self.complaints.append(f"{node.name} GET {bucket}/{key}: {answer.status} {answer.code}")
             return
         entry = ledger.of(bucket, key)
-        allowed = entry.ever if stormy else entry.may_be()
+        allowed = entry.ever if stormy and seen is not None else entry.may_be()
         if seen not in allowed:
             self.complaints.append(
                 f"{node.name} GET {bucket}/{key} is {seen}, it may be {allowed} (said by {entry.by})"

@@ -53,6 +53,7 @@ def test_while_the_engine_is_away_bodies_are_refused_and_reads_go_on(scene: Scen
         for node in scene.cluster.nodes:
             assert status_before_body(node, bucket, "new", 1000) == 503
             assert scene.answers(node, bucket, keys[node.name], 10).ok
+            assert scene.client(node).get(bucket, "never").status == 503
         scene.cluster.engine.start()
         for node in scene.cluster.nodes:
             until(lambda node=node: status_before_body(node, bucket, "new", 1000) == 100, f"{node.name} accepts", 60)

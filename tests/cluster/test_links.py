@@ -40,6 +40,8 @@ def test_a_node_that_sees_clients_but_not_the_engine(scene: Scene, one_way: bool
             scene.cluster.engine_link.cut_from(scene.c.link)
         until(lambda: refused(scene, bucket) == 503, lambda: f"c refuses bodies\n{scene.c.tail()}", 60)
         assert scene.answers(scene.c, bucket, held).body == scene.client(scene.c).get(bucket, held).body
+        elsewhere = scene.put(load, scene.a, bucket, 1000)
+        assert scene.client(scene.c).get(bucket, elsewhere).status == 503, "c says that there is no such key"
         with scene.under(load):
             pass
         scene.cluster.network.mend()

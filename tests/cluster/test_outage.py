@@ -15,7 +15,10 @@ import pytest
 
 from tests.cluster.loopback import LoopbackNode, Nodes, until
 from tests.crash.client import sign
+from tests.crash.node import ROOT
 from tests.engine import Engine
+
+ROOT_KEYS = (ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"])
 
 
 @pytest.fixture
@@ -87,6 +90,55 @@ def test_writes_are_refused_at_their_head_and_reads_go_on(node: LoopbackNode, ow
     until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
     assert node.ask("PUT", "/scan/after", "", body).ok
     assert node.get("/v1/status")[1]["cluster"]["engine"] == "ok"
+
+
+def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
+    node: LoopbackNode, own_postgres: Engine
+) -> None:
+    """While it cannot ask, 404 would be a guess: whoever believes it writes anew, or deletes, what another node has."""
+    body = os.urandom(100_000)
+    assert node.ask("PUT", "/scan/known/frame", "", body).ok
+    started = node.ask("POST", "/scan/parts", "uploads=")
+    upload = "uploadId=" + started.body.partition(b"<UploadId>")[2].partition(b"<")[0].decode()
+    part = b"<Part><PartNumber>1</PartNumber><ETag>x</ETag></Part>"
+    complete = b"<CompleteMultipartUpload>%s</CompleteMultipartUpload>" % part
+    unknown = (
+        ("HEAD", "/scan/unknown", "", b""),
+        ("GET", "/scan/unknown", "", b""),
+        ("GET", "/scan/known/frame", "versionId=" + "0" * 32, b""),
+        ("GET", "/unknown", "list-type=2", b""),
+        ("GET", "/unknown/frame", "", b""),
+        ("GET", "/unknown", "versioning=", b""),
+        ("GET", "/scan/parts", "uploadId=unknown", b""),
+        ("PUT", "/scan/parts", "partNumber=1&uploadId=unknown", b"part"),
+        ("POST", "/scan/parts", "uploadId=unknown", complete),
+        ("POST", "/scan/parts", upload, complete),
+        ("DELETE", "/unknown/frame", "", b""),
+    )
+    webdav = f"http://127.0.0.1:{node.port('dav')}"
+    own_postgres.stop()
+    until(lambda: health(node, "write")[0] == 503, "the node says that it takes nothing")
+    for method, path, query, sent in unknown:
+        answer = node.ask(method, path, query, sent)
+        assert answer.status == 503, (method, path, query, answer)
+        assert "retry-after" in answer.headers
+    copied = node.ask("PUT", "/scan/copy", "", b"", {"x-amz-copy-source": "/scan/unknown"})
+    assert copied.status == 503
+    with httpx.Client(auth=ROOT_KEYS, timeout=20) as client:
+        for path in ("/scan/unknown", "/scan/unknown/", "/unknown/", "/unknown/frame"):
+            assert client.get(webdav + path).status_code == 503, path
+            assert client.request("PROPFIND", webdav + path, headers={"depth": "0"}).status_code == 503, path
+        # What it knows it serves.
+        assert client.get(f"{webdav}/scan/known/frame").content == body
+        for path in ("/scan/", "/scan/known", "/scan/known/"):
+            assert client.request("PROPFIND", webdav + path, headers={"depth": "1"}).status_code == 207, path
+    assert node.ask("GET", "/scan/known/frame").body == body
+    assert node.ask("GET", "/scan", "list-type=2").body.count(b"<Key>") == 1
+    assert node.ask("GET", "/scan/parts", upload).ok
+    own_postgres.start()
+    until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
+    wrong = {node.ask(*one).status for one in unknown}
+    assert wrong == {404, 400}, "not there is not there, once it is known"
 
 
 def test_under_load_nothing_acknowledged_is_lost(node: LoopbackNode, own_postgres: Engine) -> None:

@@ -55,6 +55,9 @@ class HeldCatalog:
         self.sorted[bucket] = sorted(self.held[bucket])
         return record
 
+    async def fresh(self) -> None:
+        """Nobody else writes."""
+
     async def buckets(self) -> Sequence[BucketRecord]:
         return [await self.bucket(name) for name in sorted(self.held)]
 
