@@ -49,8 +49,9 @@ class GenerationFile:
         since_ns = self._words[2]
         return (time.monotonic_ns() - since_ns) / 1e9 if since_ns else 0.0
 
-    def engine_away(self) -> None:
-        self._words[2] = time.monotonic_ns()
+    def engine_away(self, since_s: float) -> None:
+        """``since_s``: of the machine's monotonic clock."""
+        self._words[2] = int(since_s * 1e9)
 
     def engine_back(self) -> None:
         self._words[2] = 0

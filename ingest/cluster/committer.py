@@ -9,16 +9,19 @@ after it, the start applies it from the log. Where the engine's answer to the co
 happened: the batch's answers are kept until then.
 
 Trouble with the engine is waited out: what was submitted is refused after ENGINE_WAIT_S, what is read goes on from what is known.
+An engine that says nothing at all (frozen, or its link is cut) is noticed after SILENT_S, long before a turn's time is up: new
+bodies are then refused, and readers no longer wait. That decides nothing about a commit under way, which goes on waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ingest.catalog import entries as e
 from ingest.catalog import snapshot, statements, wire
@@ -41,6 +44,13 @@ FOLLOW_S = 0.1
 RETRY_S = 0.25
 ENGINE_WAIT_S = 8.0
 """How long a mutation waits for an engine that is away: longer than a restart, shorter than a client's patience."""
+QUIET_S = 1.0
+"""An engine that has answered nothing for so long is asked once more, on a connection of its own."""
+SILENT_S = 2.0
+"""An engine that has answered nothing for so long is away. Far below ENGINE_TIMEOUT_S, which a turn needs: it may wait for a node
+that froze while it held the head. What is asked here is one row, which waits for no lock."""
+SILENT_LOOKS = 4
+"""The last wait is counted in so many pieces: a process that was held up itself must not call the engine silent."""
 END_WAIT_S = 3.0
 """How long what is asked of the engine has to end when the process does."""
 FRESH_WAIT_S = 1.0
@@ -86,6 +96,10 @@ class ClusterCommitter(BatchMaker):
         self._askers: list[asyncio.Future[bool]] = []
         self._asked = asyncio.Event()
         self._away_since: float | None = None
+        self._heard = time.monotonic()
+        """When the engine answered last."""
+        self._uncommitted_since: float | None = None
+        """When the first of the turns in a row began that the engine did not take; None: it took the last one."""
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
         self._ended = False
@@ -104,19 +118,20 @@ class ClusterCommitter(BatchMaker):
     async def run(self) -> None:
         """As the base says; also raises Fenced, Diverged, ClusterRefused."""
         following = asyncio.ensure_future(self._follow())
+        listening = asyncio.ensure_future(self._listen())
         deciding = asyncio.ensure_future(self._decide())
         try:
-            await asyncio.wait((following, deciding), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((following, listening, deciding), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._ended = True
             self._asked.set()
             # A statement that is cancelled half way leaves a connection that nobody closes: it may end first.
-            await asyncio.wait((following,), timeout=END_WAIT_S)
-            for task in (following, deciding):
+            await asyncio.wait((following, listening), timeout=END_WAIT_S)
+            for task in (following, listening, deciding):
                 task.cancel()
-            await asyncio.gather(following, deciding, return_exceptions=True)
+            await asyncio.gather(following, listening, deciding, return_exceptions=True)
             self._release_askers(False)
-        for task in (deciding, following):
+        for task in (deciding, following, listening):
             if task.done() and not task.cancelled():
                 task.result()
         await asyncio.gather(*self._tasks)
@@ -161,6 +176,7 @@ class ClusterCommitter(BatchMaker):
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            began = time.monotonic()
             try:
                 async with self._deciding:
                     await self._commit_batch()
@@ -168,12 +184,13 @@ class ClusterCommitter(BatchMaker):
                 continue
             except EngineAway as error:
                 self._engine_away(error)
-                self._refuse_late()
+                self._refuse_late(began)
                 if self._stopping:
                     self._refuse_all()
                     return
                 await asyncio.sleep(RETRY_S)
             else:
+                self._uncommitted_since = None
                 self._engine_here()
             self._write_back()
 
@@ -273,22 +290,62 @@ class ClusterCommitter(BatchMaker):
             self._answer(doubtful.batch)
 
     # -- the engine is away
-    def _engine_away(self, error: EngineAway) -> None:
+    async def _listen(self) -> None:
+        """Notice an engine that is silent. A turn cannot tell: it may wait for another node's. Nor can a question of the
+        follower's, whose connection alone may be dead. Raises ClusterRefused."""
+        while not self._ended:
+            await asyncio.sleep((SILENT_S - QUIET_S) / SILENT_LOOKS)
+            if time.monotonic() - self._heard < QUIET_S:
+                continue
+            with self._counting_silence(self._heard):
+                try:
+                    await self._log.head()
+                except EngineAway as error:
+                    self._engine_away(error)
+                else:
+                    self._engine_here()
+
+    @contextlib.contextmanager
+    def _counting_silence(self, since: float) -> Iterator[None]:
+        """The engine is away if the block, and everybody else who asks it, waits until SILENT_S are over."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
+
+        def look(left: int) -> None:
+            nonlocal timer
+            if self._heard != since:
+                return
+            if left:
+                timer = loop.call_later((SILENT_S - QUIET_S) / SILENT_LOOKS, look, left - 1)
+            else:
+                self._engine_away(EngineAway(f"the engine has been silent for {time.monotonic() - since:.1f} s"), since)
+
+        timer = loop.call_later((SILENT_S - QUIET_S) / SILENT_LOOKS, look, SILENT_LOOKS - 1)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _engine_away(self, error: EngineAway, since: float | None = None) -> None:
         if self._away_since is None:
-            self._away_since = time.monotonic()
+            self._away_since = time.monotonic() if since is None else since
             logger.error("%s; commits wait, what is known can be read", error)
-            self._generation.engine_away()
+            self._generation.engine_away(self._away_since)
         self._release_askers(False)
 
     def _engine_here(self) -> None:
+        self._heard = time.monotonic()
         if self._away_since is not None:
             logger.warning("the engine answers again after %.1f s", self.away_s)
             self._away_since = None
             self._generation.engine_back()
 
-    def _refuse_late(self) -> None:
-        """Nobody waits longer than ENGINE_WAIT_S; what may have been committed is asked for again by whoever wants to know."""
-        if self.away_s > ENGINE_WAIT_S:
+    def _refuse_late(self, began: float) -> None:
+        """Nobody waits longer than ENGINE_WAIT_S for turns of which the first ``began`` then; what may have been committed is
+        asked for again by whoever wants to know. An engine that answers questions and takes no commits is no better."""
+        if self._uncommitted_since is None:
+            self._uncommitted_since = began
+        if max(self.away_s, time.monotonic() - self._uncommitted_since) > ENGINE_WAIT_S:
             self._refuse_all()
 
     def _refuse_all(self) -> None:

@@ -24,6 +24,9 @@ from ingest.errors import IngestError
 T = TypeVar("T")
 
 ENGINE_TIMEOUT_S = 8.0
+"""Of a statement and of a transaction. More than IDLE_IN_TRANSACTION_S, for which a node that froze while it held the head keeps
+all others waiting, and than what a piece of the log or a slow standby takes; less than a node's lease. That the engine is silent
+is noticed sooner (SILENT_S, ingest/cluster/committer.py)."""
 CONNECT_TIMEOUT_S = 5.0
 IDLE_IN_TRANSACTION_S = 3
 CONNECTIONS = 4

@@ -141,6 +141,27 @@ def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
     assert wrong == {404, 400}, "not there is not there, once it is known"
 
 
+def test_an_engine_that_hangs_is_noticed_in_seconds(node: LoopbackNode, own_postgres: Engine) -> None:
+    """Its connections stay and nothing answers: nobody waits for the end of a statement's time."""
+    body = os.urandom(100_000)
+    assert node.ask("PUT", "/scan/known", "", body).ok
+    own_postgres.freeze()
+    try:
+        began = time.monotonic()
+        until(
+            lambda: b"ServiceUnavailable" in before_its_body(node, "/scan/new")[1], "a PUT is refused before its body"
+        )
+        assert time.monotonic() - began < 5
+        began = time.monotonic()
+        assert node.ask("GET", "/scan/known").body == body
+        assert node.ask("GET", "/scan/unknown").status == 503
+        assert time.monotonic() - began < 1
+    finally:
+        own_postgres.thaw()
+    until(lambda: node.ask("PUT", "/scan/after", "", body).ok, "the node takes bodies again")
+    assert node.ask("GET", "/scan/unknown").status == 404
+
+
 def test_under_load_nothing_acknowledged_is_lost(node: LoopbackNode, own_postgres: Engine) -> None:
     said: dict[str, list[int]] = {}
     stop = threading.Event()

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,7 +31,7 @@ from ingest.cluster.engine import ClusterRefused, Engine
 from ingest.cluster.join import Joining
 from ingest.cluster.log import Diverged, Fenced
 from ingest.cluster.members import Load, Members
-from ingest.cluster.schema import metadata
+from ingest.cluster.schema import cluster, metadata
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, PreconditionFailed
 from ingest.paths import NodePaths
@@ -316,6 +317,62 @@ async def test_a_commit_that_the_engine_does_not_take_is_refused_and_not_held_fo
         finally:
             own_postgres.start()  # not in a thread: the server ends with the one that started it
         await until(lambda: client.engine_away_s == 0)
+        assert (await client.commit(commit_of("run", b"k"))).key == b"k"
+
+
+async def test_an_engine_that_hangs_is_noticed_soon_and_commits_under_way_are_still_decided_by_it(
+    own_postgres: Server, tmp_path: Path, commit_of: CommitOf
+) -> None:
+    url = own_postgres.fresh()
+    async with running(url, tmp_path / "a", "a") as one, running(url, tmp_path / "b", "b") as two:
+        await one.create_bucket("run", "root")
+        await one.commit(commit_of("run", b"known"))
+        await level(one, two)
+        own_postgres.freeze()
+        began = time.monotonic()
+        try:
+            # Their turns hang, and hold what the node's follower needs.
+            under_way = [asyncio.create_task(client.commit(commit_of("run", b"new"))) for client in (one, two)]
+            await until(lambda: one.engine_away_s > 1 and two.engine_away_s > 1)
+            noticed_s = time.monotonic() - began
+            assert noticed_s < 4.0
+            for client in (one, two):
+                began = time.monotonic()
+                assert (await client.head("run", b"known")).key == b"known"
+                with pytest.raises(CatalogUnavailable, match="not heard of"):
+                    await client.head("run", b"new")
+                assert time.monotonic() - began < 0.5
+            assert not any(commit.done() for commit in under_way)
+        finally:
+            own_postgres.thaw()
+        made = await asyncio.gather(*under_way)
+        await until(lambda: one.engine_away_s == 0 and two.engine_away_s == 0)
+        newest = max(made, key=lambda record: record.sequence)
+        for client in (one, two):
+            assert (await client.head("run", b"new")).object_id == newest.object_id
+        await level(one, two)
+    assert same_index(tmp_path / "a", tmp_path / "b")
+
+
+async def test_an_engine_that_answers_and_takes_no_commits_holds_nobody_for_ever(
+    own_postgres: Server, tmp_path: Path, commit_of: CommitOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose synchronous standby is gone does."""
+    monkeypatch.setattr("ingest.cluster.committer.ENGINE_WAIT_S", 1.5)
+    url = own_postgres.fresh()
+    async with running(url, tmp_path / "a", "a") as client:
+        await client.create_bucket("run", "root")
+        async with Engine(url) as engine, engine.transaction() as held:
+            await held.execute(sa.select(cluster.c.id).with_for_update())
+            monkeypatch.setattr("ingest.cluster.engine.ENGINE_TIMEOUT_S", 1.0)
+            commit = asyncio.create_task(client.commit(commit_of("run", b"k")))
+            while not commit.done():
+                # Else the engine cuts it off.
+                await held.execute(sa.select(1))
+                await asyncio.wait((commit,), timeout=0.2)
+            with pytest.raises(CatalogUnavailable, match="unknown"):
+                commit.result()
+        monkeypatch.undo()
         assert (await client.commit(commit_of("run", b"k"))).key == b"k"
 
 
