@@ -28,6 +28,7 @@ from ingest.catalog import rows, wire
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.reader import Reader
 from ingest.cluster import identity
+from ingest.cluster.members import Members
 from ingest.errors import (
     CatalogUnavailable,
     LeaseLost,
@@ -87,6 +88,8 @@ CALL_TIMEOUT_S = 30.0
 """How long an unanswered call is sent again before the outcome is given up as unknown."""
 FRESH_TIMEOUT_S = 2.0
 """How long a look-up on a node of a cluster waits to be told that it sees everything."""
+ENGINE_CLOCK_NS = 1_000_000_000
+"""By so much the engine's clock may be ahead of what this node thinks it says."""
 RECONNECT_FIRST_S, RECONNECT_LAST_S = 0.01, 1.0
 SETTLE_GRACE_S = 5.0
 
@@ -220,6 +223,7 @@ class CatalogClient:
         self.node = node if node is not None else known.node if known is not None and known.joined else 0
         self._paths = paths
         self._clock = clock.of(paths)
+        self._members = Members(paths)
         self._slot = slot
         # A later process of the same slot must win over an earlier one, also across a restart of the catalogue process.
         # The clock does not step back while the machine runs, and no socket outlives the machine.
@@ -584,10 +588,23 @@ class CatalogClient:
         await self._call(wire.AmendLedger(object_id, ledger), _nothing)
 
     async def claim_drain(self, limit: int, lease_s: float) -> Sequence[ObjectRecord]:
+        if self._clustered and not self._may_drain():
+            return []
         claim = int.from_bytes(secrets.token_bytes(8)) >> 1
         records = await self._call(wire.ClaimDrain(limit, int(lease_s * 1e9), claim), _records)
         self._claims.update((record.object_id, claim) for record in records)
         return records
+
+    def _may_drain(self) -> bool:
+        """Whether anything is due here by this node's own index. A claim needs the head of the cluster's log; a drain that has
+        nothing to do asks four times a second and must not queue for that.
+
+        No barrier is needed. Nothing is claimed by this answer: where it says yes and is wrong, the claim is decided with
+        everything that was decided before, as ever. Where it says no, what the index lacks (a copy that this node came to hold
+        through another's commit, its own draining state) comes within FOLLOW_S unasked; what this node committed itself is there
+        already; and time and leases only move towards yes. So a no is late by a look, never wrong for good."""
+        gone, soon_ns = self._members.gone(), self.now_ns() + ENGINE_CLOCK_NS
+        return bool(self._readers.read(lambda reader: reader.drains_due(soon_ns, gone, 1)))
 
     async def confirm_drain(self, object_id: bytes) -> None:
         await self.fresh()

@@ -105,7 +105,7 @@ class Decider:
         self.gone: frozenset[int] = frozenset()
         """Nodes whose lease is over, as of the batch at hand."""
         self._db = database
-        self._reader = Reader(database)
+        self._reader = Reader(database, node)
         self._versions = Versions(database)
         self._buckets: dict[str, BucketRecord] = {}
         self._part_bytes_min = part_bytes_min
@@ -597,24 +597,10 @@ class Decider:
         if held:
             return Known([self._reader.by_id(object_id) for object_id in held])
         limit = max(0, min(mutation.limit, CLAIM_MAX))
-        here = now | {"limit": limit, "node": self._node}
-        found = self._db.execute(statements.DUE_AT_ONCE if self._leaving() else statements.DUE, here).fetchall()
-        found += self._db.execute(statements.LEASE_EXPIRED, here).fetchall()
-        for gone in sorted(self.gone):
-            # What this node mirrors for one that has gone is drained from here.
-            of_gone = now | {"limit": limit, "node": gone, "mirror": self._node}
-            found += self._db.execute(statements.MIRRORED_DUE, of_gone).fetchall()
-            # What has no bytes can be drained from anywhere.
-            found += self._db.execute(statements.EMPTY_DUE, of_gone).fetchall()
-        claimed = tuple(object_id for object_id, _ in sorted(found, key=lambda row: (row[1], row[0]))[:limit])
+        claimed = tuple(self._reader.drains_due(self._now_ns, self.gone, limit))
         if not claimed:
             return Known([])
         return e.DrainClaimed(claimed, self._now_ns + mutation.lease_ns, mutation.claim)
-
-    def _leaving(self) -> bool:
-        """Whether this node is being emptied: everything it holds is due."""
-        row = self._db.execute(statements.NODE, {"node": self._node}).fetchone()
-        return row is not None and rows.decode_node(row[0]).state is NodeState.DRAINING
 
     def _mark_drained(self, mutation: wire.MarkDrained) -> e.Entry | Known:
         record = self._version(mutation.object_id)

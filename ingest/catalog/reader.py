@@ -27,6 +27,7 @@ from ingest.records import (
     ListedObject,
     NodeCounts,
     NodeRecord,
+    NodeState,
     ObjectRecord,
     OwedInRun,
     OwedProduct,
@@ -136,6 +137,24 @@ class Reader:
         if row is None:
             raise NoSuchKey(object_id.hex())
         return rows.object_record(row)
+
+    def drains_due(self, now_ns: int, gone: Collection[int], limit: int) -> list[bytes]:
+        """Versions that this node is to drain now, oldest deadline first. ``gone``: nodes whose lease has ended."""
+        here: dict[str, object] = {"now_ns": now_ns, "limit": limit, "node": self._node}
+        found = self._db.execute(statements.DUE_AT_ONCE if self._leaving() else statements.DUE, here).fetchall()
+        found += self._db.execute(statements.LEASE_EXPIRED, here).fetchall()
+        for node in sorted(gone):
+            # What this node mirrors for one that has gone is drained from here.
+            of_gone = here | {"node": node, "mirror": self._node}
+            found += self._db.execute(statements.MIRRORED_DUE, of_gone).fetchall()
+            # What has no bytes can be drained from anywhere.
+            found += self._db.execute(statements.EMPTY_DUE, of_gone).fetchall()
+        return [object_id for object_id, _ in sorted(found, key=lambda row: (row[1], row[0]))[:limit]]
+
+    def _leaving(self) -> bool:
+        """Whether this node is being emptied: everything it holds is due."""
+        row = self._db.execute(statements.NODE, {"node": self._node}).fetchone()
+        return row is not None and rows.decode_node(row[0]).state is NodeState.DRAINING
 
     def list_objects(
         self, bucket: str, prefix: bytes, after: bytes, delimiter: bytes, limit: int

@@ -29,7 +29,7 @@ from ingest.catalog.fsck import differences
 from ingest.cluster import checkpoint, node
 from ingest.cluster.engine import ClusterRefused, Engine
 from ingest.cluster.join import Joining
-from ingest.cluster.log import Diverged, Fenced
+from ingest.cluster.log import Diverged, EngineLog, Fenced, Turn
 from ingest.cluster.members import Load, Members
 from ingest.cluster.schema import cluster, metadata
 from ingest.counters import CATALOGUE, Counters
@@ -139,6 +139,41 @@ async def test_a_drain_job_is_claimed_by_the_node_that_holds_it(
         claimed = [record.object_id for claim in claims[:4] for record in claim]
         assert claimed == [ours.object_id]
         assert [record.object_id for claim in claims[4:] for record in claim] == [theirs.object_id]
+
+
+async def test_a_drain_with_nothing_to_do_does_not_queue_for_the_head(
+    database: str, tmp_path: Path, commit_of: CommitOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+    turn = EngineLog.turn
+
+    def counted(log: EngineLog) -> contextlib.AbstractAsyncContextManager[Turn]:
+        turns.append(log.node)
+        return turn(log)
+
+    async with running(database, tmp_path / "a", "a") as one, running(database, tmp_path / "b", "b") as two:
+        await one.create_bucket("run", "root")
+        await one.commit(commit_of("run", b"k", extents=(Extent(0, 0, 1, 1, 0, 10),)))
+        await level(one, two)
+        monkeypatch.setattr(EngineLog, "turn", counted)
+        assert await two.claim_drain(10, 60.0) == []
+        assert turns == []
+        assert len(await one.claim_drain(10, 60.0)) == 1
+        assert await one.claim_drain(10, 60.0) == []
+        assert turns == [0]
+        # What becomes due by another's word is claimed without anybody having to say so here.
+        await one.set_bucket_tags("run", {"hiss.drain-after-s": "86400"})
+        await one.commit(commit_of("run", b"late"))
+        assert await one.claim_drain(10, 60.0) == []
+        record = (await two.nodes())[0]
+        await two.put_node(msgspec.structs.replace(record, state=NodeState.DRAINING))
+        claimed: list[bytes] = []
+        for _ in range(500):
+            claimed += [record.key for record in await one.claim_drain(10, 60.0)]
+            if claimed:
+                break
+            await asyncio.sleep(0.02)
+        assert claimed == [b"late"]
 
 
 # -- second copies
