@@ -36,6 +36,8 @@ class DrainLimits:
     sweep_interval_s: float = 3600.0
     sweep_objects_per_s: float = 500.0
     tombstone_batch_objects: int = 256
+    tombstones_at_once: int = 32
+    """Deleted versions whose copies are removed at the same time."""
     snapshots_kept: int = 2
     stop_grace_s: float = 10.0
     """At a stop, objects in flight may finish within this time; then they are given back."""
@@ -49,6 +51,7 @@ class DrainLimits:
             "rate_bytes_per_s above 0": self.rate_bytes_per_s is None or self.rate_bytes_per_s > 0,
             "0 <= evict_low < evict_high <= 1": 0 <= self.evict_low < self.evict_high <= 1,
             "0 < retry_first_s <= retry_cap_s": 0 < self.retry_first_s <= self.retry_cap_s,
+            "tombstones_at_once from 1": self.tombstones_at_once >= 1,
             "snapshots_kept from 1": self.snapshots_kept >= 1,
             "recall_room_s from 0": self.recall_room_s >= 0,
             "times above 0": min(self.lease_s, self.poll_s, self.sweep_objects_per_s) > 0,

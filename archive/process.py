@@ -101,14 +101,16 @@ async def _with_target(
     async def copy_snapshots() -> None:
         await keep_snapshots(snapshots_dir, target, limits.snapshots_kept)
 
+    async def remove_deleted() -> None:
+        while members.leads() and not stop.is_set() and await reconciler.carry_out_deletes():
+            pass
+
     # Nodes of a cluster share the archive: one of them does for all what is about all of it.
-    deletes, sweep, snapshots = (
-        _led(members, step) for step in (reconciler.carry_out_deletes, compare, copy_snapshots)
-    )
+    sweep, snapshots = (_led(members, step) for step in (compare, copy_snapshots))
     async with asyncio.TaskGroup() as group:
         group.create_task(drain.run(stop))
         group.create_task(recaller.run(stop))
-        group.create_task(_repeat("removing deleted copies", deletes, _DELETES_EVERY_S, stop))
+        group.create_task(_repeat("removing deleted copies", remove_deleted, _DELETES_EVERY_S, stop))
         group.create_task(_repeat("comparing archive and catalogue", sweep, limits.sweep_interval_s, stop))
         group.create_task(_repeat("copying catalogue snapshots", snapshots, _SNAPSHOTS_EVERY_S, stop))
 

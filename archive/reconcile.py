@@ -30,6 +30,11 @@ def key_text(record: ObjectRecord) -> str:
     return f"{record.bucket}/{record.key.decode('utf-8', 'backslashreplace')}"
 
 
+def _can_wait(error: BaseException) -> bool:
+    """Trouble that is over some time, not what must end the process."""
+    return isinstance(error, TargetError | IngestError) and not isinstance(error, TargetLost)
+
+
 class Reconciler:
     def __init__(
         self,
@@ -56,13 +61,28 @@ class Reconciler:
             log.info("took back %s, published after its version was deleted or replaced", path)
         await self._put_back(record.bucket, record.key, {path})
 
-    async def carry_out_deletes(self) -> None:
-        """Remove the archive copies of deleted versions and confirm it to the catalogue."""
+    async def carry_out_deletes(self) -> bool:
+        """Remove the archive copies of a batch of deleted versions and confirm it to the catalogue; whether more may wait.
+
+        Several at a time: in a cluster each asks the engine several times, and those that ask at the same time share a question
+        and a commit. One that fails is left for the next batch and ends one of the workers, so that a target which fails
+        whatever it is asked is not asked for the whole batch. Raises the worst of their errors."""
         batch = self._limits.tombstone_batch_objects
-        for tombstone, path, bucket, key, object_id in await self._catalog.pending_archive_deletes(batch):
-            async with self._keys.hold(bucket, key):
-                await self._remove_copies(bucket, key, path, object_id)
-                await self._catalog.archive_deleted(tombstone)
+        found = await self._catalog.pending_archive_deletes(batch)
+        waiting = iter(found)
+
+        async def work() -> None:
+            for tombstone, path, bucket, key, object_id in waiting:
+                async with self._keys.hold(bucket, key):
+                    await self._remove_copies(bucket, key, path, object_id)
+                    await self._catalog.archive_deleted(tombstone)
+
+        workers = min(self._limits.tombstones_at_once, len(found))
+        ends = await asyncio.gather(*(work() for _ in range(workers)), return_exceptions=True)
+        errors = [end for end in ends if end is not None]
+        if errors:
+            raise min(errors, key=_can_wait)
+        return len(found) == batch
 
     async def _remove_copies(self, bucket: str, key: bytes, path: str, object_id: bytes | None) -> None:
         """Remove every name the copy may have that no version of the key claims."""

@@ -187,6 +187,39 @@ async def test_deletes_done_while_no_drain_ran_are_carried_out_at_start(node) ->
     assert list(node.archived().values()) == [b"again"]
 
 
+async def test_deletes_are_carried_out_several_at_a_time_and_one_that_fails_holds_up_no_other(
+    node, until, monkeypatch
+) -> None:
+    records = [await node.put(b"scan/%02d" % number, 100) for number in range(40)]
+    node.start(parallel_objects=8)
+    records = [await node.state(record, ARCHIVED) for record in records]
+    await node.stop()
+    stuck = records[0].archive.path
+    remove, at_once, most, refused = node.target.remove, set(), [0], []
+
+    async def watched(path: str, object_id: bytes | None) -> bool:
+        at_once.add(path)
+        most.append(max(most[-1], len(at_once)))
+        try:
+            if path == stuck and not healed:
+                refused.append(path)
+                raise TargetError("the archive does not answer")
+            return await remove(path, object_id)
+        finally:
+            at_once.discard(path)
+
+    healed: list[bool] = []
+    monkeypatch.setattr(node.target, "remove", watched)
+    await node.catalog.delete([DeleteObject("mx-2026", record.key) for record in records])
+    node.start(tombstones_at_once=4, tombstone_batch_objects=16)
+    await until(lambda: list(node.archived()) == [stuck], "all but the one going")
+    assert refused
+    assert 1 < most[-1] <= 4
+    healed.append(True)
+    await node.no_tombstones()
+    assert node.archived() == {}
+
+
 async def test_a_target_that_is_full_pauses_the_drain_and_loses_nothing(node, troubled, until) -> None:
     tries = 0
 
