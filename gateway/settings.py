@@ -168,6 +168,10 @@ class Settings(BaseSettings):
         "on", "name", "Whether kernels run: on only where the machine can confine them, unconfined wherever it is."
     )
     kernel_batch_timeout_s: float = _setting(10.0, "s", "Longest one batch of frames may take.", low=0.1, high=600)
+    kernel_cores: int = _setting(
+        None, "cores", "Cores that kernels may count on beside a reserved stream (hiss.kernel-admission).", low=1,
+        high=4096, computed="all of this machine's",
+    )  # fmt: skip
     kernel_memory_bytes: Size = _setting(2 * GIB, "bytes", "Memory limit of one sandbox.", low=256 * MIB, high=TIB)
 
     feedback_zmq: str = _setting(
@@ -396,6 +400,7 @@ def _computed(values: Mapping[str, Any], host: machine.Machine) -> dict[str, Any
     region_bytes = given.arena_region_bytes
     least = REGIONS_PER_WORKER_MIN * region_bytes
     workers = decide("workers", lambda: max(1, min(host.cores, 8, host.memory_bytes // 4 // least)))
+    decide("kernel_cores", lambda: host.cores)
     wanted = min(max(host.memory_bytes // 8, 512 * MIB), 16 * GIB)
     # Whole regions, the same number for each worker: what is handed out is what the setting says.
     decide(

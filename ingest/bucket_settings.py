@@ -47,6 +47,9 @@ class BucketSettings:
     """How long the drain waits for a filter before it takes the raw data as they are."""
     outside_slot: str = "best-effort"
     """``best-effort`` or ``refuse``: what becomes of a PUT while the bucket has no reservation."""
+    kernel_admission: str = "warn"
+    """A kernel that is too slow for the rate the bucket has reserved: ``warn`` (it runs, and lags), ``refuse`` (it is not
+    taken, nor is the reservation) or ``catch-up`` (in the slot it reduces what is stored, not what arrives)."""
     archive_mode: int = 0o640
     archive_group: int | None = None
     """Numeric group id of archived files; None keeps the archive process's own."""
@@ -93,6 +96,7 @@ _TABLE: dict[str, tuple[str, Callable[[str], object]]] = {
     "hiss.stop": ("stop", _choice("discard", "answer", "ignore")),
     "hiss.raw-filter-wait-s": ("raw_filter_wait_s", _whole(0, 52 * _WEEK_S)),
     "hiss.outside-slot": ("outside_slot", _choice("best-effort", "refuse")),
+    "hiss.kernel-admission": ("kernel_admission", _choice("warn", "refuse", "catch-up")),
     "hiss.archive-mode": ("archive_mode", _whole(0o400, 0o777, 8)),
     "hiss.archive-group": ("archive_group", _whole(0, 2**32 - 2)),
     "hiss.archive-owner": ("archive_owner", _whole(0, 2**32 - 2)),

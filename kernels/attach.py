@@ -21,6 +21,7 @@ from ingest.ports import KernelRefused
 from ingest.records import FrameGeometry, KernelEpoch, StageUse
 from ingest.runs import is_marker
 from kernels.contract import Kernel, Stage, chain_geometries, resolve_arrays, resolve_params
+from kernels.formats import declared_geometry
 from kernels.lineage import ArrayUse, StageSettings
 
 KERNEL_PREFIX = b"_kernels/"
@@ -63,6 +64,8 @@ class Attachment:
     arrays: Mapping[str, ArrayUse] = dataclasses.field(default_factory=dict)
     before: tuple[Attachment, ...] = ()
     """The chain before it, first to last."""
+    frames: tuple[str, tuple[int, ...]] | None = None
+    """(dtype, shape) of the frames that its metadata say it is for."""
     submitted_ns: int = 0
     """When its object was put."""
     owed: str = ""
@@ -130,7 +133,14 @@ def attach(kernel: Kernel, metadata: Mapping[str, str]) -> Attachment:
         given = msgspec.json.decode(params.encode(), type=dict[str, int | float])
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
         raise refuse(f'x-amz-meta-params: a JSON object of numbers, e.g. {{"low": 12}} ({error})') from None
-    return Attachment(kernel, match, resolve_params(kernel, given), pattern_of(metadata), raw, after, device)
+    try:
+        declared = declared_geometry(metadata)
+    except ValueError as error:
+        raise refuse(str(error)) from None
+    frames = None if declared is None else (np.dtype(declared.dtype).name, declared.shape)
+    return Attachment(
+        kernel, match, resolve_params(kernel, given), pattern_of(metadata), raw, after, device, frames=frames
+    )
 
 
 def device_for(attachment: Attachment, *, encoded: bool) -> Attachment:

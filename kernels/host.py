@@ -33,8 +33,11 @@ from ingest.ports import (
     StreamInfo,
 )
 from ingest.records import FrameGeometry, ObjectRecord
+from kernels import pace
+from kernels.admission import Room, SlotAdmission
 from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
+from kernels.dryrun import DryRuns
 from kernels.formats import declared_geometry
 from kernels.lane import Lane, LaneKey
 from kernels.layout.detect import Kind, kind_of
@@ -42,6 +45,7 @@ from kernels.layout.index import FrameIndex
 from kernels.notices import Notices, file_beside
 from kernels.offload.device import Plans
 from kernels.owed import Owed, OwedLimits
+from kernels.pace import Paces
 from kernels.passes import PassContext, Postponed
 from kernels.pool import LanePool
 from kernels.rawfilter.work import RawFilter
@@ -78,6 +82,8 @@ class HostLimits:
 
     workers: int = 1
     """Workers of the node, each with a host like this: they share out the runs."""
+    cores: int = 1
+    """Of the node, that kernels may count on beside a reserved stream."""
     processes_max: int = 8
     """Sandboxes at once; a further kernel waits for an idle one to be closed (its frames lag meanwhile)."""
     idle_s: float = 120.0
@@ -134,7 +140,24 @@ class KernelHost:
         self.plans = Plans(self._notices)
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
-        self._submissions = Submissions(catalog, zygote_socket, self._registry, clearance, limits.sandbox)
+        self._paces = Paces(pace.file_beside(strikes_file))
+        self._dry_runs = DryRuns(zygote_socket, self._paces, limits.sandbox)
+        self._admission = SlotAdmission(
+            catalog,
+            self._paces,
+            Room(limits.cores, limits.workers),
+            lambda: 0 if members is None else members.look().me,
+        )
+        self._submissions = Submissions(
+            catalog,
+            zygote_socket,
+            self._registry,
+            clearance,
+            limits.sandbox,
+            self._admission,
+            self._dry_runs,
+            self._watch.layouts,
+        )
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,6 +217,7 @@ class KernelHost:
     async def prepare(self, bucket: str) -> None:
         """Know the bucket's kernels as of now, so that ``open`` and ``kernels_for`` see every kernel put before. Never
         raises; costs a comparison while nothing changed."""
+        await self._admission.prepare(bucket)
         if self._registry.fresh(bucket):
             return
         try:
@@ -229,7 +253,7 @@ class KernelHost:
         if domain is None:
             self._pool.close_idle(lambda lane: lane.key.bucket != info.bucket)
             return None
-        return self._begin(info, attachments, domain)
+        return self._begin(info, attachments, domain, self._late(info.bucket))
 
     def kernels_for(self, bucket: str, key: bytes) -> tuple[str, ...]:
         names = [attachment.kernel.name for attachment in self._matching(bucket, key)]
@@ -247,8 +271,12 @@ class KernelHost:
     def landed(self, record: ObjectRecord, kernels: tuple[str, ...], payload: memoryview | None) -> None:
         """See ``FrameHost``."""
         try:
-            if payload is None or not self._land(record, kernels, payload):
+            late = self._late(record.bucket)
+            live = tuple(name for name in kernels if name not in late)
+            if payload is None or not live or not self._land(record, live, payload):
                 self.catch_up(record, kernels)
+            elif late:
+                self.catch_up(record, tuple(name for name in kernels if name in late))
         except Exception:
             # It stays owed: the sweep comes back to it.
             log.exception("%s/%r was not given to its kernels", record.bucket, record.key)
@@ -320,6 +348,9 @@ class KernelHost:
         await self._clearance.granted()
         return await self._pool.admit(lane)
 
+    def paced(self, lane: Lane, bytes_per_s: float) -> None:
+        self._paces.live(lane.key.bucket, lane.attachment, lane.geometry, bytes_per_s)
+
     def idle(self, lane: Lane) -> None:
         self._pool.became_idle()
 
@@ -390,6 +421,10 @@ class KernelHost:
         index: FrameIndex | None = None,
     ) -> None:
         """See ``ReductionHost``."""
+        if not attachments:
+            if frame is not None:
+                frame.release()
+            return
         names = {attachment.kernel.name for attachment in attachments}
         every = {attachment.kernel.name for attachment in self._matching(record.bucket, record.key)}
         trailing = record.length - geometry.origin - geometry.frame_bytes if index is None else 0
@@ -433,6 +468,19 @@ class KernelHost:
         self._owed.changed(bucket)
         self._sweep_now.set()
         self._warm(bucket)
+        self.spawn(self._measure(bucket), "dry runs of kernels")
+
+    async def _measure(self, bucket: str) -> None:
+        """Know the pace of every kernel of the bucket."""
+        await self._clearance.granted()
+        await self._paces.look_around()
+        for attachment in self._registry.known(bucket):
+            if not self._disabled(bucket, attachment):
+                await self._dry_runs.measure(bucket, attachment, self._watch.layouts(bucket))
+
+    def _late(self, bucket: str) -> frozenset[str]:
+        """Kernels that do not run live in the slot that the bucket is in."""
+        return self._admission.late(bucket, self._registry.known(bucket))
 
     def _warm(self, bucket: str) -> None:
         """Start the sandboxes that the next frames will need: compiling takes longer than a short stream."""
@@ -449,8 +497,10 @@ class KernelHost:
                     self.lane(bucket, attachment, geometry, domain)
                     room -= 1
 
-    def _begin(self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain) -> Reduction:
-        reduction = Reduction(self, info, attachments, domain)
+    def _begin(
+        self, info: StreamInfo, attachments: tuple[Attachment, ...], domain: Domain, late: Collection[str] = ()
+    ) -> Reduction:
+        reduction = Reduction(self, info, attachments, domain, late)
         self._reductions.add(reduction)
         self._owed.begin(info.object_id, reduction.kernels)
         return reduction
@@ -466,6 +516,8 @@ class KernelHost:
             await self._strikes.look_around()
             self._tally.disabled.set(self._strikes.disabled_count)
             self._tally.cores_failed.set(self._notices.cores_failed)
+            await self._paces.look_around()
+            self._tally.too_slow.set(self._too_slow())
             if loop.time() >= due_s or await self._owed.released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:
@@ -483,6 +535,13 @@ class KernelHost:
             if self._sweep_now.is_set():
                 self._sweep_now.clear()
                 due_s = 0.0
+
+    def _too_slow(self) -> int:
+        found = 0
+        for bucket in self._watch.buckets:
+            known = [one for one in self._registry.known(bucket) if not self._disabled(bucket, one)]
+            found += sum(not demand.fits for demand in self._admission.demands(bucket, known))
+        return found
 
     async def _pay(self) -> None:
         await self._clearance.granted()

@@ -26,8 +26,10 @@ from ingest.ports import Domain, FrameBatch, KernelRefused
 from ingest.records import FrameGeometry
 from kernels.attach import Attachment, stages_of
 from kernels.contract import Stage
+from kernels.decode import table as encoded
 from kernels.offload.device import Differs, Plans
 from kernels.offload.verify import Verifier
+from kernels.pace import Meter
 from kernels.sandbox import Batch, Reply, Sandbox, SandboxFailed, SandboxLimits
 from kernels.scheduler import Collect, Reset, Run, Schedule
 from kernels.tally import Tally
@@ -104,6 +106,10 @@ class LaneOwner(Protocol):
         """The kernel does not compile for this layout."""
         ...
 
+    def paced(self, lane: Lane, bytes_per_s: float) -> None:
+        """One core judges so many bytes of a stream a second."""
+        ...
+
     def idle(self, lane: Lane) -> None:
         """The lane's last stream left."""
         ...
@@ -171,6 +177,7 @@ class Lane:
     def __init__(self, key: LaneKey, attachment: Attachment, geometry: FrameGeometry, domain: Domain, owner: LaneOwner):
         self.key = key
         self.attachment = attachment
+        self.geometry = geometry
         self.idle_since_s: float | None = time.monotonic()
         self._frame_bytes = geometry.frame_bytes
         self._domain = domain
@@ -193,6 +200,8 @@ class Lane:
         self._conclusions: deque[tuple[StateArrays, asyncio.Future[StateArrays]]] = deque()
         self._batch_seconds = owner.counters.histogram("hiss_kernel_batch_seconds")
         self._bytes = owner.counters.cell("hiss_kernel_bytes_total")
+        self._cpu_seconds = owner.counters.cell("hiss_kernel_cpu_seconds_total")
+        self._meter = Meter()
         # For the lane's whole life, not only the process's: between two processes the regions must stay this bucket's.
         domain.hold()
         self._verifier: Verifier | None = None
@@ -395,7 +404,7 @@ class Lane:
 
     async def _judge(self, run: Run) -> None:
         assert self._sandbox is not None
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), self._sandbox.cpu_s()
         # A stream that left has no run begun any more.
         table = self._clients[run.stream].table(run)
         region, offset = (0, 0) if table else (run.region, run.offset)
@@ -406,6 +415,8 @@ class Lane:
         if client is not None:
             # Feedback leaves from here: before anything else is done.
             client.judged(run, reply)
+        stored_bytes = encoded.stored_bytes(table) if table else run.count * self._frame_bytes
+        self._count(stored_bytes, self._sandbox.cpu_s() - began_cpu_s)
         await self._sample(run)
         if reply.stopped_at is None:
             self._schedule.done()
@@ -413,6 +424,13 @@ class Lane:
             self._stop(run, reply.stopped_at)
         self._batch_seconds.observe(time.perf_counter() - began_s)
         self._bytes.add(run.count * self._frame_bytes)
+
+    def _count(self, stored_bytes: int, cpu_s: float) -> None:
+        if cpu_s > 0.0:
+            self._cpu_seconds.add(cpu_s)
+            bytes_per_s = self._meter.add(stored_bytes, cpu_s)
+            if bytes_per_s is not None:
+                self._owner.paced(self, bytes_per_s)
 
     def _stop(self, run: Run, frame: int) -> None:
         void = self._schedule.stopped(frame)

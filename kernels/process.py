@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -185,6 +186,13 @@ class SandboxProcess:
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(self.pid, policy, os.sched_param(0))
 
+    def cpu_s(self) -> float | None:
+        """CPU time it has taken so far; None once it has ended, or where the machine does not say."""
+        try:
+            return None if self.ended else time.clock_gettime(_cpu_clock(self.pid))
+        except OSError:
+            return None
+
     def signal_kill(self) -> None:
         if not self._released:
             with contextlib.suppress(ProcessLookupError):
@@ -215,6 +223,11 @@ class SandboxProcess:
         self._channel.close()
         self._control.close()
         os.close(self._pidfd)
+
+
+def _cpu_clock(pid: int) -> int:
+    """As clock_getcpuclockid(3), which Python does not have: Linux's clock of all threads of a process."""
+    return ~pid << 3 | 2
 
 
 async def _connect(path: str) -> socket.socket:

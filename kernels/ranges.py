@@ -29,6 +29,11 @@ class Ranges:
         for start, stop in zip(self._starts, self._stops, strict=True):
             yield start, stop - start
 
+    @property
+    def stop(self) -> int:
+        """Behind the last number; 0 for none."""
+        return self._stops[-1] if self._stops else 0
+
     def add(self, first: int, count: int) -> None:
         if count <= 0:
             return

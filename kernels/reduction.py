@@ -12,7 +12,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ingest.ports import BodyChange, Domain, FrameBatch, FrameScanner, StreamInfo
@@ -121,8 +121,14 @@ class Reduction:
     """Implements ``ingest.ports.FrameReduction``."""
 
     def __init__(
-        self, host: ReductionHost, info: StreamInfo, attachments: Sequence[Attachment], domain: Domain
+        self,
+        host: ReductionHost,
+        info: StreamInfo,
+        attachments: Sequence[Attachment],
+        domain: Domain,
+        late: Collection[str] = (),
     ) -> None:
+        """``late``: kernels that do not judge the frames as they arrive, but once the version is stored."""
         self.info = info
         self.domain = domain
         self.attachments = tuple(attachments)
@@ -140,6 +146,10 @@ class Reduction:
         """By row; not of kernels that wait for something."""
         self._waiting: dict[int, str] = {}
         """Row -> what the kernel waits for."""
+        self._late = {
+            row: [KernelEpoch(one.name, 0, one.uses)] for row, one in enumerate(self.attachments) if one.name in late
+        }
+        """Row -> with which settings its frames will be judged."""
         self._settings: dict[str, Sequence[tuple[int, Attachment]]] = {}
         self._revision = host.revision(info.bucket)
         self._when_stopped: Callable[[int], None] | None = None
@@ -218,7 +228,7 @@ class Reduction:
             self._single = Single()
             return found
         for row, attachment in enumerate(self.attachments):
-            if row in self._waiting:
+            if row in self._waiting or row in self._late:
                 continue
             self._passes[row] = KernelPass(
                 self._host.context,
@@ -253,6 +263,10 @@ class Reduction:
         if revision == self._revision:
             return
         self._revision = revision
+        for row, epochs in self._late.items():
+            now = self._host.current(self.info.bucket, self.attachments[row].name)
+            if now is not None and now.sources == self.attachments[row].sources and now.uses != epochs[-1].stages:
+                epochs.append(KernelEpoch(now.name, self._announced.stop, now.uses))
         for kernel_pass in self._passes.values():
             now = self._host.current(self.info.bucket, kernel_pass.attachment.name)
             if now is None or self._geometry is None:
@@ -268,7 +282,8 @@ class Reduction:
 
     @property
     def epochs(self) -> tuple[KernelEpoch, ...]:
-        return tuple(epoch for kernel_pass in self._passes.values() for epoch in kernel_pass.epochs)
+        judged = [epoch for kernel_pass in self._passes.values() for epoch in kernel_pass.epochs]
+        return (*judged, *(epoch for epochs in self._late.values() for epoch in epochs))
 
     def _is_single(self, geometry: FrameGeometry) -> bool:
         if self.info.length is None:
@@ -298,12 +313,16 @@ class Reduction:
             self._single.hold(batch, self._over)
             return
         shared = SharedBatch(batch, max(1, len(self._passes)))
-        if self._over or not self._passes or not self._fits(batch.first_frame + batch.count) or self._trouble:
+        idle = self._over or not (self._passes or self._late)
+        if idle or not self._fits(batch.first_frame + batch.count) or self._trouble:
             shared.expire()
             return
         try:
             self._notice_changes()
             self._announced.add(batch.first_frame, batch.count)
+            if not self._passes:
+                shared.expire()
+                return
             for kernel_pass, share in zip(self._passes.values(), shared.shares, strict=True):
                 kernel_pass.offer(share)
         except Exception:
@@ -380,12 +399,14 @@ class Reduction:
         if self._single is not None:
             assert self._geometry is not None
             frame = self._single.give()
-            ready = [one for row, one in enumerate(self.attachments) if row not in self._waiting]
+            out = self._waiting.keys() | self._late.keys()
+            ready = [one for row, one in enumerate(self.attachments) if row not in out]
             self._host.gather(record, ready, self._geometry, self.domain, frame, self._index)
             for row, reason in self._waiting.items():
                 late = self._host.postpone(record, self.attachments[row].name, Postponed(reason, waits=True))
                 self._host.spawn(late, "postpone")
             self._end()
+            self._reduce_late(record)
             return
         # Whatever the stream did not announce is read back, too.
         self._lagging(0, self._account.received)
@@ -454,8 +475,16 @@ class Reduction:
             return await self._passes[row].finish(record, self._account.received, self.domain)
 
         try:
-            await conclusion.conclude(self.attachments[row], record, judged)
+            if row not in self._late or self._trouble is not None:
+                await conclusion.conclude(self.attachments[row], record, judged)
         finally:
             self._unfinished -= 1
             if self._unfinished == 0:
                 self._end()
+                self._reduce_late(record)
+
+    def _reduce_late(self, record: ObjectRecord) -> None:
+        if self._late and self._trouble is None:
+            self._host.catch_up(
+                record, tuple(self.attachments[row].name for row in self._late if row not in self._waiting)
+            )

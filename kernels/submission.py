@@ -8,18 +8,20 @@ to refuse: kernels, the kernels before them and arrays may be put in any order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from ingest import bucket_settings
 from ingest.errors import IngestError, KernelsUnavailable, NoSuchBucket
 from ingest.ports import Catalog, KernelRefused
+from ingest.records import FrameGeometry
 from kernels import uploads
+from kernels.admission import REFUSE, SlotAdmission
 from kernels.attach import Attachment, attach, chained, kernel_name
 from kernels.clearance import Clearance
 from kernels.contract import Kernel, chain_geometries
-from kernels.formats import declared_geometry
+from kernels.dryrun import DryRuns
 from kernels.gate import admit
 from kernels.offload.device import check_offload
 from kernels.registry import KERNELS_MAX, Registry
@@ -43,12 +45,19 @@ class Submissions:
         registry: Registry,
         clearance: Clearance,
         limits: SandboxLimits,
+        admission: SlotAdmission,
+        dry_runs: DryRuns,
+        seen: Callable[[str], Sequence[FrameGeometry]],
     ) -> None:
+        """``seen``: layouts of frames that came to a bucket."""
         self._catalog = catalog
         self._zygote_socket = zygote_socket
         self._registry = registry
         self._clearance = clearance
         self._limits = limits
+        self._admission = admission
+        self._dry_runs = dry_runs
+        self._seen = seen
 
     async def kernel(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
         """Gate, attachment, chain and compiler; compiled for the layout that the metadata declare as for frames, else for
@@ -59,16 +68,12 @@ class Submissions:
         attachment = attach(kernel, metadata)
         if attachment.raw != "all":
             await self._may_filter(bucket, attachment)
-        try:
-            declared = declared_geometry(metadata)
-        except ValueError as error:
-            raise KernelRefused(kernel.file, 1, str(error)) from None
         layouts: Layouts = DEFAULT_LAYOUTS
-        if declared is not None:
-            layouts = ((np.dtype(declared.dtype).name, len(declared.shape)),)
+        if attachment.frames is not None:
+            dtype, shape = attachment.frames
+            layouts = ((dtype, len(shape)),)
         if attachment.device == "fpga":
-            layout = (np.dtype(declared.dtype).name, declared.shape) if declared is not None else None
-            await asyncio.to_thread(check_offload, kernel, layout)
+            await asyncio.to_thread(check_offload, kernel, attachment.frames)
         others = await self._others(bucket)
         if name not in others and len(others) >= KERNELS_MAX:
             raise KernelRefused(
@@ -76,6 +81,26 @@ class Submissions:
             )
         whole = chained(attachment, others | {name: attachment})
         await self._compile(whole, _reached(whole, layouts))
+        await self._fit_the_slot(bucket, whole, [one for one in others.values() if one.name != name])
+
+    async def _fit_the_slot(self, bucket: str, attachment: Attachment, others: Sequence[Attachment]) -> None:
+        """Where the bucket has reserved a rate and wants no kernel that is too slow for it: measure it."""
+        if not self._admission.reserved(bucket):
+            return
+        try:
+            policy = await self._admission.learn(bucket)
+        except IngestError as error:
+            raise KernelsUnavailable(f"the bucket's settings cannot be read at the moment: {error}") from None
+        if policy != REFUSE:
+            return  # measured soon, once it is attached
+        await self._dry_runs.measure(bucket, attachment, self._seen(bucket))
+        if reason := self._admission.refusal(bucket, attachment, others):
+            raise KernelRefused(
+                attachment.kernel.file,
+                1,
+                f"{reason}; it is refused by the bucket's tag hiss.kernel-admission=refuse: with catch-up it is admitted, and "
+                "reduces in the slot what is stored already",
+            )
 
     async def _may_filter(self, bucket: str, attachment: Attachment) -> None:
         try:

@@ -28,6 +28,7 @@ class Tally:
         self._errors = {kind: counters.cell("hiss_kernel_errors_total", kind) for kind in ERROR_KINDS}
         self.sandboxes = counters.cell("hiss_kernel_sandboxes")
         self.disabled = counters.cell("hiss_kernels_disabled")
+        self.too_slow = counters.cell("hiss_kernels_too_slow")
         self.cores_failed = counters.cell("hiss_kernel_offload_fallbacks")
         self.lag = counters.cell("hiss_kernel_lag_frames")
 

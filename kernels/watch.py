@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ingest.errors import IngestError, NoSuchBucket
 from ingest.ports import Catalog
@@ -49,6 +49,11 @@ class Watch:
         while len(self._layouts) > BUCKETS_MAX:
             oldest = next(iter(self._layouts))
             del self._layouts[oldest], self._revisions[oldest]
+
+    @property
+    def buckets(self) -> Sequence[str]:
+        """In use."""
+        return tuple(self._layouts)
 
     def layouts(self, bucket: str) -> tuple[FrameGeometry, ...]:
         return self._layouts.get(bucket, ())

@@ -143,6 +143,8 @@ def _show(found: list[dict[str, Any]], as_json: bool) -> None:
         for one in found[0]["nodes"]
     ]
     print_table(("on node", "capacity", "rate", "used"), rows)
+    for kernel in found[0]["kernels"]:
+        print(f"kernel {'' if kernel['fits'] else 'TOO SLOW '}{kernel['said']}")
 
 
 def _print(reserved: list[dict[str, Any]], free: list[dict[str, Any]]) -> None:

@@ -34,6 +34,7 @@ from gateway.control.feedback.websocket import WEBSOCKET
 from gateway.control.health import HealthCheck, health
 from gateway.control.kernels import kernels, notices_in
 from gateway.control.nodes import Changed, NodeList, NodeSource
+from gateway.control.paces import KernelPaces
 from gateway.control.run_list import RUNS_MAX, close_run, list_runs
 from gateway.control.runs import run_status
 from gateway.control.status import StatusSource
@@ -83,6 +84,7 @@ class ControlContext:
     actions: ActionDirector
     offers: Callable[[], Sequence[Offer]]
     """What each node has to be reserved."""
+    paces: KernelPaces
     elsewhere: Elsewhere = dataclasses.field(default_factory=Elsewhere)
     peers: PeerKey | None = None
     """On a node of a cluster: what its nodes sign their requests with."""
@@ -216,7 +218,9 @@ def _add_bucket_routes(app: FastAPI, context: ControlContext) -> None:
     async def get_kernels(user: User, bucket: _Bucket) -> Response:
         await require_read(user, bucket, b"_kernels/")
         return Response(
-            msgspec.json.encode(await kernels(context.catalog, bucket, context.run_folder, context.elsewhere)),
+            msgspec.json.encode(
+                await kernels(context.catalog, bucket, context.run_folder, context.elsewhere, context.paces)
+            ),
             media_type="application/json",
         )
 
@@ -306,7 +310,7 @@ def _add_reservation_routes(app: FastAPI, context: ControlContext) -> None:
     async def post_reservation(user: User, wanted: reservations.Wanted) -> reservations.Described:
         """409 says what would fit."""
         require_operator(user)
-        return await reservations.reserve(catalog, offers(), user, wanted)
+        return await reservations.reserve(catalog, offers(), user, wanted, context.paces)
 
     @app.get("/v1/reservations", summary="The calendar: reservations, and what is free when")
     async def get_reservations(
@@ -319,14 +323,14 @@ def _add_reservation_routes(app: FastAPI, context: ControlContext) -> None:
 
     @app.get("/v1/reservations/{reservation_id}", summary="One reservation and what is used of it")
     async def get_reservation(user: User, reservation_id: str) -> reservations.Described:
-        return await reservations.one(catalog, user, reservation_id)
+        return await reservations.one(catalog, user, reservation_id, context.paces)
 
     @app.post("/v1/reservations/{reservation_id}/extend", summary="A later end, if the nodes are free until then")
     async def post_extend(user: User, reservation_id: str, until: reservations.Until) -> reservations.Described:
         require_operator(user)
-        return await reservations.extend(catalog, offers(), user, reservation_id, until)
+        return await reservations.extend(catalog, offers(), user, reservation_id, until, context.paces)
 
     @app.delete("/v1/reservations/{reservation_id}", summary="Release: what is left of it is free now")
     async def delete_reservation(user: User, reservation_id: str) -> reservations.Described:
         require_operator(user)
-        return await reservations.release(catalog, user, reservation_id)
+        return await reservations.release(catalog, user, reservation_id, context.paces)

@@ -15,6 +15,7 @@ from ingest.cluster.members import Members
 from ingest.errors import NoSuchKey
 from ingest.ports import Catalog
 from ingest.records import NodeState, PartialRecord
+from kernels.pace import Pace
 
 
 class Elsewhere:
@@ -24,6 +25,9 @@ class Elsewhere:
 
     def kernels(self) -> Mapping[str, Kernels]:
         return {} if self._peers is None else self._peers.kernels()
+
+    def paces(self) -> list[Pace]:
+        return [pace for said in self.kernels().values() for pace in said.paces]
 
     async def waiting(self, catalog: Catalog, bucket: str, prefix: bytes = b"") -> dict[str, dict[str, int]]:
         """Kernel -> what cannot be reached -> products that wait for it: of versions that only a node has that is gone."""

@@ -14,9 +14,11 @@ from pathlib import Path
 import msgspec
 
 from gateway.control.elsewhere import Elsewhere, sentence
+from gateway.control.paces import KernelPaces
 from ingest.ports import Catalog
 from ingest.records import ObjectRecord, ReductionCount
 from kernels import notices
+from kernels.pace import Pace
 from kernels.strikes import FILE_PATTERN, Strike, read_all
 
 PREFIX = b"_kernels/"
@@ -58,11 +60,19 @@ class Kernel(msgspec.Struct, frozen=True):
     failures: tuple[Failure, ...]
     notices: tuple[str, ...] = ()
     """What does not go as its submitter wanted, and disables nothing (kernels/notices.py)."""
+    bytes_per_s_per_core: float | None = None
+    """Of a stream that one core reduces; None: not measured yet."""
+    paced_on: str = ""
+    """What that was measured on."""
+    slow: str = ""
+    """The reserved slot that it is too slow for, and why."""
     waits: str = ""
     """Owed products that wait for a node of the cluster that is gone, and alone has their objects."""
 
 
-async def kernels(catalog: Catalog, bucket: str, run_folder: Path, elsewhere: Elsewhere) -> list[Kernel]:
+async def kernels(
+    catalog: Catalog, bucket: str, run_folder: Path, elsewhere: Elsewhere, measured: KernelPaces
+) -> list[Kernel]:
     """As all nodes have them. Raises NoSuchBucket, CatalogUnavailable."""
     rows, _ = await catalog.list_objects(bucket, prefix=PREFIX, limit=OBJECTS_MAX)
     counts = {count.kernel: count for count in await catalog.reduction_counts(bucket)}
@@ -83,6 +93,9 @@ async def kernels(catalog: Catalog, bucket: str, run_folder: Path, elsewhere: El
             arrays.setdefault(name, []).append(rest.removesuffix(".npy"))
         elif name.endswith(".py"):
             sources[name.removesuffix(".py")] = row.record
+    paces = await measured.of(bucket, list(sources.values()))
+    held = [use.reservation for use in catalog.reserved()]
+    slow = measured.slow(bucket, paces, held, catalog.now_ns())
     return [
         _kernel(
             name,
@@ -92,6 +105,8 @@ async def kernels(catalog: Catalog, bucket: str, run_folder: Path, elsewhere: El
             tuple(_failure(one, node) for one, node in failures if (one.bucket, one.kernel) == (bucket, name)),
             tuple(_noticed(one, node) for one, node in notes if (one.bucket, one.kernel) == (bucket, name)),
             sentence(waiting.get(name, {})),
+            paces.get(name),
+            slow.get(name, ""),
         )
         for name, record in sources.items()
     ]
@@ -105,6 +120,8 @@ def _kernel(
     failures: tuple[Failure, ...],
     notices: tuple[str, ...],
     waits: str,
+    pace: Pace | None,
+    slow: str,
 ) -> Kernel:
     metadata = record.metadata
     return Kernel(
@@ -124,6 +141,9 @@ def _kernel(
         failures=failures,
         notices=notices,
         waits=waits,
+        bytes_per_s_per_core=None if pace is None else pace.bytes_per_s,
+        paced_on="" if pace is None else pace.on,
+        slow=slow,
     )
 
 

@@ -16,12 +16,15 @@ from fastapi import HTTPException
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from gateway.control.auth import Caller
+from gateway.control.paces import KernelPaces, consequence, policy_of, refusal
 from gateway.settings import Settings
 from ingest import reservations
 from ingest.cluster.members import Member
+from ingest.errors import DoesNotFit
 from ingest.ports import Catalog
 from ingest.records import Offer, Reservation, ReservationUse
 from ingest.reservations import State
+from kernels.admission import WARN
 
 RESERVABLE_SHARE = 0.9
 """Of the buffer: the rest is what segments waste, and room for those who have reserved nothing."""
@@ -68,6 +71,16 @@ class OnNode(BaseModel):
     used_bytes: int
 
 
+class OnKernel(BaseModel):
+    """What one of the bucket's kernels takes of the slot, if it sees every frame. Null: not measured yet."""
+
+    kernel: str
+    bytes_per_s_per_core: float | None
+    cores: float | None = Field(description="That it needs on a node.")
+    fits: bool
+    said: str
+
+
 class Described(BaseModel):
     """A reservation. ``bucket`` and ``owner`` are null for those who may not read the bucket."""
 
@@ -86,6 +99,7 @@ class Described(BaseModel):
     grace_s: int
     released: datetime.datetime | None
     nodes: list[OnNode]
+    kernels: list[OnKernel] = Field([], description="Of the bucket, where a rate is reserved; not in the calendar.")
 
 
 class Free(BaseModel):
@@ -116,7 +130,9 @@ def offers_of(settings: Settings, members: Sequence[Member]) -> tuple[Offer, ...
     )
 
 
-async def reserve(catalog: Catalog, offers: Sequence[Offer], caller: Caller, wanted: Wanted) -> Described:
+async def reserve(
+    catalog: Catalog, offers: Sequence[Offer], caller: Caller, wanted: Wanted, paces: KernelPaces
+) -> Described:
     """Raises NoSuchBucket, BadReservation, DoesNotFit."""
     reservation = Reservation(
         reservation_id=wanted.id or secrets.token_hex(6),
@@ -128,29 +144,67 @@ async def reserve(catalog: Catalog, offers: Sequence[Offer], caller: Caller, wan
         until_ns=_ns(wanted.until),
         grace_s=wanted.grace_s,
     )
+    await _refuse_slow_kernels(catalog, offers, reservation, paces)
     made = await catalog.reserve(reservation, offers)
     if (made.bucket, made.owner) != (reservation.bucket, reservation.owner):
         raise HTTPException(409, f"the id {made.reservation_id} is another reservation's")
-    return await one(catalog, caller, made.reservation_id)
+    return await one(catalog, caller, made.reservation_id, paces)
 
 
-async def one(catalog: Catalog, caller: Caller, reservation_id: str) -> Described:
+async def _refuse_slow_kernels(
+    catalog: Catalog, offers: Sequence[Offer], wanted: Reservation, paces: KernelPaces
+) -> None:
+    """Raises DoesNotFit where the bucket wants no slot that its kernels are too slow for, and as ``catalog.reserve``."""
+    policy = await policy_of(catalog, wanted.bucket)
+    if policy == WARN or not wanted.rate_bytes_per_s:
+        return
+    held = [use.reservation for use in await catalog.reservations(catalog.now_ns())]
+    if any(one.reservation_id == wanted.reservation_id for one in held):
+        return  # asked for before
+    planned = reservations.admitted(wanted, offers, held, catalog.now_ns())
+    if reason := refusal(policy, await paces.weighed(catalog, planned)):
+        raise DoesNotFit(reason)
+
+
+async def one(catalog: Catalog, caller: Caller, reservation_id: str, paces: KernelPaces) -> Described:
     """Raises NoSuchReservation."""
-    return await _described(await catalog.reservation(reservation_id), caller, catalog.now_ns())
+    use = await catalog.reservation(reservation_id)
+    now_ns = catalog.now_ns()
+    described = await _described(use, caller, now_ns)
+    if described.bucket is not None and reservations.state(use.reservation, now_ns) in (State.PLANNED, State.ACTIVE):
+        described.kernels = await _on_kernels(catalog, use.reservation, paces)
+    return described
+
+
+async def _on_kernels(catalog: Catalog, reservation: Reservation, paces: KernelPaces) -> list[OnKernel]:
+    demands = await paces.weighed(catalog, reservation)
+    if not demands:
+        return []
+    then = consequence(await policy_of(catalog, reservation.bucket))
+    return [
+        OnKernel(
+            kernel=demand.kernel,
+            bytes_per_s_per_core=None if demand.pace is None else demand.pace.bytes_per_s,
+            cores=demand.cores,
+            fits=demand.fits,
+            said=demand.said if demand.fits else f"{demand.said}; {then}",
+        )
+        for demand in demands
+    ]
 
 
 async def extend(
-    catalog: Catalog, offers: Sequence[Offer], caller: Caller, reservation_id: str, until: Until
+    catalog: Catalog, offers: Sequence[Offer], caller: Caller, reservation_id: str, until: Until, paces: KernelPaces
 ) -> Described:
     """Raises NoSuchReservation, ReservationEnded, BadReservation, DoesNotFit."""
     await catalog.extend_reservation(reservation_id, _ns(until.until), offers)
-    return await one(catalog, caller, reservation_id)
+    return await one(catalog, caller, reservation_id, paces)
 
 
-async def release(catalog: Catalog, caller: Caller, reservation_id: str) -> Described:
+async def release(catalog: Catalog, caller: Caller, reservation_id: str, paces: KernelPaces) -> Described:
     """Raises NoSuchReservation, ReservationEnded."""
     await catalog.release_reservation(reservation_id)
-    return await one(catalog, caller, reservation_id)
+    return await one(catalog, caller, reservation_id, paces)
 
 
 async def calendar(catalog: Catalog, offers: Sequence[Offer], caller: Caller, *, bucket: str, ended: bool) -> Calendar:

@@ -19,7 +19,7 @@ import uvloop
 
 from gateway.access import access_defaults
 from gateway.boot import Boot
-from gateway.control import process
+from gateway.control import paces, process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.auth import authenticator, sight_maker
 from gateway.control.cluster import ClusterWatch
@@ -33,6 +33,7 @@ from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.health import HealthCheck
 from gateway.control.kernels import failing_in
 from gateway.control.nodes import NodeSource
+from gateway.control.paces import KernelPaces
 from gateway.control.reservations import offers_of
 from gateway.control.shares import rebalancing
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
@@ -46,6 +47,7 @@ from ingest.cluster.members import Members
 from ingest.counters import CONTROL, Counters
 from ingest.ports import Catalog
 from ingest.share_table import ShareTable
+from kernels.admission import Room
 from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
@@ -99,6 +101,7 @@ async def _serve(boot: Boot) -> None:
             peers = Peers(members, key.peers, feedback, actions, executors, tls=tls_of_peers, ahead_ns=ahead_ns)
             feedback.peers = peers
         users = CatalogUsers(catalog, key.open_secret)
+        elsewhere = Elsewhere(members if settings.catalog else None, peers)
         context = ControlContext(
             version=version,
             catalog=catalog,
@@ -128,7 +131,12 @@ async def _serve(boot: Boot) -> None:
             feedback=feedback,
             actions=actions,
             run_folder=boot.paths.run,
-            elsewhere=Elsewhere(members if settings.catalog else None, peers),
+            paces=KernelPaces(
+                boot.paths.run,
+                Room(settings.kernel_cores, settings.workers),
+                elsewhere.paces,
+            ),
+            elsewhere=elsewhere,
             peers=key.peers if settings.catalog else None,
             offers=lambda: offers_of(settings, members.all()),
         )
@@ -164,7 +172,7 @@ async def _serve(boot: Boot) -> None:
 async def _tell_kernels(exchange: Exchange, run_folder: Path) -> None:
     """The other nodes know which kernels fail here."""
     while True:
-        exchange.kernels(*await failing_in(run_folder))
+        exchange.kernels(*await failing_in(run_folder), await paces.here(run_folder))
         await asyncio.sleep(KERNELS_LOOK_S)
 
 

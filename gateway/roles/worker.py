@@ -158,7 +158,7 @@ async def _kernels(
         feedback,
         counters,
         boot.slot,
-        HostLimits(sandbox=sandbox, workers=settings.workers),
+        HostLimits(sandbox=sandbox, workers=settings.workers, cores=settings.kernel_cores),
         _clearance(boot, settings, counters),
         boot.paths.strikes_file(boot.slot),
         Members(boot.paths) if settings.catalog else None,

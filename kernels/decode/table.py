@@ -34,6 +34,12 @@ def pack(stack: int, encoding: Encoding, entries: npt.NDArray[np.void]) -> bytes
     return _HEAD.pack(stack, len(text), len(entries)) + text + entries.tobytes()
 
 
+def stored_bytes(table: bytes) -> int:
+    """What the chunks that it names take as they are stored."""
+    _, length, count = _HEAD.unpack_from(table)
+    return int(np.frombuffer(table, ENTRY, count, _HEAD.size + length)["length"].sum())
+
+
 def unpack(table: bytes) -> tuple[int, Encoding, npt.NDArray[np.void]]:
     stack, length, count = _HEAD.unpack_from(table)
     start = _HEAD.size + length

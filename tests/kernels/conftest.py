@@ -37,6 +37,7 @@ from ingest.records import (
     ObjectState,
     PartialOf,
     ReductionJob,
+    ReservationUse,
     RunProductRecord,
 )
 from kernels.clearance import Clearance
@@ -266,6 +267,12 @@ class Store:
 
     def generation(self) -> int:
         return self._generation
+
+    def reserved(self) -> Sequence[ReservationUse]:
+        return ()
+
+    def now_ns(self) -> int:
+        return time.time_ns()
 
     async def list_objects(
         self, bucket: str, *, prefix: bytes = b"", after: bytes = b"", delimiter: bytes = b"", limit: int = 1000

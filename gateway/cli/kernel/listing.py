@@ -49,12 +49,16 @@ def list_kernels(
         row = kernel.row
         rows.append(
             (kernel.name, state, row["match"], row["params"], row["after"], row["raw"], row["device"],
-             row["owed_products"], row["failed_products"], reason)
+             gigabytes(row["bytes_per_s_per_core"]), row["owed_products"], row["failed_products"], reason)
         )  # fmt: skip
-    columns = ("kernel", "state", "match", "params", "after", "raw", "device", "owed", "failed", "why")
+    columns = ("kernel", "state", "match", "params", "after", "raw", "device", "GB/s a core", "owed", "failed", "why")
     print_table(columns, rows)
     if not rows:
         print(f"bucket {bucket} has no kernels; submit one: hiss kernel submit FILE --bucket {bucket}")
+
+
+def gigabytes(bytes_per_s: float | None) -> str:
+    return "–" if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g}"
 
 
 def _list_library(as_json: bool) -> None:
@@ -118,6 +122,7 @@ def _declared(one: Submitted) -> dict[str, Any]:
 
 def _print(bucket: str, one: Submitted, document: dict[str, Any]) -> None:
     more = " or more" if document["more_products"] else ""
+    pace = one.row["bytes_per_s_per_core"]
     counted = f"{document['products']} of objects, {document['runs']} of runs{more}"
     facts = [
         ("kernel", f"s3://{bucket}/_kernels/{one.name}.py"),
@@ -126,6 +131,7 @@ def _print(bucket: str, one: Submitted, document: dict[str, Any]) -> None:
         ("sha256", document["sha256"]),
         *((word, one.row[word]) for word in ("match", "after", "raw", "device") if one.row[word]),
         ("products", f"{counted}, {one.row['owed_products']} owed, {one.row['failed_products']} failed"),
+        ("pace", f"{gigabytes(pace)} GB/s a core ({one.row['paced_on']})" if pace else "not measured yet"),
         ("last error", one.row["last_error"] or "–"),
         *((("waits", one.row["waits"]),) if one.row.get("waits") else ()),
         *(("on node " + failed["node"], failed["error"]) for failed in one.row["failures"] if failed.get("node")),

@@ -52,7 +52,7 @@ class Submitted:
 
     @property
     def state(self) -> tuple[str, str]:
-        """(refused | left out | disabled | waiting | failing | running, why). What does not go as it was wanted fails."""
+        """(refused | left out | disabled | waiting | failing | slow | running, why). What does not go as it was wanted fails."""
         failure = self.failure
         if self.kernel is None:
             return "refused", self.refusal
@@ -73,6 +73,8 @@ class Submitted:
             return "failing", failure["error"]
         if self.row.get("notices"):
             return "failing", self.row["notices"][0]
+        if self.row.get("slow"):
+            return "slow", self.row["slow"]
         return "running", self.row["last_error"] or self.row.get("waits", "")
 
     def document(self) -> dict[str, Any]:

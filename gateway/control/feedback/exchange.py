@@ -15,6 +15,7 @@ import msgspec
 
 from ingest.ports import FeedbackEvent
 from kernels.notices import Notice as KernelNotice
+from kernels.pace import Pace
 from kernels.strikes import Strike
 
 ITEMS_KEPT = 65_536
@@ -86,10 +87,11 @@ class Running(msgspec.Struct, tag="running"):
 
 
 class Kernels(msgspec.Struct, tag="kernels"):
-    """Kernels that fail at the node, or do not go as they were wanted."""
+    """Kernels that fail at the node, or do not go as they were wanted; how fast they were found to be."""
 
     strikes: list[Strike] = []
     notices: list[KernelNotice] = []
+    paces: list[Pace] = []
 
 
 class Beat(msgspec.Struct, tag="beat"):
@@ -137,8 +139,9 @@ class Exchange:
             self._changes += 1
         self._wake()
 
-    def kernels(self, strikes: Sequence[Strike], notices: Sequence[KernelNotice]) -> None:
-        state = Kernels(list(strikes[:KERNELS_TOLD_MAX]), list(notices[:KERNELS_TOLD_MAX]))
+    def kernels(self, strikes: Sequence[Strike], notices: Sequence[KernelNotice], paces: Sequence[Pace]) -> None:
+        most = KERNELS_TOLD_MAX
+        state = Kernels(list(strikes[:most]), list(notices[:most]), list(paces[:most]))
         if state != self._kernels:
             self._kernels = state
             self._wake()

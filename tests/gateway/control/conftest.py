@@ -29,6 +29,7 @@ from gateway.control.feedback.hub import FeedbackHub
 from gateway.control.feedback.peers import Peers
 from gateway.control.feedback.zeromq import ZmqPublisher
 from gateway.control.nodes import NodeSource
+from gateway.control.paces import KernelPaces
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
 from ingest.catalog import server as catalogue
@@ -38,6 +39,7 @@ from ingest.cluster.signing import PeerKey
 from ingest.counters import CATALOGUE, CONTROL, Counters
 from ingest.paths import NodePaths
 from ingest.records import ArchiveCopy, CommitObject, Extent, FrameLedger, Grant, ObjectRecord, UserRecord
+from kernels.admission import Room
 from s3api.auth.rules import Gate
 from s3api.auth.users import CatalogUsers
 
@@ -193,6 +195,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 run_folder=paths.run,
                 actions=actions,
                 offers=lambda: (),
+                paces=KernelPaces(paths.run, Room(2, 2)),
                 peers=PEER_KEY if number is not None else None,
             )
             accepting = asyncio.Event()
