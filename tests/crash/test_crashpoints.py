@@ -23,6 +23,7 @@ from ingest.crashpoints import POINTS
 from ingest.errors import CatalogError
 from ingest.lifecycle import Lifecycle, Rule, When
 from ingest.records import ObjectState
+from tests.cluster.test_migrate import POINTS as MIGRATE_POINTS
 from tests.crash.harness import MIB, S3, Body, Judge, Load, Node, running, until
 
 EVICTING = {"evict_high": "0.05", "evict_low": "0.0"}
@@ -155,6 +156,8 @@ FULL: dict[str, Callable[[Scene], None]] = {
     "recall-written": Scene.recalls,
 }
 
+CLUSTER = {"join-claimed", "join-placed", "log-before", "log-appended", *(f"migrate-{step}" for step in MIGRATE_POINTS)}
+"""In tests/ingest/test_cluster.py and tests/cluster/test_migrate.py."""
 PRODUCTS = {"product-before", "partial-before", "run-product-before", "filter-before", "cut-mended"}
 """Points of the kernel room: below, in tests/kernels/test_runs.py and tests/gateway/test_stop.py."""
 
@@ -181,8 +184,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 def test_every_point_has_its_test() -> None:
-    # The last: tests/archive/test_drain_crash.py.
-    assert {*PLAIN, *FULL, *PRODUCTS, "lifecycle-before", "aside-named"} == set(POINTS)
+    # The last two: tests/archive/test_drain_crash.py.
+    assert {*PLAIN, *FULL, *PRODUCTS, *CLUSTER, "lifecycle-before", "aside-named"} == set(POINTS)
 
 
 @pytest.mark.parametrize("point", PLAIN)
