@@ -10,6 +10,7 @@ import contextlib
 import random
 
 from tests.cluster.scene import Scene
+from tests.crash.client import S3
 from tests.crash.load import MIB
 from tests.crash.node import until
 
@@ -26,7 +27,8 @@ def test_a_node_is_killed_under_load_and_returns(scene: Scene, seed: int) -> Non
     load = scene.load(("disk", "mirror"))
     rng = random.Random(seed)
     with scene.under(load):
-        for node in rng.sample(scene.cluster.nodes, 2):
+        # The first is the one that does the chores of all (Members.leads): another one takes them over under load.
+        for node in (scene.a, rng.choice([scene.b, scene.c])):
             node.kill_node()
             scene.goes_on(load)
             node.start()
@@ -98,5 +100,41 @@ def test_a_dead_nodes_mirrored_objects_are_drained_and_what_exists_nowhere_is_na
         assert answer.status == 503, answer
     scene.b.start()
     scene.b.ready()
+    scene.judge(load).reads_back()
+    scene.judge(load).is_archived()
+
+
+def test_both_copies_dead_are_named_and_come_back(scene: Scene) -> None:
+    """Two of three nodes die, with what only they hold: it is there for HEAD, counted, refused clearly, and there again with
+    the first of them that returns."""
+    load = scene.load(("mirror",))
+    (bucket,) = load.buckets
+    scene.client(scene.a).tag(bucket, drain_after_s="600")
+    keys = [scene.put(load, scene.b, bucket, 1 * MIB) for _ in range(6)]
+    records = {record.key.decode(): record for record in scene.b.records() if record.bucket == bucket}
+    names = {member.node: member.record.name for member in scene.b.members()}
+    second = {key: names[records[key].mirror[0].node] for key in keys}
+    peer = scene.cluster[second[keys[0]]]
+    (left,) = (node for node in scene.cluster.nodes if node not in (scene.b, peer))
+    lost = [key for key in keys if second[key] == peer.name]
+    scene.b.kill_node()
+    peer.kill_node()
+    until(
+        lambda: left.metric("hiss_cluster_unreachable_objects") >= len(lost),
+        lambda: f"{len(lost)} objects are counted\n{left.tail()}",
+        60,
+    )
+    with contextlib.closing(S3(left)) as client:
+        for key in keys:
+            assert client.request("HEAD", f"/{bucket}/{key}").ok
+            answer = client.get(bucket, key)
+            assert answer.status == (503 if key in lost else 200), (key, answer)
+    peer.start()
+    peer.ready()
+    for key in lost:
+        assert scene.answers(left, bucket, key).ok
+    scene.b.start()
+    scene.b.ready()
+    scene.client(left).tag(bucket, drain_after_s="0")
     scene.judge(load).reads_back()
     scene.judge(load).is_archived()

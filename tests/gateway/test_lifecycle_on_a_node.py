@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -148,3 +149,31 @@ def test_the_life_of_a_run(node: Any, s3: Any, hook: Webhook, poll: Callable[...
     poll(lambda: len(hook.events) >= len(told), "the webhook heard of all", WAIT_S)
     assert hook.events == told
     again.close()
+
+
+def test_a_restored_copy_expires_while_it_is_read(start_node: Callable[..., Any], poll: Callable[..., Any]) -> None:
+    """Whoever reads has begun with bytes of a segment that is given back and written anew meanwhile: they go on being those."""
+    sets = ("virtual_clock=on", "lifecycle_scan_s=0.1", "kernels=off", "buffer_bytes=1GiB", "segment_bytes=64MiB")
+    node = start_node(*(flag for setting in sets for flag in ("--set", setting)))
+    paths, s3 = NodePaths(node.data_dir), client_of(node)
+    s3.create_bucket(Bucket="cold")
+    of = {"Bucket": "cold", "Key": "film"}
+    body = random.Random(1).randbytes(48 << 20)
+    s3.put_object(**of, Body=body, StorageClass="GLACIER")
+
+    def evicted() -> bool:
+        return int(json.loads(node.hiss("drain", "--json").stdout)["evicted_bytes"]) >= len(body)
+
+    poll(evicted, "it is in the archive only", WAIT_S)
+    s3.restore_object(**of, RestoreRequest={"Days": 1})
+    poll(lambda: 'ongoing-request="false"' in s3.head_object(**of).get("Restore", ""), "it is restored", WAIT_S)
+    reading = s3.get_object(**of)["Body"]
+    begun = reading.read(1 << 20)
+    clock.advance(paths, 3 * DAY_S)
+    assert code(s3.get_object, **of) == "InvalidObjectState"
+    poll(evicted, "the restored copy is gone", WAIT_S)
+    for number in range(12):  # whatever room was given back is written again
+        s3.put_object(Bucket="cold", Key=f"other/{number}", Body=bytes([number]) * (40 << 20))
+    assert begun + reading.read() == body
+    s3.close()
+    assert node.stop() == 0
