@@ -48,6 +48,9 @@ LIMIT_MAX = 100_000
 """Rows of one answer at most; a caller pages beyond that."""
 DEBTS_LOOKED_AT = 10_000
 FAILURES_NAMED_MAX = 20
+RECALLED_STAYS_NS = 5 * 10**9
+"""What came back for a reader stays so long, however full the buffer is: evicted before it was opened, it would be recalled again,
+and nobody would ever read it. Less than a recall waits for room."""
 _ANY_SEQUENCE = 2**63 - 1
 
 
@@ -337,7 +340,8 @@ class Reader:
         return rows.all_records(found)
 
     def evictable(self, now_ns: int, limit: int) -> list[ObjectRecord]:
-        """Archived versions with a buffered copy whose bucket's ``hiss.evict-after-s`` is over, oldest first."""
+        """Archived versions with a buffered copy whose bucket's ``hiss.evict-after-s`` is over, oldest first; those that were
+        recalled stay for RECALLED_STAYS_NS at least."""
         patience_ns = {
             bucket.name: bucket_settings.parse(bucket.tags).evict_after_s * 1_000_000_000 for bucket in self.buckets()
         }
@@ -347,8 +351,10 @@ class Reader:
             for row in cursor:
                 if len(found) >= limit:
                     break
-                if row[-1] + patience_ns.get(row[1], 0) <= now_ns:
-                    found.append(rows.object_record(row[:-1]))
+                *columns, recall_ns, stored_ns = row
+                stays_ns = RECALLED_STAYS_NS if recall_ns else 0
+                if stored_ns + max(stays_ns, patience_ns.get(row[1], 0)) <= now_ns:
+                    found.append(rows.object_record(columns))
         finally:
             cursor.close()
         return found

@@ -434,7 +434,7 @@ EVICTABLE_BYTES = _sql(
     )
 )
 EVICTABLE = _sql(
-    sa.select(*RECORD_COLUMNS, objects.c.stored_ns)
+    sa.select(*RECORD_COLUMNS, objects.c.recall_ns, objects.c.stored_ns)
     .where(
         text("state = 'archived' AND length > 0"),
         _here,

@@ -6,6 +6,7 @@ import pytest
 
 from archive.evict import Evictor, buffered_bytes, bytes_to_free
 from archive.pace import DrainLimits
+from ingest.catalog import reader
 from ingest.records import ObjectState
 
 ARCHIVED, EVICTED = ObjectState.ARCHIVED, ObjectState.EVICTED
@@ -69,3 +70,20 @@ async def test_the_bucket_may_keep_its_buffered_copies(node, archived) -> None:
     await evictor(node, 10 * MIB, 10 * MIB).step()
     assert await states(node, archived) == [ARCHIVED] * 10
     assert node.count("hiss_evict_stalled") == 1
+
+
+async def test_what_came_back_for_a_reader_stays_a_moment_in_a_full_buffer(node, archived, monkeypatch) -> None:
+    """Nothing else may go, and still: evicted before its reader has opened it, it would be recalled for ever."""
+    record = archived[0]
+    for other in archived:
+        await node.catalog.evicted(other.object_id)
+    node.start()
+    await node.catalog.request_recall(record.object_id)
+    await node.state(record, ARCHIVED)
+    await node.stop()
+    full = evictor(node, 10 * MIB, 10 * MIB)
+    await full.step()
+    assert await states(node, [record]) == [ARCHIVED]
+    monkeypatch.setattr(reader, "RECALLED_STAYS_NS", 0)
+    await full.step()
+    assert await states(node, [record]) == [EVICTED]

@@ -30,6 +30,7 @@ def test_every_object_is_drained_by_one_node(scene: Scene) -> None:
     """Two nodes hold each of these: the origin and the mirror; one of them drains it."""
     load = scene.load(("mirror",))
     (bucket,) = load.buckets
+    until(lambda: all(record.archive is not None for record in scene.a.records()), "what was before is drained")
     before = drained(scene)
     for node in scene.cluster.nodes:
         for _ in range(10):
