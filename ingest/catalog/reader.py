@@ -49,8 +49,8 @@ LIMIT_MAX = 100_000
 DEBTS_LOOKED_AT = 10_000
 FAILURES_NAMED_MAX = 20
 RECALLED_STAYS_NS = 5 * 10**9
-"""What came back for a reader stays so long, however full the buffer is: evicted before it was opened, it would be recalled again,
-and nobody would ever read it. Less than a recall waits for room."""
+"""What came back for a reader stays so long, however full the buffer is: evicted before it was opened, it would be recalled
+again, and nobody would ever read it. Less than a recall waits for room."""
 _ANY_SEQUENCE = 2**63 - 1
 
 
