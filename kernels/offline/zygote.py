@@ -1,17 +1,29 @@
-"""A fork server of one's own, for as long as a command runs: the node's, started the same way, with a socket nobody else sees."""
+"""A fork server of one's own, for as long as a command runs: the node's, started the same way, with a socket nobody else sees.
+
+In: nothing. Out: a socket's path. What always holds: the process is gone behind the context, or with the thread that started it;
+its folder too, or, after a SIGKILL, with the next fork server that is started on this machine.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 READY_TIMEOUT_S = 60.0
+PREFIX = "hiss-kernel-"
+_IN_USE = "in-use"
+"""Locked as long as its folder is used."""
+_YOUNG_S = 60.0
+"""A folder without that file has just been made, or is nobody's."""
 
 
 class NoZygote(Exception):
@@ -22,7 +34,9 @@ class NoZygote(Exception):
 def private_zygote(children_max: int = 8, ready_timeout_s: float = READY_TIMEOUT_S) -> Iterator[str]:
     """The socket's path. Call it from a thread that lives as long: the fork server dies with the thread that started it.
     Raises NoZygote."""
-    with tempfile.TemporaryDirectory(prefix="hiss-kernel-") as folder:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, (Path(folder) / _IN_USE).open("wb") as in_use:
+        fcntl.flock(in_use, fcntl.LOCK_EX)
         path = Path(folder) / "zygote.sock"
         log = Path(folder) / "zygote.log"
         ready, said = os.pipe()
@@ -45,6 +59,25 @@ def private_zygote(children_max: int = 8, ready_timeout_s: float = READY_TIMEOUT
         finally:
             process.kill()
             process.wait()
+
+
+def _sweep() -> None:
+    """Remove what killed commands of this user left behind."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and _is_left(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(folder: Path) -> bool:
+    try:
+        with (folder / _IN_USE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except FileNotFoundError:
+        return time.time() - folder.stat().st_mtime > _YOUNG_S
+    except BlockingIOError:
+        return False
 
 
 def _last_line(log: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def node_of(
         def find(scheme: str) -> ClientNode:
             if scheme not in known:
                 tls = certificate if scheme == "https" else None
-                started = stack.enter_context(nodes.running(tmp_path_factory.mktemp(f"node-{scheme}"), tls))
+                folder = tmp_path_factory.mktemp(f"node-{scheme}")
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)  # gigabytes of segments
+                started = stack.enter_context(nodes.running(folder, tls))
                 started.put(BUCKET)
                 started.fill(MANY, LISTED)
                 known[scheme] = started
