@@ -64,7 +64,7 @@ from kernels.stored import StoredLayouts, info_of, single
 from kernels.strikes import Strikes
 from kernels.submission import Submissions
 from kernels.tally import Tally
-from kernels.watch import Watch
+from kernels.watch import BUCKETS_MAX, Watch
 
 T = TypeVar("T")
 
@@ -72,6 +72,10 @@ log = logging.getLogger("hiss.kernels")
 
 WARM_MAX = 4
 """Sandboxes started before their first frame, each time the kernels of a bucket change."""
+DRY_WITHIN_S = 60.0
+"""A change of kernels within so long of a submission is that submission."""
+DRY_AFTER_S = 1.5
+"""How long a dry run waits: frames that come at once find the cores free, and show the pace themselves."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -161,6 +165,8 @@ class KernelHost:
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._submitted: dict[str, float] = {}
+        """Bucket -> when something was submitted to it in this worker, by the loop's clock."""
         self._closed = False
         self._sweep_now = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
@@ -297,15 +303,23 @@ class KernelHost:
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
         """See ``FrameHost``."""
-        self._watch.use(bucket)
+        self._uses(bucket)
         with self._refusals():
             await self._submissions.kernel(bucket, name, source, metadata)
 
     async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
         """See ``FrameHost``."""
-        self._watch.use(bucket)
+        self._uses(bucket)
         with self._refusals():
             await self._submissions.array(bucket, kernel, name, head, length)
+
+    def _uses(self, bucket: str) -> None:
+        """Something is being submitted to it here: this worker makes the dry runs."""
+        self._watch.use(bucket)
+        self._submitted.pop(bucket, None)
+        self._submitted[bucket] = asyncio.get_running_loop().time()
+        while len(self._submitted) > BUCKETS_MAX:
+            del self._submitted[next(iter(self._submitted))]
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -468,11 +482,13 @@ class KernelHost:
         self._owed.changed(bucket)
         self._sweep_now.set()
         self._warm(bucket)
-        self.spawn(self._measure(bucket), "dry runs of kernels")
+        if self._submitted.get(bucket, -DRY_WITHIN_S) + DRY_WITHIN_S > asyncio.get_running_loop().time():
+            self.spawn(self._measure(bucket), "dry runs of kernels")
 
     async def _measure(self, bucket: str) -> None:
-        """Know the pace of every kernel of the bucket."""
+        """Know the pace of every kernel of the bucket, once its first frames have had their sandboxes."""
         await self._clearance.granted()
+        await asyncio.sleep(DRY_AFTER_S)
         await self._paces.look_around()
         for attachment in self._registry.known(bucket):
             if not self._disabled(bucket, attachment):

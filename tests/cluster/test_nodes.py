@@ -38,7 +38,7 @@ def test_a_node_is_killed_under_load_and_returns(scene: Scene, seed: int) -> Non
 
 
 def test_a_rolling_restart_is_no_more_than_a_busy_moment(scene: Scene) -> None:
-    load = scene.load(("disk", "mirror"))
+    load = scene.load(("disk", "mirror"), clients=2)
     with scene.under(load):
         for node in scene.cluster.nodes:
             node.stop()
