@@ -255,6 +255,8 @@ def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
         return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
     if isinstance(error, ingest.NotAdmitted):
         return S3Error("SlowDown", str(error), headers=[("retry-after", str(error.retry_after_s))])
+    if isinstance(error, ingest.BufferFull) and str(error):
+        return S3Error("SlowDown", f"{error}; please retry")
     if isinstance(error, ingest.PreconditionFailed):
         return S3Error("PreconditionFailed", fields=[("Condition", error.condition)])
     if isinstance(error, ingest.InvalidLock | ingest.BucketState | ingest.CannotAppend):
