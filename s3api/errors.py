@@ -249,9 +249,7 @@ def translated(error: Exception, *, user_id: str = "") -> S3Error:
 def _from_ingest(error: ingest.IngestError, user_id: str) -> S3Error:
     if isinstance(error, ingest.BucketExists) and error.owner == user_id:
         return S3Error("BucketAlreadyOwnedByYou")
-    if isinstance(error, ingest.KernelsUnavailable):
-        return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
-    if isinstance(error, ingest.NodeAway | ingest.MirrorUnavailable):
+    if isinstance(error, ingest.KernelsUnavailable | ingest.NodeAway | ingest.MirrorUnavailable):
         return S3Error(INGEST_CODES[type(error)], f"{error}. Please try again.")
     if isinstance(error, ingest.NotAdmitted):
         return S3Error("SlowDown", str(error), headers=[("retry-after", str(error.retry_after_s))])
