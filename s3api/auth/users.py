@@ -93,9 +93,13 @@ class CatalogUsers:
         self._credentials: dict[str, Credentials] = {}
 
     async def find(self, access_key: str, token: str = "") -> Credentials | None:
+        """Raises CatalogUnavailable for a pair that another node may have made: this one does not know everything now."""
         await self._refresh()
         if token and self.sealer is not None:
             return await self._temporary(access_key, token, self.sealer)
+        if access_key not in self._keys:
+            await self._catalog.fresh()
+            await self._refresh()
         found = self._credentials.get(access_key)
         if found is None and (pair := self._keys.get(access_key)) is not None:
             user, key = pair

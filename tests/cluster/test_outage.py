@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.cli import s3put
+from gateway.users import KeyPair
 from tests.cluster.loopback import LoopbackNode, Nodes, until
 from tests.crash.client import sign
 from tests.crash.node import ROOT
@@ -92,6 +94,13 @@ def test_writes_are_refused_at_their_head_and_reads_go_on(node: LoopbackNode, ow
     assert node.get("/v1/status")[1]["cluster"]["engine"] == "ok"
 
 
+def as_a_stranger(node: LoopbackNode) -> int:
+    """What a request is answered that is signed with a key pair nobody has heard of."""
+    headers = {"host": f"{node.host}:{node.port()}"}
+    signed = s3put.sign("GET", "/scan/known/frame", headers, KeyPair("NOBODYKNOWSTHISKEY01", "its secret"), "us-east-1")
+    return httpx.get(f"http://{headers['host']}/scan/known/frame", headers=signed, timeout=20).status_code
+
+
 def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
     node: LoopbackNode, own_postgres: Engine
 ) -> None:
@@ -124,6 +133,7 @@ def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
         assert "retry-after" in answer.headers
     copied = node.ask("PUT", "/scan/copy", "", b"", {"x-amz-copy-source": "/scan/unknown"})
     assert copied.status == 503
+    assert as_a_stranger(node) == 503, "another node may have made the key"
     with httpx.Client(auth=ROOT_KEYS, timeout=20) as client:
         for path in ("/scan/unknown", "/scan/unknown/", "/unknown/", "/unknown/frame"):
             assert client.get(webdav + path).status_code == 503, path
@@ -137,6 +147,7 @@ def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
     assert node.ask("GET", "/scan/parts", upload).ok
     own_postgres.start()
     until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
+    assert as_a_stranger(node) == 403
     wrong = {node.ask(*one).status for one in unknown}
     assert wrong == {404, 400}, "not there is not there, once it is known"
 
