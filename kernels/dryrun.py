@@ -19,7 +19,7 @@ from ingest.ports import KernelRefused
 from ingest.records import FrameGeometry
 from kernels.attach import Attachment, misfit, stages_of
 from kernels.offline.memory import Window
-from kernels.pace import Paces, frames_text
+from kernels.pace import Paces, frames_text, sources_of
 from kernels.sandbox import DEFAULT_LAYOUTS, Batch, Sandbox, SandboxFailed, SandboxLimits
 from kernels.wire import MAX_BATCH
 
@@ -28,6 +28,11 @@ log = logging.getLogger("hiss.kernels")
 DRY_S = 0.3
 BATCHES_MAX = 10_000
 BATCH_BYTES = 8 << 20
+FRAME_BYTES_MAX = 64 << 20
+"""Of a frame that is made up; larger ones are measured when they come."""
+BLOCK_PIXELS = 1 << 20
+"""Noise that is made; it is repeated."""
+FAILURES_KEPT_MAX = 4096
 STOCK_SHAPE = (512, 1024)
 """Of frames where nobody has said what they will be like."""
 MEAN_COUNT = 1.0
@@ -44,11 +49,21 @@ class DryRuns:
         self._paces = paces
         self._limits = dataclasses.replace(limits, nice=_LOWEST)
         self._turn = asyncio.Lock()
+        self._failed: dict[tuple[str, str], str] = {}
+        """(bucket, sources) -> why there was no pace: not tried again until the kernel is submitted again."""
+
+    def forget(self, bucket: str, attachment: Attachment) -> None:
+        """The kernel is submitted: what its last dry run said is over."""
+        self._failed.pop((bucket, sources_of(attachment)), None)
+
+    def failure(self, bucket: str, attachment: Attachment) -> str:
+        """Why its dry run gave no pace; empty where it did, or where none was made."""
+        return self._failed.get((bucket, sources_of(attachment)), "")
 
     async def measure(self, bucket: str, attachment: Attachment, seen: Sequence[FrameGeometry] = ()) -> None:
         """Know the kernel's pace, if it can be known before frames come: on the layout that it declares, else on the first of
         ``seen`` that its arrays fit, else on frames of STOCK_SHAPE."""
-        if attachment.owed:
+        if attachment.owed or self.failure(bucket, attachment):
             return
         async with self._turn:
             for dtype, shape in _layouts(attachment, seen):
@@ -58,14 +73,26 @@ class DryRuns:
                     bytes_per_s = await self._run(attachment, dtype, shape)
                 except KernelRefused:
                     continue  # compiles for other frames
-                except (SandboxFailed, ValueError) as failure:
+                except SandboxFailed as failure:
+                    log.info("kernel %s in bucket %s: no dry run: %s", attachment.name, bucket, failure)
+                    if failure.kind != "unavailable":
+                        self._fail(bucket, attachment, str(failure))
+                    return
+                except (ValueError, MemoryError) as failure:
                     log.info("kernel %s in bucket %s: no dry run: %s", attachment.name, bucket, failure)
                     return
                 self._paces.tried(bucket, attachment, frames_text(dtype, shape), bytes_per_s)
 
+    def _fail(self, bucket: str, attachment: Attachment, reason: str) -> None:
+        self._failed[bucket, sources_of(attachment)] = reason
+        while len(self._failed) > FAILURES_KEPT_MAX:
+            del self._failed[next(iter(self._failed))]
+
     async def _run(self, attachment: Attachment, dtype: str, shape: tuple[int, ...]) -> float:
         """Bytes a second of one core."""
         frame_bytes = np.dtype(dtype).itemsize * math.prod(shape)
+        if frame_bytes > FRAME_BYTES_MAX:
+            raise ValueError(f"a frame of {frame_bytes} bytes is too large to be made up")
         count = max(1, min(MAX_BATCH, BATCH_BYTES // frame_bytes))
         window = await asyncio.to_thread(_noise, dtype, count * math.prod(shape))
         try:
@@ -100,7 +127,10 @@ def _layouts(attachment: Attachment, seen: Sequence[FrameGeometry]) -> list[tupl
 def _noise(dtype: str, pixels: int) -> Window:
     window = Window(pixels * np.dtype(dtype).itemsize)
     with window.view(pixels * np.dtype(dtype).itemsize) as view:
-        np.frombuffer(view, dtype)[:] = np.random.default_rng(1).poisson(MEAN_COUNT, pixels).astype(dtype)
+        target = np.frombuffer(view, dtype)
+        block = np.random.default_rng(1).poisson(MEAN_COUNT, min(pixels, BLOCK_PIXELS)).astype(dtype)
+        for start in range(0, pixels, BLOCK_PIXELS):
+            target[start : start + BLOCK_PIXELS] = block[: pixels - start]
     return window
 
 

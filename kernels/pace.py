@@ -123,7 +123,9 @@ class Paces:
         if before is not None and before.live:
             bytes_per_s = SETTLE * bytes_per_s + (1 - SETTLE) * before.bytes_per_s
         frames = frames_text(geometry.dtype, geometry.shape)
-        return self._put(Pace(*key, frames, bytes_per_s, True, time.time_ns(), attachment.submitted_ns))
+        first = before is None or not before.live
+        pace = Pace(*key, frames, bytes_per_s, True, time.time_ns(), attachment.submitted_ns)
+        return self._put(pace, tell=first)
 
     def tried(self, bucket: str, attachment: Attachment, frames: str, bytes_per_s: float) -> bool:
         """A dry run measured it. True as of ``live``."""

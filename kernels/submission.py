@@ -34,6 +34,9 @@ has started, and that several seconds on a busy machine."""
 CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
 
+DRY_RUN_WAIT_S = 60.0
+"""How long a submission waits for its dry run, those before it included."""
+
 Layouts = Sequence[tuple[str, int]]
 
 
@@ -93,7 +96,16 @@ class Submissions:
             raise KernelsUnavailable(f"the bucket's settings cannot be read at the moment: {error}") from None
         if policy != REFUSE:
             return  # measured soon, once it is attached
-        await self._dry_runs.measure(bucket, attachment, self._seen(bucket))
+        self._dry_runs.forget(bucket, attachment)
+        try:
+            async with asyncio.timeout(DRY_RUN_WAIT_S):
+                await self._dry_runs.measure(bucket, attachment, self._seen(bucket))
+        except TimeoutError:
+            raise KernelsUnavailable("other kernels are being tried at the moment") from None
+        if failed := self._dry_runs.failure(bucket, attachment):
+            raise KernelRefused(
+                attachment.kernel.file, 1, f"its dry run over noise failed, so its pace is not known: {failed}"
+            )
         if reason := self._admission.refusal(bucket, attachment, others):
             raise KernelRefused(
                 attachment.kernel.file,

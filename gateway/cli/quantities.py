@@ -48,7 +48,10 @@ def parse_time(text: str, now: datetime.datetime, since: datetime.datetime | Non
     if word == "now":
         return now
     if word.startswith("+"):
-        return (since or now) + datetime.timedelta(seconds=parse_duration(word[1:]))
+        try:
+            return (since or now) + datetime.timedelta(seconds=parse_duration(word[1:]))
+        except OverflowError:
+            raise CliError(f"{text!r} is too far away") from None
     if clock := re.fullmatch(r"(\d{1,2}):(\d{2})", word):
         hour, minute = int(clock[1]), int(clock[2])
         if hour > 23 or minute > 59:

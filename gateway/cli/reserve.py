@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from typer.core import TyperGroup
@@ -93,7 +94,7 @@ def show(
 ) -> None:
     """One reservation: its nodes, its rates, and what is used of it."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
-    _show([found.ask(f"/v1/reservations/{reservation}")], as_json)
+    _show([found.ask(f"/v1/reservations/{quote(reservation, safe='')}")], as_json)
 
 
 @app.command("extend")
@@ -109,9 +110,9 @@ def extend(
     """A later end, if its nodes are free until then."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
     now = datetime.datetime.now().astimezone()
-    ends = datetime.datetime.fromisoformat(found.ask(f"/v1/reservations/{reservation}")["until"])
+    ends = datetime.datetime.fromisoformat(found.ask(f"/v1/reservations/{quote(reservation, safe='')}")["until"])
     body = {"until": parse_time(until, now, ends).isoformat()}
-    _show([found.send("POST", f"/v1/reservations/{reservation}/extend", body)], as_json)
+    _show([found.send("POST", f"/v1/reservations/{quote(reservation, safe='')}/extend", body)], as_json)
 
 
 @app.command("release")
@@ -125,7 +126,7 @@ def release(
 ) -> None:
     """Give back what is left of it, now."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
-    _show([found.send("DELETE", f"/v1/reservations/{reservation}")], as_json)
+    _show([found.send("DELETE", f"/v1/reservations/{quote(reservation, safe='')}")], as_json)
 
 
 def _show(found: list[dict[str, Any]], as_json: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import FastAPI, Header, HTTPException, Query
 from fastapi import Path as FastPath
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
@@ -95,6 +96,7 @@ def create_app(context: ControlContext) -> FastAPI:
     app = FastAPI(title="HISS control API", version=context.version, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.context = context
     app.add_exception_handler(CatalogError, _catalog_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
     _add_open_routes(app, context)
     _add_node_routes(app, context)
     _add_member_routes(app, context)
@@ -104,6 +106,20 @@ def create_app(context: ControlContext) -> FastAPI:
     if context.peers is not None:
         _add_peer_routes(app, context.peers)
     return app
+
+
+async def _invalid(_: HTTPConnection, error: Exception) -> Response:
+    """What is wrong and where; not what was sent, which may be what JSON cannot say (NaN, half a surrogate pair)."""
+    assert isinstance(error, RequestValidationError)
+
+    def text(value: object) -> str:
+        return str(value).encode(errors="replace").decode()
+
+    found = [
+        {"type": one["type"], "loc": [text(part) for part in one["loc"]], "msg": text(one["msg"])}
+        for one in error.errors()
+    ]
+    return JSONResponse({"detail": found}, 422)
 
 
 async def _catalog_error(_: HTTPConnection, error: Exception) -> Response:

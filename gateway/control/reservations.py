@@ -40,16 +40,26 @@ def _identifier(value: str) -> str:
     return value
 
 
+def _in_reach(value: datetime.datetime) -> datetime.datetime:
+    if not 2000 <= value.year <= 2200:
+        raise ValueError("a time from 2000 to 2200")
+    return value
+
+
+_Moment = Annotated[AwareDatetime, AfterValidator(_in_reach)]
+_MOST = 1 << 62
+
+
 class Wanted(BaseModel):
     """A reservation to be made."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    bucket: str = Field(min_length=3, max_length=63)
-    capacity_bytes: int = Field(0, ge=0, description="Of the buffers, at any moment of the slot.")
-    rate_bytes_per_s: int = Field(0, ge=0)
-    start: AwareDatetime | None = Field(None, alias="from", description="With a time zone; left out: now.")
-    until: AwareDatetime
+    bucket: str = Field(min_length=3, max_length=63, pattern="^[a-z0-9.-]*$")
+    capacity_bytes: int = Field(0, ge=0, le=_MOST, description="Of the buffers, at any moment of the slot.")
+    rate_bytes_per_s: int = Field(0, ge=0, le=_MOST)
+    start: _Moment | None = Field(None, alias="from", description="With a time zone; left out: now.")
+    until: _Moment
     grace_s: int = Field(300, ge=0, le=reservations.GRACE_MAX_S, description="For bodies that are late.")
     id: Annotated[str, AfterValidator(_identifier)] = Field(
         "", max_length=64, description="Of the asker's choice: the same request sent twice reserves once."
@@ -59,7 +69,7 @@ class Wanted(BaseModel):
 class Until(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    until: AwareDatetime
+    until: _Moment
 
 
 class OnNode(BaseModel):
@@ -146,7 +156,11 @@ async def reserve(
     )
     await _refuse_slow_kernels(catalog, offers, reservation, paces)
     made = await catalog.reserve(reservation, offers)
-    if (made.bucket, made.owner) != (reservation.bucket, reservation.owner):
+    asked = (reservation.bucket, reservation.owner, reservation.capacity_bytes, reservation.rate_bytes_per_s)
+    times = (reservation.from_ns or made.from_ns, reservation.until_ns)
+    # Asked for in the past is asked for now; an end may have been extended since.
+    same_times = made.from_ns >= times[0] and made.until_ns >= times[1]
+    if (made.bucket, made.owner, made.capacity_bytes, made.rate_bytes_per_s) != asked or not same_times:
         raise HTTPException(409, f"the id {made.reservation_id} is another reservation's")
     return await one(catalog, caller, made.reservation_id, paces)
 

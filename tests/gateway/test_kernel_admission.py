@@ -43,8 +43,9 @@ RATE = 400_000_000
 
 def total_of(frames: np.ndarray) -> int:
     """What SLOW counts, with numpy."""
-    wide = frames.astype(np.int64)
-    return int(sum(((wide * (turn + 3)) % 7).sum() for turn in range(400)))
+    counts = np.bincount(frames.ravel())
+    values = np.arange(len(counts), dtype=np.int64)
+    return int(sum((counts * ((values * (turn + 3)) % 7)).sum() for turn in range(400)))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,32 @@ def test_refuse_takes_no_kernel_that_is_too_slow_for_the_slot(s3: Any, api: http
     assert "hiss.kernel-admission" in error["Message"]
     submit(s3, bucket, "fast", FAST)
     assert [row["name"] for row in api.get("/v1/kernels", params={"bucket": bucket}).json()] == ["fast"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (
+            "def frame(frame, params, state, index, out, feedback):\n    while index >= 0:\n        index += 1\n    return KEEP\n",
+            "timeout",
+        ),
+        ("def frame(frame, params, state, index, out, feedback):\n    return frame[index + 600, 0] > 0\n", "crash"),
+    ],
+)
+def test_refuse_takes_no_kernel_whose_dry_run_fails(s3: Any, api: httpx.Client, source: str, reason: str) -> None:
+    bucket = bucket_for(s3, f"strict-{reason}", "refuse")
+    assert reserve(api, bucket).status_code == 201
+    with pytest.raises(botocore.exceptions.ClientError) as refused:
+        submit(s3, bucket, "bad", source)
+    assert refused.value.response["Error"]["Code"] == "InvalidKernel"
+    assert f"its dry run over noise failed, so its pace is not known: {reason}" in str(refused.value)
+
+
+def test_frames_too_large_to_be_made_up_are_not(s3: Any, api: httpx.Client) -> None:
+    bucket = bucket_for(s3, "strict-huge", "refuse")
+    assert reserve(api, bucket).status_code == 201
+    submit(s3, bucket, "fast", FAST, **{"frame-dtype": "uint16", "frame-shape": "100000,100000"})
+    assert shown(api, bucket, "fast")["bytes_per_s_per_core"] is None
 
 
 def test_refuse_makes_no_reservation_that_a_kernel_is_too_slow_for(s3: Any, api: httpx.Client) -> None:

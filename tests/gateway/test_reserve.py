@@ -176,6 +176,15 @@ def test_the_api_describes_itself_and_asks_for_an_operator(node: Any) -> None:
         assert api.post("/v1/reservations", json=wanted | {"bucket": "scan-b"}).status_code == 409
         assert api.post("/v1/reservations", json=wanted | {"until": "2031-06-02T06:00:00"}).status_code == 422
         assert api.post("/v1/reservations", json=wanted | {"colour": "red"}).status_code == 422
+        assert api.post("/v1/reservations", json=wanted | {"rate_bytes_per_s": 10**6 + 1}).status_code == 409
+        for wrong in (
+            {"capacity_bytes": 2**64}, {"rate_bytes_per_s": 2**63}, {"until": "9999-12-31T00:00:00Z"},
+            {"from": "0001-01-01T00:00:00Z"}, {"bucket": "../users"},
+        ):  # fmt: skip
+            assert api.post("/v1/reservations", json=wanted | {"id": ""} | wrong).status_code == 422, wrong
+        for body in (b"NaN", b'{"capacity_bytes": NaN}', rb'{"bucket": "\ud800abc", "\ud800": 1}'):
+            odd = api.post("/v1/reservations", content=body, headers={"content-type": "application/json"})
+            assert odd.status_code == 422, (body, odd.text)
         busy = wanted | {"id": "", "bucket": "scan-b", "rate_bytes_per_s": 10**9}
         refused = api.post("/v1/reservations", json=busy)
         assert refused.status_code == 409
