@@ -155,7 +155,8 @@ def test_refuse_takes_no_kernel_that_is_too_slow_for_the_slot(s3: Any, api: http
     ("source", "reason"),
     [
         (
-            "def frame(frame, params, state, index, out, feedback):\n    while index >= 0:\n        index += 1\n    return KEEP\n",
+            "def frame(frame, params, state, index, out, feedback):\n"
+            "    while index >= 0:\n        index += 1\n    return KEEP\n",
             "timeout",
         ),
         ("def frame(frame, params, state, index, out, feedback):\n    return frame[index + 600, 0] > 0\n", "crash"),
