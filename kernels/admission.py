@@ -19,8 +19,8 @@ from ingest.reservations import State, rate_text, state, when
 from kernels.attach import Attachment
 from kernels.pace import Pace, Paces
 
-WARN, REFUSE, CATCH_UP = "warn", "refuse", "catch-up"
-"""``hiss.kernel-admission``."""
+WARN, REFUSE = "warn", "refuse"
+"""Of ``hiss.kernel-admission``; whatever else it is means catch-up."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,15 +82,28 @@ def rate_on(reservation: Reservation, node: int | None) -> int:
     return max((share.rate_bytes_per_s for share in shares), default=0)
 
 
-class SlotAdmission:
-    """Of one worker. ``node``: this node's number."""
+def too_slow(paces: Mapping[str, Pace | None], reservations: Iterable[Reservation], room: Room) -> dict[str, str]:
+    """Kernel -> for which of its bucket's reservations it is too slow, the first of them, and why. On every node as on this."""
+    found: dict[str, str] = {}
+    for reservation in reservations:
+        slot = f"{when(reservation.from_ns)} to {when(reservation.until_ns)}"
+        for demand in weigh(paces, rate_on(reservation, None), room):
+            if not demand.fits:
+                found.setdefault(
+                    demand.kernel, f"too slow for reservation {reservation.reservation_id} ({slot}): {demand.said}"
+                )
+    return found
 
-    def __init__(self, catalog: Catalog, paces: Paces, room: Room, node: Callable[[], int]) -> None:
+
+class SlotAdmission:
+    """Of one worker. ``node``: this node's number; None where it is alone."""
+
+    def __init__(self, catalog: Catalog, paces: Paces, room: Room, node: Callable[[], int] | None) -> None:
         self._catalog = catalog
         self._slots = Slots(catalog)
         self._paces = paces
         self._room = room
-        self._node = node
+        self._node = node or (lambda: 0)
         self._policies: dict[str, tuple[int, str]] = {}
         """Bucket -> the generation at which it was read, its policy."""
 
@@ -137,9 +150,4 @@ class SlotAdmission:
     def refusal(self, bucket: str, submitted: Attachment, others: Sequence[Attachment]) -> str:
         """Why the kernel is too slow for what the bucket has reserved now or later, on any node; empty where it is not."""
         paces = {one.name: self._paces.of(bucket, one) for one in (*others, submitted)}
-        for reservation in self.reserved(bucket):
-            for demand in weigh(paces, rate_on(reservation, None), self._room):
-                if demand.kernel == submitted.name and not demand.fits:
-                    slot = f"{when(reservation.from_ns)} to {when(reservation.until_ns)}"
-                    return f"too slow for reservation {reservation.reservation_id} ({slot}): {demand.said}"
-        return ""
+        return too_slow(paces, self.reserved(bucket), self._room).get(submitted.name, "")

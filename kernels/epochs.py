@@ -30,6 +30,15 @@ EPOCHS_MAX = 256
 """Of one version; further changes take effect for streams that open later."""
 
 
+def begins(last: Attachment, now: Attachment, epochs: int) -> bool:
+    """Whether a stream's frames are judged with other settings from here on, of which it has had so many.
+
+    Only if the sources are those that it began with; and an ORDERED kernel keeps its settings to the end of the stream: its state
+    is one, and would begin anew."""
+    changed = now.sources == last.sources and now.uses != last.uses
+    return changed and not now.kernel.ordered and epochs < EPOCHS_MAX
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """A finished pass. ``epochs``: (first frame, settings), in order."""
@@ -105,13 +114,9 @@ class KernelPass:
         return NO_LIMIT if self.stopped_at is None else self.stopped_at + 1
 
     def change(self, attachment: Attachment) -> None:
-        """From the next frame on these settings hold, if the sources are those that the stream began with.
-
-        An ORDERED kernel keeps its settings to the end of the stream: its state is one, and would begin anew."""
+        """From the next frame on these settings hold, where they may (``begins``)."""
         last = self._epochs[-1]
-        if attachment.sources != last.attachment.sources or attachment.uses == last.attachment.uses:
-            return
-        if attachment.kernel.ordered or self.stopped_at is not None or len(self._epochs) >= EPOCHS_MAX:
+        if self.stopped_at is not None or not begins(last.attachment, attachment, len(self._epochs)):
             return
         if last.first_frame == self._announced:
             # Not one frame was judged with the last settings.

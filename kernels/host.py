@@ -33,7 +33,7 @@ from ingest.ports import (
     StreamInfo,
 )
 from ingest.records import FrameGeometry, ObjectRecord
-from kernels import pace
+from kernels import notices, pace
 from kernels.admission import Room, SlotAdmission
 from kernels.attach import Attachment, epochs_of, is_internal, misfit
 from kernels.clearance import Clearance
@@ -42,12 +42,14 @@ from kernels.formats import declared_geometry
 from kernels.lane import Lane, LaneKey
 from kernels.layout.detect import Kind, kind_of
 from kernels.layout.index import FrameIndex
-from kernels.notices import Notices, file_beside
+from kernels.notices import Notices
 from kernels.offload.device import Plans
 from kernels.owed import Owed, OwedLimits
 from kernels.pace import Paces
+from kernels.pacing import Pacing
 from kernels.passes import PassContext, Postponed
 from kernels.pool import LanePool
+from kernels.published import beside
 from kernels.rawfilter.work import RawFilter
 from kernels.reduction import Reduction
 from kernels.registry import Registry
@@ -64,7 +66,7 @@ from kernels.stored import StoredLayouts, info_of, single
 from kernels.strikes import Strikes
 from kernels.submission import Submissions
 from kernels.tally import Tally
-from kernels.watch import BUCKETS_MAX, Watch
+from kernels.watch import Watch
 
 T = TypeVar("T")
 
@@ -72,10 +74,6 @@ log = logging.getLogger("hiss.kernels")
 
 WARM_MAX = 4
 """Sandboxes started before their first frame, each time the kernels of a bucket change."""
-DRY_WITHIN_S = 60.0
-"""A change of kernels within so long of a submission is that submission."""
-DRY_AFTER_S = 1.5
-"""How long a dry run waits: frames that come at once find the cores free, and show the pace themselves."""
 GAUGE_S = 1.0
 """How often the lag gauge is set."""
 
@@ -140,33 +138,22 @@ class KernelHost:
         self._limits = limits
         self._clearance = clearance
         self.tally = self._tally = Tally(counters)
-        self._notices = Notices(file_beside(strikes_file))
+        self._notices = Notices(beside(strikes_file, notices.FILE_PATTERN))
         self.plans = Plans(self._notices)
         self._registry = Registry(catalog, pad)
         self._watch = Watch(catalog, self._registry, self._changed)
-        self._paces = Paces(pace.file_beside(strikes_file))
-        self._dry_runs = DryRuns(zygote_socket, self._paces, limits.sandbox)
-        self._admission = SlotAdmission(
-            catalog,
-            self._paces,
-            Room(limits.cores, limits.workers),
-            lambda: 0 if members is None else members.look().me,
-        )
-        self._submissions = Submissions(
-            catalog,
-            zygote_socket,
-            self._registry,
-            clearance,
-            limits.sandbox,
-            self._admission,
-            self._dry_runs,
+        paces = Paces(beside(strikes_file, pace.FILE_PATTERN))
+        node = None if members is None else lambda: members.look().me
+        self._pacing = Pacing(
+            paces,
+            DryRuns(zygote_socket, paces, limits.sandbox),
+            SlotAdmission(catalog, paces, Room(limits.cores, limits.workers), node),
             self._watch.layouts,
         )
+        self._submissions = Submissions(catalog, zygote_socket, self._registry, clearance, limits.sandbox, self._pacing)
         self._strikes = Strikes(limits.strikes_max, strikes_file)
         self._reductions: set[Reduction] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._submitted: dict[str, float] = {}
-        """Bucket -> when something was submitted to it in this worker, by the loop's clock."""
         self._closed = False
         self._sweep_now = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="product")
@@ -223,7 +210,7 @@ class KernelHost:
     async def prepare(self, bucket: str) -> None:
         """Know the bucket's kernels as of now, so that ``open`` and ``kernels_for`` see every kernel put before. Never
         raises; costs a comparison while nothing changed."""
-        await self._admission.prepare(bucket)
+        await self._pacing.prepare(bucket)
         if self._registry.fresh(bucket):
             return
         try:
@@ -303,23 +290,17 @@ class KernelHost:
 
     async def check(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
         """See ``FrameHost``."""
-        self._uses(bucket)
+        self._watch.use(bucket)
+        self._pacing.submitting(bucket)
         with self._refusals():
             await self._submissions.kernel(bucket, name, source, metadata)
 
     async def check_array(self, bucket: str, kernel: str, name: str, head: bytes, length: int) -> None:
         """See ``FrameHost``."""
-        self._uses(bucket)
+        self._watch.use(bucket)
+        self._pacing.submitting(bucket)
         with self._refusals():
             await self._submissions.array(bucket, kernel, name, head, length)
-
-    def _uses(self, bucket: str) -> None:
-        """Something is being submitted to it here: this worker makes the dry runs."""
-        self._watch.use(bucket)
-        self._submitted.pop(bucket, None)
-        self._submitted[bucket] = asyncio.get_running_loop().time()
-        while len(self._submitted) > BUCKETS_MAX:
-            del self._submitted[next(iter(self._submitted))]
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -363,7 +344,7 @@ class KernelHost:
         return await self._pool.admit(lane)
 
     def paced(self, lane: Lane, bytes_per_s: float) -> None:
-        self._paces.live(lane.key.bucket, lane.attachment, lane.geometry, bytes_per_s)
+        self._pacing.live(lane.key.bucket, lane.attachment, lane.geometry, bytes_per_s)
 
     def idle(self, lane: Lane) -> None:
         self._pool.became_idle()
@@ -482,21 +463,18 @@ class KernelHost:
         self._owed.changed(bucket)
         self._sweep_now.set()
         self._warm(bucket)
-        if self._submitted.get(bucket, -DRY_WITHIN_S) + DRY_WITHIN_S > asyncio.get_running_loop().time():
+        if self._pacing.was_submitted(bucket):
             self.spawn(self._measure(bucket), "dry runs of kernels")
 
     async def _measure(self, bucket: str) -> None:
-        """Know the pace of every kernel of the bucket, once its first frames have had their sandboxes."""
         await self._clearance.granted()
-        await asyncio.sleep(DRY_AFTER_S)
-        await self._paces.look_around()
-        for attachment in self._registry.known(bucket):
-            if not self._disabled(bucket, attachment):
-                await self._dry_runs.measure(bucket, attachment, self._watch.layouts(bucket))
+        await self._pacing.measure(bucket, lambda: self._enabled(bucket))
+
+    def _enabled(self, bucket: str) -> Iterator[Attachment]:
+        return (one for one in self._registry.known(bucket) if not self._disabled(bucket, one))
 
     def _late(self, bucket: str) -> frozenset[str]:
-        """Kernels that do not run live in the slot that the bucket is in."""
-        return self._admission.late(bucket, self._registry.known(bucket))
+        return self._pacing.late(bucket, self._enabled(bucket))
 
     def _warm(self, bucket: str) -> None:
         """Start the sandboxes that the next frames will need: compiling takes longer than a short stream."""
@@ -532,8 +510,10 @@ class KernelHost:
             await self._strikes.look_around()
             self._tally.disabled.set(self._strikes.disabled_count)
             self._tally.cores_failed.set(self._notices.cores_failed)
-            await self._paces.look_around()
-            self._tally.too_slow.set(self._too_slow())
+            await self._pacing.look_around()
+            self._tally.too_slow.set(
+                sum(self._pacing.too_slow(bucket, self._enabled(bucket)) for bucket in self._watch.buckets)
+            )
             if loop.time() >= due_s or await self._owed.released():
                 due_s = loop.time() + self._limits.sweep_s
                 try:
@@ -551,13 +531,6 @@ class KernelHost:
             if self._sweep_now.is_set():
                 self._sweep_now.clear()
                 due_s = 0.0
-
-    def _too_slow(self) -> int:
-        found = 0
-        for bucket in self._watch.buckets:
-            known = [one for one in self._registry.known(bucket) if not self._disabled(bucket, one)]
-            found += sum(not demand.fits for demand in self._admission.demands(bucket, known))
-        return found
 
     async def _pay(self) -> None:
         await self._clearance.granted()

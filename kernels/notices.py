@@ -39,13 +39,6 @@ class Notice(msgspec.Struct, frozen=True):
     key: str = ""
 
 
-def file_beside(strikes_file: Path | None) -> Path | None:
-    """``notices-0.json`` of ``kernels-0.json``."""
-    return (
-        None if strikes_file is None else strikes_file.with_name(f"notices-{strikes_file.stem.rpartition('-')[2]}.json")
-    )
-
-
 def read(files: Iterable[Path]) -> list[Notice]:
     """What the workers' files say; one that cannot be read is passed over."""
     return read_all(files, Notice)

@@ -8,8 +8,6 @@ sources it was measured with: another source begins anew.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 
 from ingest.records import FrameGeometry
 from kernels.attach import Attachment
-from kernels.published import Published, read_all
+from kernels.published import Elsewhere, Published, read_all
 
 FILE_PATTERN = "paces-*.json"
 PACES_MAX = 4096
@@ -32,6 +30,10 @@ SETTLE = 0.5
 """Weight of the newest measurement."""
 TOLD_CHANGE = 0.1
 """A pace that moves by less than this share is not written down again."""
+
+
+Key = tuple[str, str, str]
+"""(bucket, kernel, sources)."""
 
 
 class Pace(msgspec.Struct, frozen=True):
@@ -67,13 +69,6 @@ def frames_text(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{np.dtype(dtype).name} {'×'.join(map(str, shape))}"
 
 
-def file_beside(strikes_file: Path | None) -> Path | None:
-    """``paces-0.json`` of ``kernels-0.json``."""
-    return (
-        None if strikes_file is None else strikes_file.with_name(f"paces-{strikes_file.stem.rpartition('-')[2]}.json")
-    )
-
-
 def read(files: Iterable[Path]) -> list[Pace]:
     """What the workers' files say; one that cannot be read is passed over."""
     return read_all(files, Pace)
@@ -101,39 +96,33 @@ class Paces:
     """Of one worker. ``file`` None: nobody looks."""
 
     def __init__(self, file: Path | None) -> None:
-        self._file = file
         self._published = Published(file)
-        self._known: dict[tuple[str, str, str], Pace] = {}
-        """(bucket, kernel, sources)."""
-        self._told: dict[tuple[str, str, str], float] = {}
-        self._elsewhere: dict[tuple[str, str, str], Pace] = {}
-        self._times: dict[Path, int] = {}
-        for pace in read([file]) if file is not None else ():
-            self._known[_key(pace)] = pace
+        self._others = Elsewhere(file, FILE_PATTERN, Pace)
+        self._known: dict[Key, Pace] = {_key(pace): pace for pace in (read([file]) if file is not None else ())}
+        self._told: dict[Key, float] = {}
+        self._elsewhere: dict[Key, Pace] = {}
 
     def of(self, bucket: str, attachment: Attachment) -> Pace | None:
         """What was found last, here or by the node's other workers."""
         key = (bucket, attachment.name, sources_of(attachment))
         return _better(self._known.get(key), self._elsewhere.get(key))
 
-    def live(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, bytes_per_s: float) -> bool:
-        """A sandbox measured it on frames that came. True where others should look at the kernel again."""
+    def live(self, bucket: str, attachment: Attachment, geometry: FrameGeometry, bytes_per_s: float) -> None:
+        """A sandbox measured it on frames that came."""
         key = (bucket, attachment.name, sources_of(attachment))
         before = self._known.get(key)
+        first = before is None or not before.live
         if before is not None and before.live:
             bytes_per_s = SETTLE * bytes_per_s + (1 - SETTLE) * before.bytes_per_s
         frames = frames_text(geometry.dtype, geometry.shape)
-        first = before is None or not before.live
-        pace = Pace(*key, frames, bytes_per_s, True, time.time_ns(), attachment.submitted_ns)
-        return self._put(pace, tell=first)
+        self._put(Pace(*key, frames, bytes_per_s, True, time.time_ns(), attachment.submitted_ns), tell=first)
 
-    def tried(self, bucket: str, attachment: Attachment, frames: str, bytes_per_s: float) -> bool:
-        """A dry run measured it. True as of ``live``."""
+    def tried(self, bucket: str, attachment: Attachment, frames: str, bytes_per_s: float) -> None:
+        """A dry run measured it."""
         known = self.of(bucket, attachment)
-        if known is not None and known.live:
-            return False
-        key = (bucket, attachment.name, sources_of(attachment))
-        return self._put(Pace(*key, frames, bytes_per_s, False, time.time_ns(), attachment.submitted_ns))
+        if known is None or not known.live:
+            key = (bucket, attachment.name, sources_of(attachment))
+            self._put(Pace(*key, frames, bytes_per_s, False, time.time_ns(), attachment.submitted_ns), tell=True)
 
     def attached(self, bucket: str, attachment: Attachment) -> bool:
         """Whether the kernel's pace is known; from here on it is that of the object that was put last."""
@@ -144,43 +133,32 @@ class Paces:
 
     async def look_around(self) -> None:
         """Learn what the other workers found; costs a look at the folder while nothing changed."""
-        if self._file is not None:
-            await asyncio.to_thread(self._look_around, self._file)
+        if await self._others.look_around():
+            self._elsewhere = latest(self._others.items)
 
-    def _put(self, pace: Pace, *, tell: bool = False) -> bool:
+    def _put(self, pace: Pace, *, tell: bool) -> None:
         key = _key(pace)
         self._known.pop(key, None)
         self._known[key] = pace
         while len(self._known) > PACES_MAX:
-            self._told.pop(next(iter(self._known)), None)
-            del self._known[next(iter(self._known))]
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self._told.pop(oldest, None)
         told = self._told.get(key, 0.0)
-        if not tell and abs(pace.bytes_per_s - told) < TOLD_CHANGE * told:
-            return False
-        self._told[key] = pace.bytes_per_s
-        self._published.put(list(self._known.values()))
-        return True
-
-    def _look_around(self, own: Path) -> None:
-        times: dict[Path, int] = {}
-        for file in own.parent.glob(FILE_PATTERN):
-            if file != own:
-                with contextlib.suppress(OSError):
-                    times[file] = file.stat().st_mtime_ns
-        if times != self._times:
-            self._times = times
-            self._elsewhere = latest(read(times))
+        if tell or abs(pace.bytes_per_s - told) > TOLD_CHANGE * told:
+            self._told[key] = pace.bytes_per_s
+            self._published.put(list(self._known.values()))
 
 
-def latest(paces: Iterable[Pace]) -> dict[tuple[str, str, str], Pace]:
-    """(bucket, kernel, sources) -> what counts of what several workers found."""
-    found: dict[tuple[str, str, str], Pace] = {}
+def latest(paces: Iterable[Pace]) -> dict[Key, Pace]:
+    """What counts of what several workers found."""
+    found: dict[Key, Pace] = {}
     for pace in paces:
         found[_key(pace)] = _better(found.get(_key(pace)), pace) or pace
     return found
 
 
-def _key(pace: Pace) -> tuple[str, str, str]:
+def _key(pace: Pace) -> Key:
     return pace.bucket, pace.kernel, pace.sources
 
 

@@ -186,12 +186,12 @@ class SandboxProcess:
             with contextlib.suppress(OSError):
                 os.sched_setscheduler(self.pid, policy, os.sched_param(0))
 
-    def cpu_s(self) -> float | None:
-        """CPU time it has taken so far; None once it has ended, or where the machine does not say."""
+    def cpu_s(self) -> float:
+        """CPU time it has taken so far; 0.0 once it has ended, or where the machine does not say."""
         try:
-            return None if self.ended else time.clock_gettime(_cpu_clock(self.pid))
+            return 0.0 if self.ended else time.clock_gettime(_cpu_clock(self.pid))
         except OSError:
-            return None
+            return 0.0
 
     def signal_kill(self) -> None:
         if not self._released:

@@ -7,11 +7,12 @@ holds: a reader sees one list or the next; a disk that refuses the file costs no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -47,6 +48,40 @@ class Published:
                 await asyncio.to_thread(_replace, file, document)
             except OSError as error:
                 log.warning("%s was not written: %s", file, error)
+
+
+class Elsewhere(Generic[Item]):
+    """What the node's other workers publish in files beside ``file``; ``file`` None: there are none."""
+
+    def __init__(self, file: Path | None, pattern: str, kind: type[Item]) -> None:
+        self.items: list[Item] = []
+        self._file = file
+        self._pattern = pattern
+        self._kind = kind
+        self._times: dict[Path, int] = {}
+
+    async def look_around(self) -> bool:
+        """Whether ``items`` are others now; costs a look at the folder while nothing changed."""
+        return self._file is not None and await asyncio.to_thread(self._look_around, self._file)
+
+    def _look_around(self, own: Path) -> bool:
+        times: dict[Path, int] = {}
+        for file in own.parent.glob(self._pattern):
+            if file != own:
+                with contextlib.suppress(OSError):
+                    times[file] = file.stat().st_mtime_ns
+        if times == self._times:
+            return False
+        self._times = times
+        self.items = read_all(times, self._kind)
+        return True
+
+
+def beside(strikes_file: Path | None, pattern: str) -> Path | None:
+    """Of the same worker, by the pattern of such files: ``notices-0.json`` of ``kernels-0.json`` and ``notices-*.json``."""
+    if strikes_file is None:
+        return None
+    return strikes_file.with_name(pattern.replace("*", strikes_file.stem.rpartition("-")[2]))
 
 
 def _replace(file: Path, document: bytes) -> None:

@@ -26,7 +26,7 @@ from ingest.records import (
 from kernels.account import Account
 from kernels.attach import Attachment, device_for, misfit
 from kernels.conclusion import Conclusion, ConclusionHost
-from kernels.epochs import KernelPass, Outcome
+from kernels.epochs import KernelPass, Outcome, begins
 from kernels.formats import NotFrames, npy_cut
 from kernels.lane import Lane
 from kernels.layout.index import FrameIndex
@@ -146,10 +146,8 @@ class Reduction:
         """By row; not of kernels that wait for something."""
         self._waiting: dict[int, str] = {}
         """Row -> what the kernel waits for."""
-        self._late = {
-            row: [KernelEpoch(one.name, 0, one.uses)] for row, one in enumerate(self.attachments) if one.name in late
-        }
-        """Row -> with which settings its frames will be judged."""
+        self._late = {row: [(0, one)] for row, one in enumerate(self.attachments) if one.name in late}
+        """Row -> (first frame, settings) with which its frames will be judged."""
         self._settings: dict[str, Sequence[tuple[int, Attachment]]] = {}
         self._revision = host.revision(info.bucket)
         self._when_stopped: Callable[[int], None] | None = None
@@ -263,18 +261,16 @@ class Reduction:
         if revision == self._revision:
             return
         self._revision = revision
-        for row, epochs in self._late.items():
+        for row in (*self._passes, *self._late):
             now = self._host.current(self.info.bucket, self.attachments[row].name)
-            if now is not None and now.sources == self.attachments[row].sources and now.uses != epochs[-1].stages:
-                epochs.append(KernelEpoch(now.name, self._announced.stop, now.uses))
-        for kernel_pass in self._passes.values():
-            now = self._host.current(self.info.bucket, kernel_pass.attachment.name)
             if now is None or self._geometry is None:
                 continue
             if reason := now.owed or misfit(now, self._geometry):
                 self._host.unfit(self.info, now, reason)
-            else:
-                kernel_pass.change(now)
+            elif row in self._passes:
+                self._passes[row].change(now)
+            elif begins(self._late[row][-1][1], now, len(self._late[row])):
+                self._late[row].append((self._announced.stop, now))
 
     @property
     def filters(self) -> dict[str, str]:
@@ -283,7 +279,8 @@ class Reduction:
     @property
     def epochs(self) -> tuple[KernelEpoch, ...]:
         judged = [epoch for kernel_pass in self._passes.values() for epoch in kernel_pass.epochs]
-        return (*judged, *(epoch for epochs in self._late.values() for epoch in epochs))
+        late = [KernelEpoch(one.name, first, one.uses) for epochs in self._late.values() for first, one in epochs]
+        return (*judged, *late)
 
     def _is_single(self, geometry: FrameGeometry) -> bool:
         if self.info.length is None:
@@ -321,7 +318,7 @@ class Reduction:
             self._notice_changes()
             self._announced.add(batch.first_frame, batch.count)
             if not self._passes:
-                shared.expire()
+                shared.expire()  # all its kernels are late
                 return
             for kernel_pass, share in zip(self._passes.values(), shared.shares, strict=True):
                 kernel_pass.offer(share)
@@ -475,7 +472,7 @@ class Reduction:
             return await self._passes[row].finish(record, self._account.received, self.domain)
 
         try:
-            if row not in self._late or self._trouble is not None:
+            if row not in self._late or row in self._waiting or self._trouble is not None:
                 await conclusion.conclude(self.attachments[row], record, judged)
         finally:
             self._unfinished -= 1

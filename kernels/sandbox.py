@@ -171,8 +171,8 @@ class Sandbox:
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """CPU time of the process so far; 0.0 where that is not known."""
-        return self._process.cpu_s() or 0.0
+        """As of SandboxProcess."""
+        return self._process.cpu_s()
 
     async def run(self, batch: Batch) -> Reply:
         """Judge one batch. Raises SandboxFailed (the process is gone then), or ValueError for a batch out of range.

@@ -8,8 +8,6 @@ all of them a moment later, also after a restart; a disk that refuses the file c
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,11 +38,10 @@ class Strikes:
 
     def __init__(self, strikes_max: int, file: Path | None) -> None:
         self._strikes_max = strikes_max
-        self._file = file
         self._known: dict[tuple[str, str], Strike] = {}
         self._elsewhere: frozenset[tuple[str, str]] = frozenset()
         """Disabled by the node's other workers."""
-        self._times: dict[Path, int] = {}
+        self._others = published.Elsewhere(file, FILE_PATTERN, Strike)
         self._published = published.Published(file)
         if file is not None:
             for strike in read_all([file]):
@@ -76,18 +73,8 @@ class Strikes:
 
     async def look_around(self) -> None:
         """Learn what the other workers disabled; costs a look at the folder while nothing changed."""
-        if self._file is not None:
-            await asyncio.to_thread(self._look_around, self._file)
-
-    def _look_around(self, own: Path) -> None:
-        times: dict[Path, int] = {}
-        for file in own.parent.glob(FILE_PATTERN):
-            if file != own:
-                with contextlib.suppress(OSError):
-                    times[file] = file.stat().st_mtime_ns
-        if times != self._times:
-            self._times = times
-            self._elsewhere = frozenset((one.bucket, one.sha256) for one in read_all(times) if one.disabled)
+        if await self._others.look_around():
+            self._elsewhere = frozenset((one.bucket, one.sha256) for one in self._others.items if one.disabled)
 
     def _publish(self) -> None:
         self._published.put(list(self._known.values()))

@@ -8,22 +8,20 @@ to refuse: kernels, the kernels before them and arrays may be put in any order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ingest import bucket_settings
 from ingest.errors import IngestError, KernelsUnavailable, NoSuchBucket
 from ingest.ports import Catalog, KernelRefused
-from ingest.records import FrameGeometry
 from kernels import uploads
-from kernels.admission import REFUSE, SlotAdmission
 from kernels.attach import Attachment, attach, chained, kernel_name
 from kernels.clearance import Clearance
 from kernels.contract import Kernel, chain_geometries
-from kernels.dryrun import DryRuns
 from kernels.gate import admit
 from kernels.offload.device import check_offload
+from kernels.pacing import Pacing
 from kernels.registry import KERNELS_MAX, Registry
 from kernels.sandbox import DEFAULT_LAYOUTS, SandboxFailed, SandboxLimits, check
 from kernels.standing import Verdict
@@ -33,9 +31,6 @@ CLEARANCE_WAIT_S = 30.0
 has started, and that several seconds on a busy machine."""
 CHECK_BACKOFF_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0)
 """Waits for a fork server that restarts, before a submitted kernel is turned away."""
-
-DRY_RUN_WAIT_S = 60.0
-"""How long a submission waits for its dry run, those before it included."""
 
 Layouts = Sequence[tuple[str, int]]
 
@@ -48,19 +43,14 @@ class Submissions:
         registry: Registry,
         clearance: Clearance,
         limits: SandboxLimits,
-        admission: SlotAdmission,
-        dry_runs: DryRuns,
-        seen: Callable[[str], Sequence[FrameGeometry]],
+        pacing: Pacing,
     ) -> None:
-        """``seen``: layouts of frames that came to a bucket."""
         self._catalog = catalog
         self._zygote_socket = zygote_socket
         self._registry = registry
         self._clearance = clearance
         self._limits = limits
-        self._admission = admission
-        self._dry_runs = dry_runs
-        self._seen = seen
+        self._pacing = pacing
 
     async def kernel(self, bucket: str, name: str, source: bytes, metadata: Mapping[str, str]) -> None:
         """Gate, attachment, chain and compiler; compiled for the layout that the metadata declare as for frames, else for
@@ -84,35 +74,7 @@ class Submissions:
             )
         whole = chained(attachment, others | {name: attachment})
         await self._compile(whole, _reached(whole, layouts))
-        await self._fit_the_slot(bucket, whole, [one for one in others.values() if one.name != name])
-
-    async def _fit_the_slot(self, bucket: str, attachment: Attachment, others: Sequence[Attachment]) -> None:
-        """Where the bucket has reserved a rate and wants no kernel that is too slow for it: measure it."""
-        if not self._admission.reserved(bucket):
-            return
-        try:
-            policy = await self._admission.learn(bucket)
-        except IngestError as error:
-            raise KernelsUnavailable(f"the bucket's settings cannot be read at the moment: {error}") from None
-        if policy != REFUSE:
-            return  # measured soon, once it is attached
-        self._dry_runs.forget(bucket, attachment)
-        try:
-            async with asyncio.timeout(DRY_RUN_WAIT_S):
-                await self._dry_runs.measure(bucket, attachment, self._seen(bucket))
-        except TimeoutError:
-            raise KernelsUnavailable("other kernels are being tried at the moment") from None
-        if failed := self._dry_runs.failure(bucket, attachment):
-            raise KernelRefused(
-                attachment.kernel.file, 1, f"its dry run over noise failed, so its pace is not known: {failed}"
-            )
-        if reason := self._admission.refusal(bucket, attachment, others):
-            raise KernelRefused(
-                attachment.kernel.file,
-                1,
-                f"{reason}; it is refused by the bucket's tag hiss.kernel-admission=refuse: with catch-up it is admitted, and "
-                "reduces in the slot what is stored already",
-            )
+        await self._pacing.judge(bucket, whole, [one for one in others.values() if one.name != name])
 
     async def _may_filter(self, bucket: str, attachment: Attachment) -> None:
         try:

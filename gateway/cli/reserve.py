@@ -94,7 +94,7 @@ def show(
 ) -> None:
     """One reservation: its nodes, its rates, and what is used of it."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
-    _show([found.ask(f"/v1/reservations/{quote(reservation, safe='')}")], as_json)
+    _show([found.ask(_path(reservation))], as_json)
 
 
 @app.command("extend")
@@ -110,9 +110,9 @@ def extend(
     """A later end, if its nodes are free until then."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
     now = datetime.datetime.now().astimezone()
-    ends = datetime.datetime.fromisoformat(found.ask(f"/v1/reservations/{quote(reservation, safe='')}")["until"])
+    ends = datetime.datetime.fromisoformat(found.ask(_path(reservation))["until"])
     body = {"until": parse_time(until, now, ends).isoformat()}
-    _show([found.send("POST", f"/v1/reservations/{quote(reservation, safe='')}/extend", body)], as_json)
+    _show([found.send("POST", _path(reservation, "/extend"), body)], as_json)
 
 
 @app.command("release")
@@ -126,7 +126,11 @@ def release(
 ) -> None:
     """Give back what is left of it, now."""
     found = node.find(data, control=control, access_key=access_key, ca=ca)
-    _show([found.send("DELETE", f"/v1/reservations/{quote(reservation, safe='')}")], as_json)
+    _show([found.send("DELETE", _path(reservation))], as_json)
+
+
+def _path(reservation: str, what: str = "") -> str:
+    return f"/v1/reservations/{quote(reservation, safe='')}{what}"
 
 
 def _show(found: list[dict[str, Any]], as_json: bool) -> None:

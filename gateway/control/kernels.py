@@ -95,7 +95,7 @@ async def kernels(
             sources[name.removesuffix(".py")] = row.record
     paces = await measured.of(bucket, list(sources.values()))
     held = [use.reservation for use in catalog.reserved()]
-    slow = measured.slow(bucket, paces, held, catalog.now_ns())
+    slow = measured.slow(bucket, paces, held)
     return [
         _kernel(
             name,

@@ -8,20 +8,18 @@ weighed against this one's cores.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ingest import bucket_settings
 from ingest.ports import Catalog
 from ingest.records import ObjectRecord, Reservation
-from ingest.reservations import State, state, when
 from kernels import pace
-from kernels.admission import CATCH_UP, REFUSE, Demand, Room, rate_on, weigh
+from kernels.admission import WARN, Demand, Room, rate_on, too_slow, weigh
 from kernels.attach import KERNEL_PREFIX, kernel_name
 from kernels.pace import Pace
 
 OBJECTS_MAX = 2000
-_COMING = (State.PLANNED, State.ACTIVE, State.GRACE)
 
 
 class KernelPaces:
@@ -55,18 +53,10 @@ class KernelPaces:
         return weigh(await self.of(reservation.bucket, sources), rate, self._room)
 
     def slow(
-        self, bucket: str, paces: dict[str, Pace | None], reservations: Sequence[Reservation], now_ns: int
+        self, bucket: str, paces: Mapping[str, Pace | None], reservations: Sequence[Reservation]
     ) -> dict[str, str]:
-        """Kernel -> for which slot, of those to come, it is too slow and why."""
-        found: dict[str, str] = {}
-        for reservation in reservations:
-            if reservation.bucket != bucket or state(reservation, now_ns) not in _COMING:
-                continue
-            for demand in weigh(paces, rate_on(reservation, None), self._room):
-                if not demand.fits and demand.kernel not in found:
-                    slot = f"{when(reservation.from_ns)} to {when(reservation.until_ns)}"
-                    found[demand.kernel] = f"too slow for the slot {slot}: {demand.said}"
-        return found
+        """As ``too_slow``. ``reservations``: of all buckets, that have not ended."""
+        return too_slow(paces, (one for one in reservations if one.bucket == bucket), self._room)
 
 
 async def policy_of(catalog: Catalog, bucket: str) -> str:
@@ -74,10 +64,10 @@ async def policy_of(catalog: Catalog, bucket: str) -> str:
     return bucket_settings.parse((await catalog.bucket(bucket)).tags).kernel_admission
 
 
-def refusal(policy: str, demands: Sequence[Demand]) -> str:
-    """Why a reservation is not made; empty where it may be."""
+def refusal(demands: Sequence[Demand]) -> str:
+    """Why a reservation is not made where the bucket wants none that its kernels are too slow for; empty where it may be."""
     slow = [demand.said for demand in demands if not demand.fits]
-    if policy != REFUSE or not slow:
+    if not slow:
         return ""
     return (
         f"kernels of the bucket are too slow for it ({'; '.join(slow)}): remove them, ask for less, or set the bucket's tag "
@@ -87,9 +77,9 @@ def refusal(policy: str, demands: Sequence[Demand]) -> str:
 
 def consequence(policy: str) -> str:
     """What becomes of a kernel that is too slow."""
-    if policy == CATCH_UP:
-        return "in the slot it reduces what is stored already, not what arrives"
-    return "it runs, and what it has not judged when its memory is needed is reduced from disk"
+    if policy == WARN:
+        return "it runs, and what it has not judged when its memory is needed is reduced from disk"
+    return "in the slot it reduces what is stored already, not what arrives"
 
 
 async def here(run_folder: Path) -> list[Pace]:

@@ -24,7 +24,7 @@ from ingest.errors import DoesNotFit
 from ingest.ports import Catalog
 from ingest.records import Offer, Reservation, ReservationUse
 from ingest.reservations import State
-from kernels.admission import WARN
+from kernels.admission import REFUSE
 
 RESERVABLE_SHARE = 0.9
 """Of the buffer: the rest is what segments waste, and room for those who have reserved nothing."""
@@ -47,7 +47,7 @@ def _in_reach(value: datetime.datetime) -> datetime.datetime:
 
 
 _Moment = Annotated[AwareDatetime, AfterValidator(_in_reach)]
-_MOST = 1 << 62
+_MOST = reservations.UNLIMITED - 1
 
 
 class Wanted(BaseModel):
@@ -157,10 +157,9 @@ async def reserve(
     await _refuse_slow_kernels(catalog, offers, reservation, paces)
     made = await catalog.reserve(reservation, offers)
     asked = (reservation.bucket, reservation.owner, reservation.capacity_bytes, reservation.rate_bytes_per_s)
-    times = (reservation.from_ns or made.from_ns, reservation.until_ns)
     # Asked for in the past is asked for now; an end may have been extended since.
-    same_times = made.from_ns >= times[0] and made.until_ns >= times[1]
-    if (made.bucket, made.owner, made.capacity_bytes, made.rate_bytes_per_s) != asked or not same_times:
+    times = made.from_ns == max(reservation.from_ns, made.created_ns) and made.until_ns >= reservation.until_ns
+    if (made.bucket, made.owner, made.capacity_bytes, made.rate_bytes_per_s) != asked or not times:
         raise HTTPException(409, f"the id {made.reservation_id} is another reservation's")
     return await one(catalog, caller, made.reservation_id, paces)
 
@@ -169,14 +168,13 @@ async def _refuse_slow_kernels(
     catalog: Catalog, offers: Sequence[Offer], wanted: Reservation, paces: KernelPaces
 ) -> None:
     """Raises DoesNotFit where the bucket wants no slot that its kernels are too slow for, and as ``catalog.reserve``."""
-    policy = await policy_of(catalog, wanted.bucket)
-    if policy == WARN or not wanted.rate_bytes_per_s:
+    if not wanted.rate_bytes_per_s or await policy_of(catalog, wanted.bucket) != REFUSE:
         return
     held = [use.reservation for use in await catalog.reservations(catalog.now_ns())]
     if any(one.reservation_id == wanted.reservation_id for one in held):
         return  # asked for before
     planned = reservations.admitted(wanted, offers, held, catalog.now_ns())
-    if reason := refusal(policy, await paces.weighed(catalog, planned)):
+    if reason := refusal(await paces.weighed(catalog, planned)):
         raise DoesNotFit(reason)
 
 

@@ -97,11 +97,8 @@ class CatalogUsers:
         await self._refresh()
         if token and self.sealer is not None:
             return await self._temporary(access_key, token, self.sealer)
-        if access_key not in self._keys:
-            await self._catalog.fresh()
-            await self._refresh()
         found = self._credentials.get(access_key)
-        if found is None and (pair := self._keys.get(access_key)) is not None:
+        if found is None and (pair := await self._pair(access_key)) is not None:
             user, key = pair
             found = Credentials(user, self._open_secret(user, key), of_user(user), access_key, key.enabled)
             self._credentials[access_key] = found
@@ -111,12 +108,18 @@ class CatalogUsers:
         session = sealer.open(token, access_key)
         if session is None:
             return None
-        pair = self._keys.get(session.parent)
+        pair = await self._pair(session.parent)
         if pair is None or pair[0].user_id != session.user_id:
             return None
         user, key = pair
         principal = of_user(user, session_policy=session.policy)
         return Credentials(user, session.secret_key, principal, access_key, key.enabled, session)
+
+    async def _pair(self, access_key: str) -> tuple[UserRecord, AccessKey] | None:
+        if access_key not in self._keys:
+            await self._catalog.fresh()
+            await self._refresh()
+        return self._keys.get(access_key)
 
     async def by_id(self, user_id: str) -> UserRecord | None:
         await self._refresh()

@@ -14,9 +14,8 @@ from tests.cluster.scene import Scene
 from tests.crash.load import MIB, Body
 from tests.crash.node import until
 
-pytestmark = (
-    pytest.mark.soak
-)  # whole nodes die at each step; tests/ingest/test_cluster.py kills the catalogue process at the same ones
+# Whole nodes die at each step; tests/ingest/test_cluster.py kills the catalogue process at the same ones.
+pytestmark = pytest.mark.soak
 
 POINTS = ("log-before", "log-appended", "index-before", "index-committed", "answer-before")
 

@@ -201,7 +201,7 @@ def test_warn_says_it_everywhere_and_runs_the_kernel(
     assert kernel["cores"] > 2
     at = ("--data", str(node.data_dir))
     assert "kernel TOO SLOW slow: " in here("reserve", "show", made["id"], *at).out
-    assert "too slow for the slot" in shown(api, bucket, "slow")["slow"]
+    assert "too slow for reservation" in shown(api, bucket, "slow")["slow"]
     listed = here("kernel", "list", bucket, *at, "--json").json
     assert (listed[0]["state"], listed[0]["slow"][:8]) == ("slow", "too slow")
     frames = stream(s3, bucket, "run/a.npy", 4096)

@@ -16,6 +16,7 @@ from ingest.errors import BufferFull
 from ingest.ports import KernelRefused
 from ingest.records import FrameLedger
 from kernels import notices, registry
+from kernels.published import beside
 from kernels.sandbox import SandboxLimits
 from tests.kernels.hosting import BUCKET, Node
 
@@ -342,7 +343,8 @@ async def test_an_array_that_does_not_fit_a_running_stream_is_an_error_that_show
     strikes = tmp_path / "kernels-00.json"
 
     def shown() -> list[tuple[str, str, str]]:
-        return [(one.kernel, one.kind, one.key) for one in notices.read([notices.file_beside(strikes) or strikes])]
+        found = notices.read([beside(strikes, notices.FILE_PATTERN) or strikes])
+        return [(one.kernel, one.kind, one.key) for one in found]
 
     async with make_node(strikes_file=strikes) as node:
         node.put_array("masked", "mask", np.ones((8, 12), np.uint8))

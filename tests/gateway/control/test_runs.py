@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from ingest.records import FrameLedger, UploadRecord
-from kernels.notices import Notices, file_beside
+from kernels import notices as noted
+from kernels.notices import Notices
+from kernels.published import beside
 
 RUN = "/v1/runs/status?bucket=scan&prefix=run1/"
 
@@ -130,7 +132,7 @@ async def test_what_kernels_could_not_do_is_named_with_its_object(scan: Any) -> 
 
 
 async def test_an_array_that_does_not_fit_a_running_stream_is_shown(scan: Any) -> None:
-    notices = Notices(file_beside(scan.paths.strikes_file(0)))
+    notices = Notices(beside(scan.paths.strikes_file(0), noted.FILE_PATTERN))
     notices.misfit("scan", "flat", "ab", "flat has the shape (8, 13)", b"run1/a", 1)
     notices.misfit("scan", "other", "ab", "mask is missing", b"run2/a", 1)
 
