@@ -167,7 +167,9 @@ class Settings(BaseSettings):
     kernels: Literal["on", "off", "unconfined"] = _setting(
         "on", "name", "Whether kernels run: on only where the machine can confine them, unconfined wherever it is."
     )
-    kernel_batch_timeout_s: float = _setting(10.0, "s", "Longest one batch of frames may take.", low=0.1, high=600)
+    kernel_batch_timeout_s: float = _setting(
+        10.0, "s", "CPU time that one batch of frames may take.", low=0.1, high=600
+    )
     kernel_cores: int = _setting(
         None, "cores", "Cores that kernels may count on beside a reserved stream (hiss.kernel-admission).", low=1,
         high=4096, computed="all of this machine's",

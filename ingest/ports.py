@@ -102,7 +102,8 @@ class Catalog(Protocol):
         ...
 
     async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
-        """Those of all buckets and nodes that end later than that, grace included, in the order they begin."""
+        """Those of all buckets and nodes that end later than that, grace included, in the order they begin. While a
+        cluster's engine is away: those that are known here."""
         ...
 
     def reserved(self) -> Sequence[ReservationUse]:

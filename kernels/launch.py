@@ -38,7 +38,7 @@ class SandboxLimits:
     compile_timeout_s: float = 60.0
     batch_timeout_s: float = 2.0
     frame_timeout_s: float = 0.1
-    """A batch may take ``batch_timeout_s + count * frame_timeout_s``."""
+    """A batch may take ``batch_timeout_s + count * frame_timeout_s`` of CPU time."""
     finish_timeout_s: float = 10.0
     nice: int = 5
     """Of a worker's first sandbox; see ``among``."""

@@ -459,9 +459,10 @@ class CatalogClient:
         return await self._call(wire.ReleaseReservation(reservation_id), _reservation)
 
     async def reservation(self, reservation_id: str) -> ReservationUse:
-        return await self._look_known(lambda reader: reader.reservation(reservation_id))
+        return await self._look(lambda reader: reader.reservation(reservation_id))
 
     async def reservations(self, ends_after_ns: int) -> Sequence[ReservationUse]:
+        await self._fresh()
         return self._readers.read(lambda reader: reader.reservations(ends_after_ns))
 
     def reserved(self) -> Sequence[ReservationUse]:

@@ -66,7 +66,7 @@ class Keeper:
         while not self._ended.is_set():
             started = time.monotonic()
             try:
-                await self._beat()
+                await self.beat()
                 if started - looked >= _CHECKPOINT_LOOK_S:
                     looked = started
                     await self._shorten()
@@ -80,7 +80,8 @@ class Keeper:
         """``run`` returns once what it asked of the engine has ended."""
         self._ended.set()
 
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
+        """Raises EngineAway and Fenced."""
         async with self._engine.transaction() as connection:
             status = msgspec.json.encode(self._load()).decode()
             mine = sa.and_(nodes.c.node == self._place.node, nodes.c.epoch == self._place.epoch)

@@ -140,6 +140,13 @@ async def _serve(
         ticket = OwnTicket(wire.PutNode(record))
         server.committer.submit(ticket)
         await ticket.done
+        # Nobody is told that this node serves before its own processes can read who they are.
+        while True:
+            try:
+                return await keeper.beat()
+            except EngineAway:
+                if await _stopped(stop):
+                    return
 
     server = CatalogueServer(paths, node=place.node, recovered=recovered, make=make)
     keeper = Keeper(

@@ -97,15 +97,20 @@ class Judge:
     def records(node: ClusterNode) -> list[ObjectRecord]:
         return sorted(node.records(), key=lambda record: (record.bucket, record.key, record.version_id))
 
-    def is_archived(self, timeout_s: float = 120.0) -> None:
-        """Every object is one verified copy in the archive, byte for byte, and nothing else lies there."""
-        node = self._cluster.nodes[0]
+    def drains(self, node: ClusterNode, bucket: str, timeout_s: float) -> None:
+        """Every object (of a bucket, if one is named) is in the archive in time, as that node knows them."""
 
         def undrained() -> list[Any]:
-            found = [record for record in node.records() if record.archive is None]
-            return [(record.bucket, record.key, record.state.value, record.drain_error) for record in found]
+            found = [record for record in node.records() if record.archive is None and bucket in ("", record.bucket)]
+            return [
+                (record.bucket, record.key, record.state.value, record.drain_error, record.extents) for record in found
+            ]
 
         until(lambda: not undrained(), lambda: f"all is archived: {undrained()[:5]}\n{self.tails()}", timeout_s)
+
+    def is_archived(self, timeout_s: float = 120.0) -> None:
+        """Every object is one verified copy in the archive, byte for byte, and nothing else lies there."""
+        self.drains(self._cluster.nodes[0], "", timeout_s)
         expected: dict[Path, ObjectRecord] = {}
         for record in self.replicas_agree():
             assert record.archive is not None

@@ -60,11 +60,7 @@ def test_a_zombie_writes_nothing(scene: Scene) -> None:
     until(lambda: not scene.b.flag.exists(), lambda: f"b drains\n{scene.b.tail()}")
     scene.b.freeze()
     scene.outlast_a_lease()
-    until(
-        lambda: all(record.archive is not None for record in scene.a.records() if record.bucket == bucket),
-        lambda: f"what b held is drained by its mirrors\n{scene.judge(load).tails()}",
-        60,
-    )
+    scene.judge(load).drains(scene.a, bucket, 60)
     gone, kept = keys[:3], keys[3:]
     for key in gone:
         load.ask(load.ledgers[0], bucket, key, None, scene.a, lambda key=key: scene.client(scene.a).delete(bucket, key))
@@ -90,11 +86,7 @@ def test_a_dead_nodes_mirrored_objects_are_drained_and_what_exists_nowhere_is_na
     # Until the lease is over and for ever: the second copy answers.
     for key in mirrored:
         assert scene.answers(scene.a, mirror, key).ok
-    until(
-        lambda: all(record.archive is not None for record in scene.a.records() if record.bucket == mirror),
-        lambda: f"the mirrors are drained\n{scene.judge(load).tails()}",
-        90,
-    )
+    scene.judge(load).drains(scene.a, mirror, 90)
     with contextlib.suppress(OSError):
         answer = scene.client(scene.c).get(disk, alone)
         assert answer.status == 503, answer

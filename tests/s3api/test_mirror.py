@@ -493,9 +493,12 @@ class StoppingHost(CheckingHost):
 
     def __init__(self, three: Three) -> None:
         self._three = three
+        self.said = threading.Event()
 
     def open(self, info: Any) -> Any:
-        return Stopping(self._three.first.buffer.domain(info.bucket)) if info.key == b"stopped" else None
+        if info.key != b"stopped":
+            return None
+        return Stopping(self._three.first.buffer.domain(info.bucket), self.said)
 
 
 class Stopping:
@@ -503,9 +506,10 @@ class Stopping:
     filters: ClassVar[dict[str, str]] = {}
     epochs = ()
 
-    def __init__(self, domain: Any) -> None:
+    def __init__(self, domain: Any, said: threading.Event) -> None:
         self.domain = domain
         self._stopped: Callable[[int], None] | None = None
+        self._said = said
 
     def sniff(self, head: memoryview, *, complete: bool) -> Any:
         return FrameGeometry("|u1", (MIB,), 8, MIB) if len(head) >= 8 else 8
@@ -515,9 +519,13 @@ class Stopping:
 
     def offer(self, batch: Any) -> None:
         if batch.first_frame + batch.count > 4 and self._stopped is not None:
-            asyncio.get_running_loop().call_soon(self._stopped, 4)
+            asyncio.get_running_loop().call_soon(self._stop, self._stopped)
             self._stopped = None
         asyncio.get_running_loop().call_soon(batch.release)
+
+    def _stop(self, stopped: Callable[[int], None]) -> None:
+        stopped(4)
+        self._said.set()
 
     def lagging(self, first_frame: int, count: int) -> None: ...
 
@@ -536,14 +544,21 @@ def test_what_a_stop_leaves_is_on_two_nodes(three: Three, raw: RawClient, s3: An
     """The copy has the header that was put right afterwards, and not a byte of what was thrown away."""
     data = b"lots of " + os.urandom(40 * MIB)
     before = three.first.buffer.host
-    three.first.buffer.host = StoppingHost(three)  # type: ignore[assignment]
+    host = StoppingHost(three)
+
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, len(data), MIB):
+            if start == 16 * MIB:
+                assert host.said.wait(30), "nobody said stop"
+            yield data[start : start + MIB]
+
+    three.first.buffer.host = host  # type: ignore[assignment]
     try:
         path = f"/{bucket}/stopped"
         signed = raw.signed("PUT", path, payload_hash="UNSIGNED-PAYLOAD")
         signed.pop("Content-Length", None)
-        pieces = (data[start : start + MIB] for start in range(0, len(data), MIB))
         length = {"content-length": str(len(data))} if known else {}
-        answer = raw.http.put(raw.endpoint + path, content=pieces, headers={**signed, **length})
+        answer = raw.http.put(raw.endpoint + path, content=pieces(), headers={**signed, **length})
         assert answer.status_code == 200, answer.text
     finally:
         three.first.buffer.host = before
