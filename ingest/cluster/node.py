@@ -141,12 +141,7 @@ async def _serve(
         server.committer.submit(ticket)
         await ticket.done
         # Nobody is told that this node serves before its own processes can read who they are.
-        while True:
-            try:
-                return await keeper.beat()
-            except EngineAway:
-                if await _stopped(stop):
-                    return
+        await _beat(keeper, stop)
 
     server = CatalogueServer(paths, node=place.node, recovered=recovered, make=make)
     keeper = Keeper(
@@ -189,6 +184,15 @@ def self_record(place: Place, options: NodeOptions, known: list[NodeRecord]) -> 
         dav=options.dav,
         version=version("hiss-gateway"),
     )
+
+
+async def _beat(keeper: Keeper, stop: asyncio.Event) -> None:
+    while True:
+        try:
+            return await keeper.beat()
+        except EngineAway:
+            if await _stopped(stop):
+                return
 
 
 async def _stopped(stop: asyncio.Event) -> bool:
