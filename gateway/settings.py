@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     )
 
     catalog: str = _setting(
-        "", "address", "Engine of a cluster, postgresql://USER:PASSWORD@HOST:PORT/DATABASE; empty: this node is alone. "
+        "", "URL", "Engine of a cluster; empty: this node is alone. "
         "HISS_CATALOG or a file keep the password from the command line; PGPASSWORD works, too.",
     )  # fmt: skip
     node_name: str = _setting(None, "name", "What the node is called in its cluster.", computed="host name")
@@ -503,6 +503,7 @@ def _wrong_sizes(settings: Settings) -> Iterator[str]:
 _ALLOWED = {
     "path": "a path",
     "address": "an IP address or host name",
+    "URL": "postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or nothing",
     "endpoint": "tcp://ADDRESS:PORT or ipc://PATH",
     "endpoints": "NAME=URL, several with spaces between",
     "globs": "globs that begin with epics: or tango:",

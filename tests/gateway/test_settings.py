@@ -99,7 +99,8 @@ def test_every_row_has_a_unit_a_line_of_help_and_limits_where_it_is_a_number() -
     for row in table():
         assert row.unit, row.name
         assert row.help.endswith("."), row.name
-        if row.unit not in ("path", "name", "address", "host name", "endpoint", "endpoints", "globs", "yes or no"):
+        words = ("path", "name", "address", "host name", "URL", "endpoint", "endpoints", "globs", "yes or no")
+        if row.unit not in words:
             assert row.minimum is not None, row.name
             assert row.maximum is not None, row.name
 
