@@ -1,13 +1,11 @@
 """Who asks the control API: HTTP Basic with an S3 key pair, and what the S3 port would allow.
 
-In: requests. Out: the ``Caller``, or 401 / 403. The same ``authenticator`` serves the WebDAV port.
+In: requests. Out: the ``Caller``, or 401 / 403. Who is who is decided by gateway/access.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hmac
-from collections.abc import Callable
 from typing import Annotated, cast
 
 from fastapi import Depends, HTTPException, Request
@@ -18,27 +16,11 @@ from archive.dav.auth import CHALLENGE, Authenticator, basic_credentials
 from ingest.records import UserRecord
 from s3api.auth.actions import Access
 from s3api.auth.grants import allows
-from s3api.auth.principal import of_user
-from s3api.auth.rules import Gate
 from s3api.auth.sight import UserSight
-from s3api.auth.users import UserStore
 from s3api.http import message
 
-_ABSENT = "-"
 _NO_BODY = cast(message.Body, None)
 """The rules look at heads only."""
-
-
-def authenticator(users: UserStore) -> Authenticator:
-    """Check key pairs against ``users``; the comparison takes as long for a wrong secret as for an unknown key."""
-
-    async def authenticate(access_key: str, secret_key: str) -> UserRecord | None:
-        found = await users.find(access_key)
-        expected = found.secret_key if found else _ABSENT
-        same = hmac.compare_digest(expected.encode(), secret_key.encode())
-        return found.user if found and same and found.key_enabled and found.user.enabled else None
-
-    return authenticate
 
 
 # Documents the scheme in the OpenAPI document and decides nothing: FastAPI's own Basic takes ASCII secrets only.
@@ -83,15 +65,6 @@ def _as_request(connection: HTTPConnection) -> message.Request:
         secure=connection.url.scheme in ("https", "wss"),
         request_id="",
     )
-
-
-def sight_maker(gate: Gate, clock: Callable[[], float]) -> Callable[[UserRecord, message.Request], UserSight]:
-    """What a user may see, by the rules of the S3 port; for WebDAV and the control API."""
-
-    def sight_of(user: UserRecord, request: message.Request) -> UserSight:
-        return UserSight(gate, of_user(user), request, clock)
-
-    return sight_of
 
 
 User = Annotated[Caller, Depends(_signed_in)]

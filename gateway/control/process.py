@@ -14,7 +14,6 @@ import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,14 +41,6 @@ _PLAIN_ON_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
     b"Content-Length: %d\r\n\r\n%b" % (len(_MESSAGE), _MESSAGE)
 )
-
-
-def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """A server context; raises OSError or ssl.SSLError for files that cannot be used."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    return context
 
 
 async def serve(

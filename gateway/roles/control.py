@@ -17,11 +17,10 @@ from typing import Any
 
 import uvloop
 
-from gateway.access import access_defaults
+from gateway.access import access_defaults, authenticator, sight_maker, tls_context
 from gateway.boot import Boot
 from gateway.control import paces, process
 from gateway.control.app import ControlContext, create_app
-from gateway.control.auth import authenticator, sight_maker
 from gateway.control.cluster import ClusterWatch
 from gateway.control.elsewhere import Elsewhere
 from gateway.control.feedback.director import ActionDirector
@@ -142,7 +141,7 @@ async def _serve(boot: Boot) -> None:
         )
         tls = None
         if settings.tls_cert is not None and settings.tls_key is not None:
-            tls = process.tls_context(settings.tls_cert, settings.tls_key)
+            tls = tls_context(settings.tls_cert, settings.tls_key)
         await feedback.listen(boot.paths.feedback_socket)
         work = [asyncio.create_task(rates.run(), name="rates"), asyncio.create_task(actions.run(), name="actions")]
         work.append(asyncio.create_task(watch.run(), name="cluster"))

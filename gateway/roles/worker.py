@@ -22,10 +22,8 @@ import uvloop
 
 from archive.dav.errors import render as render_dav
 from archive.dav.service import DavService
-from gateway.access import access_defaults
+from gateway.access import access_defaults, authenticator, sight_maker, tls_context
 from gateway.boot import Boot
-from gateway.control.auth import authenticator, sight_maker
-from gateway.control.process import tls_context
 from gateway.drain_storage import files_elsewhere
 from gateway.neighbours import neighbours
 from gateway.node_key import NodeKey

@@ -6,6 +6,7 @@ deleting the tags deletes the user's, never the settings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from xml.etree.ElementTree import Element
 
 from ingest import bucket_settings
@@ -24,10 +25,15 @@ async def put_bucket_tagging(call: Call) -> Response:
     await call.bucket()
     body = await read_document(call.request, call.signed, call.limits.configuration_bytes)
     tags = parsed(xml.parse(body, "Tagging"), call.limits.tags_per_bucket)
-    # Not from the cache: the edit builds on what is there.
+    await _edit(call, tags)
+    return Response(204)
+
+
+async def _edit(call: Call, tags: Mapping[str, str]) -> None:
+    """Builds on what is there: not from the cache, and with what other nodes were asked before."""
+    await call.catalog.fresh()
     record = await call.catalog.bucket(call.bucket_name)
     await call.catalog.set_bucket_tags(call.bucket_name, bucket_settings.edited(record.tags, tags))
-    return Response(204)
 
 
 def parsed(tree: Element, tags_max: int) -> dict[str, str]:
@@ -65,6 +71,5 @@ async def get_bucket_tagging(call: Call) -> Response:
 
 async def delete_bucket_tagging(call: Call) -> Response:
     await call.bucket()
-    record = await call.catalog.bucket(call.bucket_name)
-    await call.catalog.set_bucket_tags(call.bucket_name, bucket_settings.edited(record.tags, {}))
+    await _edit(call, {})
     return Response(204)

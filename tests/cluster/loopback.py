@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.acquaintance import know_each_other
 from tests.crash.client import S3, Answer
 from tests.crash.node import ROOT, Node, until
 
@@ -89,7 +90,18 @@ class Nodes:
                 self.add(name)
             self[name].start()
             self[name].ready()
+        know_each_other([node for node in self._nodes.values() if node.running])
         return [self[name] for name in names]
+
+    def make_bucket(self, name: str, **tags: str) -> None:
+        """One with these settings (without their ``hiss.`` and with _ for -), which every node that runs knows."""
+        rows = "".join(f"<Tag><Key>hiss.{key.replace('_', '-')}</Key><Value>{tags[key]}</Value></Tag>" for key in tags)
+        running = [node for node in self._nodes.values() if node.running]
+        assert running[0].ask("PUT", f"/{name}").ok
+        assert running[0].ask("PUT", f"/{name}", "tagging=", f"<Tagging><TagSet>{rows}</TagSet></Tagging>".encode()).ok
+        for node in running:
+            # A listing sees everything that any node was answered before.
+            assert node.ask("GET", f"/{name}", "list-type=2").ok
 
     def end(self) -> None:
         for node in self._nodes.values():

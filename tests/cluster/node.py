@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bench.netns import Host, Network
 from ingest.cluster.members import Member, Members
+from tests.cluster.acquaintance import know_each_other
 from tests.crash.node import Node, until
 from tests.engine import Engine
 
@@ -81,10 +82,6 @@ class ClusterNode(Node):
             for line in lines
             if re.split("[{ ]", line, maxsplit=1)[0] == name and all(part in line for part in wanted)
         )
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
 
     def pids(self) -> list[int]:
         """Every process of the node, its supervisor first."""
@@ -208,6 +205,7 @@ class Cluster:
     def ready(self) -> None:
         for node in self.nodes:
             node.ready()
+        know_each_other(self.nodes)
 
     def stop(self) -> None:
         """Every node with SIGTERM, all at once; each must end well."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ingest.errors import NoSuchBucket
 from tests.cluster.judge import Judge
 from tests.cluster.load import Entry, Load
 from tests.cluster.node import Cluster, ClusterNode
@@ -50,8 +51,21 @@ class Scene:
         answer = client.request("PUT", f"/{bucket}")
         assert answer.status in (200, 409), answer
         if tags:
-            assert client.tag(bucket, **tags).ok
+            self.tag(bucket, **tags)
         return bucket
+
+    def tag(self, bucket: str, node: ClusterNode | None = None, **tags: str) -> None:
+        """Change settings of a bucket, on node a unless another is named. They hold on every node that runs."""
+        assert self.client(node or self.a).tag(bucket, **tags).ok
+        wanted = {(f"hiss.{name.replace('_', '-')}", value) for name, value in tags.items()}
+
+        def known(node: ClusterNode) -> bool:
+            with node.catalogue() as reader, contextlib.suppress(NoSuchBucket):
+                return wanted <= reader.bucket(bucket).tags.items()
+            return False
+
+        running = [node for node in self.cluster.nodes if node.running]
+        until(lambda: all(known(node) for node in running), "every node knows the settings")
 
     def load(
         self, durabilities: Sequence[str] = ("disk",), clients: int = 4, nodes: Sequence[ClusterNode] = ()

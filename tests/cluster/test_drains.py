@@ -74,7 +74,7 @@ def test_a_recall_storm_on_all_nodes(scene: Scene) -> None:
     recalls are shared."""
     load = scene.load(("disk",))
     (bucket,) = load.buckets
-    assert scene.client(scene.a).tag(bucket, recall="on-read").ok
+    scene.tag(bucket, recall="on-read")
     # More than a twentieth of the buffer on each node: what is archived is evicted, until there is room.
     for node in scene.cluster.nodes:
         for _ in range(6):

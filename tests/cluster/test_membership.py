@@ -16,7 +16,6 @@ import pytest
 from tests.cluster.loopback import LoopbackNode, Nodes, hiss, until
 
 MIB = 1 << 20
-_LATER = b"<Tagging><TagSet><Tag><Key>hiss.drain-after-s</Key><Value>86400</Value></Tag></TagSet></Tagging>"
 
 
 @pytest.fixture
@@ -30,12 +29,6 @@ def nodes(tmp_path: Path, database: str) -> Iterator[Nodes]:
 
 def put(node: LoopbackNode, path: str, body: bytes, query: str = "") -> int:
     return node.ask("PUT", path, query, body).status
-
-
-def make_bucket(node: LoopbackNode, name: str) -> None:
-    """One that keeps the drain waiting for a day."""
-    assert put(node, f"/{name}", b"") == 200
-    assert node.ask("PUT", f"/{name}", "tagging=", _LATER).ok
 
 
 def rows_of(node: LoopbackNode) -> dict[str, dict[str, Any]]:
@@ -52,7 +45,7 @@ def held(node: LoopbackNode, name: str) -> dict[str, Any]:
 
 def test_a_node_is_drained_and_leaves(nodes: Nodes) -> None:
     a, b = nodes.start("a", "b")
-    make_bucket(a, "scan")
+    nodes.make_bucket("scan", drain_after_s="86400")
     bodies = {f"/scan/{size}": os.urandom(size) for size in (1, 1000, 3 * MIB)}
     for path, body in bodies.items():
         assert put(b, path, body) == 200
@@ -152,7 +145,7 @@ def test_a_node_is_taken_back_and_one_does_the_chores(nodes: Nodes, hook: Hook) 
     for name in ("a", "b"):
         nodes.add(name, notification_endpoints=f"hook=http://127.0.0.1:{hook.server_port}/")
     a, b = nodes.start("a", "b")
-    make_bucket(a, "scan")
+    nodes.make_bucket("scan", drain_after_s="86400")
     wanted = b"<Queue>arn:hiss:sqs:::hook</Queue><Event>s3:ObjectCreated:*</Event>"
     reports = (
         b"<NotificationConfiguration><QueueConfiguration>%b</QueueConfiguration></NotificationConfiguration>" % wanted
@@ -181,7 +174,7 @@ def test_a_node_is_taken_back_and_one_does_the_chores(nodes: Nodes, hook: Hook) 
 
 def test_a_dead_node_goes_only_with_what_it_held(nodes: Nodes) -> None:
     a, b = nodes.start("a", "b")
-    make_bucket(a, "scan")
+    nodes.make_bucket("scan", drain_after_s="86400")
     assert put(b, "/scan/only%20there", b"lost") == 200
     assert put(b, "/scan/empty", b"") == 200
     assert put(a, "/safe", b"") == 200
@@ -200,6 +193,17 @@ def test_a_dead_node_goes_only_with_what_it_held(nodes: Nodes) -> None:
     assert "lost with node b: scan/only there" in a.tail()
     assert list(rows_of(a)) == ["a"]
     assert "no other node" in a.hiss("node", "remove", "a", "--force", code=2)
+
+
+def test_settings_changed_on_two_nodes_at_once_are_both_kept(nodes: Nodes) -> None:
+    a, b = nodes.start("a", "b")
+    nodes.make_bucket("scan")
+    for turn, (node, setting) in enumerate([(a, "drain-after-s"), (b, "evict-after-s"), (a, "run-timeout-s")] * 5):
+        tag = f"<Tag><Key>hiss.{setting}</Key><Value>{1000 + turn}</Value></Tag>"
+        assert node.ask("PUT", "/scan", "tagging=", f"<Tagging><TagSet>{tag}</TagSet></Tagging>".encode()).ok
+    shown = b.ask("GET", "/scan", "tagging=").body
+    for value in (1012, 1013, 1014):
+        assert f"<Value>{value}</Value>".encode() in shown
 
 
 def test_only_root_changes_what_a_node_is_for(nodes: Nodes) -> None:

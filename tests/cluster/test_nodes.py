@@ -79,7 +79,7 @@ def test_a_dead_nodes_mirrored_objects_are_drained_and_what_exists_nowhere_is_na
     load = scene.load(("mirror", "disk"))
     mirror, disk = load.buckets
     for bucket in load.buckets:
-        scene.client(scene.a).tag(bucket, drain_after_s="3")
+        scene.tag(bucket, drain_after_s="3")
     mirrored = [scene.put(load, scene.b, mirror, 2 * MIB) for _ in range(3)]
     alone = scene.put(load, scene.b, disk, 2 * MIB)
     scene.b.kill_node()
@@ -101,7 +101,7 @@ def test_both_copies_dead_are_named_and_come_back(scene: Scene) -> None:
     the first of them that returns."""
     load = scene.load(("mirror",))
     (bucket,) = load.buckets
-    scene.client(scene.a).tag(bucket, drain_after_s="600")
+    scene.tag(bucket, drain_after_s="600")
     keys = [scene.put(load, scene.b, bucket, 1 * MIB) for _ in range(6)]
     records = {record.key.decode(): record for record in scene.b.records() if record.bucket == bucket}
     names = {member.node: member.record.name for member in scene.b.members()}
@@ -127,6 +127,6 @@ def test_both_copies_dead_are_named_and_come_back(scene: Scene) -> None:
         assert scene.answers(left, bucket, key).ok
     scene.b.start()
     scene.b.ready()
-    scene.client(left).tag(bucket, drain_after_s="0")
+    scene.tag(bucket, left, drain_after_s="0")
     scene.judge(load).reads_back()
     scene.judge(load).is_archived()

@@ -18,7 +18,6 @@ from tests.crash.node import ROOT
 GIB = 1 << 30
 MIB = 1 << 20
 OFFERED = GIB * 9 // 10
-_KEEP = b"<Tagging><TagSet><Tag><Key>hiss.drain-after-s</Key><Value>86400</Value></Tag></TagSet></Tagging>"
 
 
 @pytest.fixture
@@ -45,16 +44,10 @@ def at(hours: float) -> str:
     return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=hours)).isoformat()
 
 
-def make_bucket(node: LoopbackNode, name: str) -> None:
-    """One that keeps the drain waiting for a day."""
-    assert node.ask("PUT", f"/{name}").ok
-    assert node.ask("PUT", f"/{name}", "tagging=", _KEEP).ok
-
-
 def test_a_slot_on_several_nodes_is_kept_by_each(nodes: Nodes) -> None:
     a, b, c = (nodes[name] for name in "abc")
-    make_bucket(a, "scan")
-    make_bucket(a, "other")
+    nodes.make_bucket("scan", drain_after_s="86400")
+    nodes.make_bucket("other", drain_after_s="86400")
     until(lambda: ask(a, "GET", "").json()["free"][0]["capacity_bytes"] == 3 * OFFERED, "all three offer")
     # More than one node has, less than two.
     wanted = {"bucket": "scan", "capacity_bytes": OFFERED + 100 * MIB, "rate_bytes_per_s": 150_000_000, "until": at(2)}
@@ -102,7 +95,7 @@ def test_of_requests_to_all_nodes_at_once_as_many_are_made_as_fit(nodes: Nodes) 
     a, b, c = (nodes[name] for name in "abc")
     buckets = [f"beam-{number}" for number in range(9)]
     for bucket in buckets:
-        make_bucket(a, bucket)
+        nodes.make_bucket(bucket, drain_after_s="86400")
     until(lambda: ask(a, "GET", "").json()["free"][0]["capacity_bytes"] == 3 * OFFERED, "all three offer")
     start, end = at(24), at(26)
 
@@ -120,7 +113,7 @@ def test_of_requests_to_all_nodes_at_once_as_many_are_made_as_fit(nodes: Nodes) 
 
 def test_a_node_that_is_drained_gives_no_shares(nodes: Nodes) -> None:
     a, b, _ = (nodes[name] for name in "abc")
-    make_bucket(a, "scan")
+    nodes.make_bucket("scan", drain_after_s="86400")
     assert b.hiss("node", "drain", "b") is not None
     until(lambda: ask(a, "GET", "").json()["free"][0]["capacity_bytes"] == 2 * OFFERED, "two offer")
     wanted = {"bucket": "scan", "capacity_bytes": 2 * OFFERED + MIB, "until": at(2)}

@@ -86,6 +86,10 @@ class Node:
                 preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
 
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def status(self) -> dict[str, Any]:
         try:
             document = dict(json.loads(self.paths.processes.read_text()))

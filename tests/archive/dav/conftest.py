@@ -20,7 +20,7 @@ import pytest
 import uvloop
 
 from archive.dav.service import DavService
-from gateway.control.auth import sight_maker
+from gateway.access import sight_maker
 from ingest.errors import NoSuchBucket, NoSuchKey
 from ingest.records import BucketRecord, Grant, ListedObject, ObjectRecord, ObjectState, UserRecord
 from s3api.auth.rules import Gate

@@ -14,7 +14,7 @@ import pytest
 from archive.dav.auth import Sight
 from archive.dav.paths import href, parse
 from archive.dav.tree import File, Folder, Root, Tree
-from gateway.control.auth import sight_maker
+from gateway.access import sight_maker
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CATALOGUE, Counters

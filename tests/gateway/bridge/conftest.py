@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ class Peer:
     def hung(self) -> Iterator[None]:
         self.process.send_signal(signal.SIGSTOP)
         try:
+            # The signal is sent; a thread that has a core goes on until it sees it.
+            threads = Path(f"/proc/{self.process.pid}/task")
+            while any(one.read_text().rpartition(")")[2].split()[0] != "T" for one in threads.glob("*/stat")):
+                time.sleep(0.001)
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)

@@ -19,9 +19,9 @@ import httpx
 import pytest
 import uvloop
 
+from gateway.access import authenticator, sight_maker, tls_context
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
-from gateway.control.auth import authenticator, sight_maker
 from gateway.control.feedback.director import ActionDirector
 from gateway.control.feedback.exchange import Exchange, Outlets
 from gateway.control.feedback.executors import Executors
@@ -203,7 +203,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
                 create_app(context),
                 listener,
                 stop=node.stop,
-                tls=process.tls_context(*tls) if tls else None,
+                tls=tls_context(*tls) if tls else None,
                 ready=accepting.set,
                 stopping=hub.close,
             )
