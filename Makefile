@@ -15,6 +15,8 @@ STAMP := $(VENV)/.complete
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Clients that are built here come before those of the system.
 export PATH := $(CURDIR)/.cache/bin:$(PATH)
+# A node is half a dozen processes, and tests start hundreds of nodes: our sources are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

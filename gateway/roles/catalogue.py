@@ -18,13 +18,11 @@ from gateway.metrics import Reader
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from ingest.catalog import server
-from ingest.cluster import identity, node
-from ingest.cluster.engine import ClusterRefused
-from ingest.cluster.join import Joining
-from ingest.cluster.log import Diverged, Fenced, Left
+from ingest.cluster import identity
 from ingest.cluster.members import Load
 from ingest.cluster.schema import LOG_FORMAT
 from ingest.counters import CATALOGUE, Counters
+from ingest.errors import ClusterRefused
 from kernels.standing import Verdict
 
 log = logging.getLogger(__name__)
@@ -47,6 +45,11 @@ def main(boot: Boot) -> None:
 
 
 def _main_of_cluster(boot: Boot, settings: Settings, counters: Counters) -> None:
+    # A node alone starts without the engine's driver.
+    from ingest.cluster import node
+    from ingest.cluster.join import Joining
+    from ingest.cluster.log import Diverged, Fenced, Left
+
     key = NodeKey.load_or_create(boot.paths.node_key)
     scheme = "https" if settings.tls else "http"
     reached = {name: f"{scheme}://{settings.advertised}:{port}" for name, port in boot.ports.items()}

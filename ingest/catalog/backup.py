@@ -17,8 +17,7 @@ from pathlib import Path
 from ingest.catalog import lock, migrate, recovery, rows, snapshot
 from ingest.catalog.index import applied_sequence
 from ingest.cluster import identity
-from ingest.cluster.engine import ClusterRefused
-from ingest.errors import IngestError
+from ingest.errors import ClusterRefused, IngestError
 from ingest.paths import NodePaths
 
 

@@ -19,8 +19,9 @@ import sqlalchemy as sa
 import zstandard
 
 from ingest.catalog import snapshot
-from ingest.cluster.engine import ClusterRefused, Engine
+from ingest.cluster.engine import Engine
 from ingest.cluster.schema import checkpoint_parts, checkpoints
+from ingest.errors import ClusterRefused
 
 PART_BYTES = 1 << 20
 KEPT = 2

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ingest.cluster.schema import SCHEMA_HEAD
-from ingest.errors import IngestError
+from ingest.errors import ClusterRefused, EngineAway
 
 T = TypeVar("T")
 
@@ -34,14 +34,6 @@ TRIES = 8
 """Of one transaction that the engine takes back."""
 _TAKEN_BACK = ("40001", "40P01")
 _PREFIXES = ("postgresql://", "postgres://", "postgresql+asyncpg://")
-
-
-class EngineAway(IngestError):
-    """The engine does not answer, or refuses to; whether a commit under way was made is not known."""
-
-
-class ClusterRefused(IngestError):
-    """This node cannot be part of this cluster; ``str()`` says why and what to do."""
 
 
 def driver_url(url: str) -> sa.URL:

@@ -19,9 +19,9 @@ from contextlib import asynccontextmanager
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ingest.cluster.engine import ClusterRefused, Engine
+from ingest.cluster.engine import Engine
 from ingest.cluster.schema import THE_ONE, cluster, log, nodes
-from ingest.errors import IngestError
+from ingest.errors import ClusterRefused, IngestError
 
 BATCHES_READ = 500
 """Rows of the log that are asked for at a time; a row has a few kilobytes, 8 MiB at most."""

@@ -14,8 +14,9 @@ from ingest.catalog import migrate, recovery, rows, snapshot
 from ingest.catalog.index import applied_sequence
 from ingest.catalog.recovery import Recovered
 from ingest.cluster import checkpoint
-from ingest.cluster.engine import ClusterRefused, Engine
+from ingest.cluster.engine import Engine
 from ingest.cluster.log import EngineLog
+from ingest.errors import ClusterRefused
 from ingest.paths import NodePaths
 
 logger = logging.getLogger(__name__)
