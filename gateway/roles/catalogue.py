@@ -71,8 +71,10 @@ def _main_of_cluster(boot: Boot, settings: Settings, counters: Counters) -> None
     except (ClusterRefused, Fenced, Diverged) as error:
         log.error("%s", error)
         if isinstance(error, Left) and _serves(boot):
-            # It is not to answer from what it knew: the supervisor, our parent, ends the node. A start fails by itself.
+            # It is not to answer from what it knew, and nothing it takes can be committed: the supervisor, our parent, ends the
+            # node, and without grace (the second signal). A start fails by itself.
             os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getppid(), signal.SIGINT)
         with contextlib.suppress(OSError):
             logging.shutdown()
         os._exit(1)

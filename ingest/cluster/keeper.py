@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_ENTRIES = 200_000
 """So many entries behind the last checkpoint there is another one: some ten seconds' replay, some hundred megabytes of log."""
 _CHECKPOINT_LOOK_S = 10.0
+AWAY_S = 3 * HEARTBEAT_S
+"""Longer between two heartbeats of this node's, and the engine was away, for it at least."""
 
 
 class Keeper:
@@ -61,6 +63,8 @@ class Keeper:
         self._load = load
         self._checkpoint_entries = checkpoint_entries
         self._ended = asyncio.Event()
+        self._beat_s = time.monotonic()
+        self._away_s = self._pardon_until_s = 0.0
 
     async def run(self) -> None:
         looked = time.monotonic()
@@ -98,7 +102,15 @@ class Keeper:
             found = (await connection.execute(asked)).all()
             await self._fence(connection, frozenset(row[0] for row in found if row[4]))
             next_sequence = (await connection.execute(sa.select(cluster.c.next_sequence))).scalar_one()
+        self._beaten()
         self._tell({row[0]: (float(row[1]), row[2], row[3]) for row in found}, next_sequence - 1)
+
+    def _beaten(self) -> None:
+        """While the engine was away nobody could be heard of: for a lease from now on, that time is nobody's silence."""
+        now = time.monotonic()
+        away_s, self._beat_s = now - self._beat_s, now
+        if away_s > AWAY_S:
+            self._away_s, self._pardon_until_s = away_s, now + LEASE_S
 
     async def _fence(self, connection: AsyncConnection, there: frozenset[int]) -> None:
         """Whoever has left writes nothing any more. Its row stays, so that its number is never given again and what others mirror
@@ -111,9 +123,12 @@ class Keeper:
 
     def _tell(self, lives: dict[int, tuple[float, int, str]], head: int) -> None:
         known = []
+        pardoned_s = self._away_s if self._beat_s < self._pardon_until_s else 0.0
         for record in self._reader.nodes():
-            silent_s, applied, status = lives.get(record.node, (2 * LEASE_S, 0, "{}"))
-            known.append(Member(record, max(0.0, silent_s), applied, msgspec.json.decode(status, type=Load)))
+            silent_s, applied, status = lives.get(record.node, (2 * LEASE_S + pardoned_s, 0, "{}"))
+            known.append(
+                Member(record, max(0.0, silent_s - pardoned_s), applied, msgspec.json.decode(status, type=Load))
+            )
         told = Membership(self._place.node, self._place.cluster_id, time.monotonic(), tuple(known), head)
         try:
             members.write(self._paths, told)

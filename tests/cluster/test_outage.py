@@ -4,6 +4,7 @@ itself when the engine is there again."""
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from gateway.cli import s3put
 from gateway.users import KeyPair
+from ingest.cluster.members import LEASE_S, Members
 from tests.cluster.loopback import LoopbackNode, Nodes, until
 from tests.crash.client import sign
 from tests.crash.node import ROOT
@@ -92,6 +94,33 @@ def test_writes_are_refused_at_their_head_and_reads_go_on(node: LoopbackNode, ow
     until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
     assert node.ask("PUT", "/scan/after", "", body).ok
     assert node.get("/v1/status")[1]["cluster"]["engine"] == "ok"
+
+
+def test_nobody_is_dead_for_having_been_without_the_engine(tmp_path: Path, own_postgres: Engine) -> None:
+    """It was away for longer than a lease. The first heartbeat afterwards is somebody's: the others' come a moment later."""
+    nodes = Nodes(tmp_path, own_postgres.fresh())
+    try:
+        a, b = nodes.start("a", "b")
+        nodes.make_bucket("scan", drain_after_s="86400")
+        assert b.ask("PUT", "/scan/of-b", "", b"body").ok
+        own_postgres.stop()
+        time.sleep(LEASE_S + 3)
+        # The heartbeats of b come late.
+        (keeper,) = b.rows("catalogue")
+        os.kill(keeper["pid"], signal.SIGSTOP)
+        own_postgres.start()
+        until(lambda: health(a, "write") == (200, "ok"), "a takes bodies again")
+        until(lambda: time.monotonic() - Members(a.paths).look().as_of_s < 1, "a has heard of the engine")
+        assert a.ask("GET", "/scan/of-b").body == b"body"
+        assert Members(a.paths).get(1).alive  # type: ignore[union-attr]
+        os.kill(keeper["pid"], signal.SIGCONT)
+        until(lambda: health(b, "write") == (200, "ok"), "so does b")
+        b.kill_all()
+        until(lambda: not Members(a.paths).get(1).alive, "who is silent now is dead, if later", 40)
+    finally:
+        nodes.end()
+        if not own_postgres.running:
+            own_postgres.start()
 
 
 def as_a_stranger(node: LoopbackNode) -> int:
