@@ -125,7 +125,7 @@ class Drain:
             await asyncio.shield(self._give_back(record))
             raise
         except LeaseLost as error:
-            log.warning("%s is left to whoever has it now: %s", key_text(record), error)
+            log.info("%s is left to whoever has it now: %s", key_text(record), error)
         except CatalogUnavailable as error:
             log.warning("%s stays in the queue: %s", key_text(record), error)
         except Exception as error:  # one version's trouble must never end the drain of all others
