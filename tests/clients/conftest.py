@@ -40,11 +40,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> nodes.Certificate:
     return nodes.Certificate(*authority.make(tmp_path_factory.mktemp("tls")))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def node_of(
     tmp_path_factory: pytest.TempPathFactory, certificate: nodes.Certificate
 ) -> Iterator[Callable[[str], ClientNode]]:
-    """The node that speaks ``http``, or ``https``: each is started when it is first asked for, and stays."""
+    """The node that speaks ``http``, or ``https``: each is started when it is first asked for, and stays for all clients."""
     known: dict[str, ClientNode] = {}
     with contextlib.ExitStack() as stack:
 

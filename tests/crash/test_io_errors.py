@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import re
+import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -103,6 +104,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         scene = Scene(node, tokens)
         yield scene
         scene.client.close()
+    shutil.rmtree(node.paths.root)  # gigabytes
 
 
 def test_every_failure_shows_what_it_cost(scene: Scene) -> None:

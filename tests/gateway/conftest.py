@@ -280,9 +280,8 @@ def hiss() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run_hiss
 
 
-@pytest.fixture(scope="session")
-def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RealNode]]:
-    """Start real nodes: ``start_node("--tls-cert", …)``, healthy on return; they end with the session."""
+@contextlib.contextmanager
+def real_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RealNode]]:
     nodes: list[RealNode] = []
 
     def start(*flags: str, launcher: Sequence[str] = ()) -> RealNode:
@@ -299,10 +298,18 @@ def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         shutil.rmtree(node.data_dir, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def real_node(start_node: Callable[..., RealNode]) -> RealNode:
+@pytest.fixture(scope="module")
+def start_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RealNode]]:
+    """Start real nodes: ``start_node("--tls-cert", …)``, healthy on return; they end with the module."""
+    with real_nodes(tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="package")
+def real_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealNode]:
     """One node for every test that leaves it running and healthy."""
-    return start_node()
+    with real_nodes(tmp_path_factory) as start:
+        yield start()
 
 
 @dataclasses.dataclass
