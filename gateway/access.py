@@ -7,9 +7,7 @@ user see.
 from __future__ import annotations
 
 import hmac
-import ssl
 from collections.abc import Callable
-from pathlib import Path
 
 from archive.dav.auth import Authenticator
 from gateway.settings import Settings
@@ -46,11 +44,3 @@ def sight_maker(gate: Gate, clock: Callable[[], float]) -> Callable[[UserRecord,
         return UserSight(gate, of_user(user), request, clock)
 
     return sight_of
-
-
-def tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """A server context; raises OSError or ssl.SSLError for files that cannot be used."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    return context

@@ -194,11 +194,3 @@ class NoSuchNode(CatalogError):
 
 class NodeNeeded(CatalogError):
     """A node cannot leave the cluster as it is; ``str()`` says why and what to do."""
-
-
-class EngineAway(IngestError):
-    """The engine does not answer, or refuses to; whether a commit under way was made is not known."""
-
-
-class ClusterRefused(IngestError):
-    """This node cannot be part of this cluster; ``str()`` says why and what to do."""

@@ -39,7 +39,7 @@ def migrate(data: options.NodeData, to: To, name: Name = "", as_json: options.Js
     """Take a stopped node's catalogue into a new cluster, as its node 0. May be killed at any time and started again."""
     from ingest.catalog.lock import CatalogueBusy
     from ingest.cluster.engine import driver_url
-    from ingest.errors import EngineAway
+    from ingest.cluster.errors import EngineAway
     from ingest.journal import JournalDamaged
 
     called = name or socket.gethostname()

@@ -19,10 +19,10 @@ from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from ingest.catalog import server
 from ingest.cluster import identity
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.members import Load
 from ingest.cluster.schema import LOG_FORMAT
 from ingest.counters import CATALOGUE, Counters
-from ingest.errors import ClusterRefused
 from kernels.standing import Verdict
 
 log = logging.getLogger(__name__)

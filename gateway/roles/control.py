@@ -17,7 +17,7 @@ from typing import Any
 
 import uvloop
 
-from gateway.access import access_defaults, authenticator, sight_maker, tls_context
+from gateway.access import access_defaults, authenticator, sight_maker
 from gateway.boot import Boot
 from gateway.control import paces, process
 from gateway.control.app import ControlContext, create_app
@@ -41,6 +41,7 @@ from gateway.neighbours import peer_tls
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from gateway.supervisor.slot import SlotState
+from gateway.tls import tls_context
 from ingest.catalog.client import CatalogClient
 from ingest.cluster.members import Members
 from ingest.counters import CONTROL, Counters

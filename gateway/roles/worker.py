@@ -22,13 +22,14 @@ import uvloop
 
 from archive.dav.errors import render as render_dav
 from archive.dav.service import DavService
-from gateway.access import access_defaults, authenticator, sight_maker, tls_context
+from gateway.access import access_defaults, authenticator, sight_maker
 from gateway.boot import Boot
 from gateway.drain_storage import files_elsewhere
 from gateway.neighbours import neighbours
 from gateway.node_key import NodeKey
 from gateway.settings import Settings
 from gateway.supervisor.resources import write_atomically
+from gateway.tls import tls_context
 from ingest.arena import SLAB_BYTES, Arena
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient

@@ -17,7 +17,8 @@ from pathlib import Path
 from ingest.catalog import lock, migrate, recovery, rows, snapshot
 from ingest.catalog.index import applied_sequence
 from ingest.cluster import identity
-from ingest.errors import ClusterRefused, IngestError
+from ingest.cluster.errors import ClusterRefused
+from ingest.errors import IngestError
 from ingest.paths import NodePaths
 
 

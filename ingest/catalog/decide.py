@@ -22,6 +22,7 @@ from ingest.catalog import entries as e
 from ingest.catalog.reader import Reader
 from ingest.catalog.versions import Facts, Versions, check_conditions
 from ingest.errors import (
+    BadDocument,
     BucketExists,
     BucketNotEmpty,
     CatalogError,
@@ -219,11 +220,15 @@ class Decider:
 
     def _tag_bucket(self, mutation: wire.TagBucket) -> e.Entry | Known:
         bucket = self._reader.bucket(mutation.name)
-        if bucket.tags == mutation.tags:
+        try:
+            tags = bucket_settings.edited(bucket.tags, mutation.tags)
+        except bucket_settings.BadSetting as error:
+            raise BadDocument(str(error)) from None
+        if bucket.tags == tags:
             return Known(bucket)
         self._buckets.pop(mutation.name, None)
-        delay_ns = _drain_after_ns(mutation.tags)
-        return e.BucketTagged(mutation.name, mutation.tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
+        delay_ns = _drain_after_ns(tags)
+        return e.BucketTagged(mutation.name, tags, delay_ns if delay_ns != drain_after_ns(bucket) else None)
 
     def _configure_bucket(self, mutation: wire.ConfigureBucket) -> e.Entry | Known:
         bucket = self._reader.bucket(mutation.name)

@@ -20,8 +20,8 @@ import zstandard
 
 from ingest.catalog import snapshot
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.schema import checkpoint_parts, checkpoints
-from ingest.errors import ClusterRefused
 
 PART_BYTES = 1 << 20
 KEPT = 2

@@ -29,11 +29,12 @@ from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.index import distinct
 from ingest.cluster.engine import TakenBack
+from ingest.cluster.errors import EngineAway
 from ingest.cluster.log import Diverged, EngineLog, Left, Logged, chained
 from ingest.cluster.members import LEASE_S
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogUnavailable, EngineAway, StorageFailed
+from ingest.errors import CatalogUnavailable, StorageFailed
 from ingest.paths import NodePaths
 from ingest.records import Extent, NodeState
 

@@ -18,8 +18,8 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from ingest.cluster.errors import ClusterRefused, EngineAway
 from ingest.cluster.schema import SCHEMA_HEAD
-from ingest.errors import ClusterRefused, EngineAway
 
 T = TypeVar("T")
 

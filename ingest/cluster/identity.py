@@ -12,7 +12,7 @@ import secrets
 import msgspec
 
 from ingest.catalog.snapshot import flush_path
-from ingest.errors import ClusterRefused
+from ingest.cluster.errors import ClusterRefused
 from ingest.paths import NodePaths
 
 

@@ -21,13 +21,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ingest import journal
 from ingest.cluster import identity
 from ingest.cluster.engine import TRIES, Engine
+from ingest.cluster.errors import ClusterRefused, EngineAway
 from ingest.cluster.identity import Identity
 from ingest.cluster.log import Left
 from ingest.cluster.members import LEASE_S, Load
 from ingest.cluster.places import SLOTS_MAX
 from ingest.cluster.schema import LOG_FORMAT, THE_ONE, checkpoint_parts, checkpoints, cluster, nodes
 from ingest.crashpoints import crashpoint
-from ingest.errors import ClusterRefused, EngineAway
 from ingest.paths import NodePaths
 
 NODES_MAX = 4096

@@ -22,11 +22,11 @@ from ingest.catalog import rows, snapshot
 from ingest.catalog.reader import Reader
 from ingest.cluster import checkpoint, members
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import EngineAway
 from ingest.cluster.join import Place
 from ingest.cluster.log import EngineLog, Fenced
 from ingest.cluster.members import HEARTBEAT_S, LEASE_S, Load, Member, Membership
 from ingest.cluster.schema import cluster, nodes
-from ingest.errors import EngineAway
 from ingest.paths import NodePaths
 from ingest.records import NodeState
 

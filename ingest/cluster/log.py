@@ -20,8 +20,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.schema import THE_ONE, cluster, log, nodes
-from ingest.errors import ClusterRefused, IngestError
+from ingest.errors import IngestError
 
 BATCHES_READ = 500
 """Rows of the log that are asked for at a time; a row has a few kilobytes, 8 MiB at most."""

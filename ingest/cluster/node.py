@@ -21,12 +21,13 @@ from ingest.catalog.server import CatalogueServer, locked
 from ingest.cluster import replica
 from ingest.cluster.committer import END_WAIT_S, ClusterCommitter
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import EngineAway
 from ingest.cluster.join import Joining, Place, join
 from ingest.cluster.keeper import CHECKPOINT_ENTRIES, Keeper
 from ingest.cluster.log import EngineLog, Left
 from ingest.cluster.members import Load
 from ingest.counters import Counters
-from ingest.errors import EngineAway, IngestError
+from ingest.errors import IngestError
 from ingest.origin import Origin
 from ingest.paths import NodePaths
 from ingest.records import Extent, NodeRecord, NodeState

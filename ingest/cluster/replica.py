@@ -15,8 +15,8 @@ from ingest.catalog.index import applied_sequence
 from ingest.catalog.recovery import Recovered
 from ingest.cluster import checkpoint
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.log import EngineLog
-from ingest.errors import ClusterRefused
 from ingest.paths import NodePaths
 
 logger = logging.getLogger(__name__)

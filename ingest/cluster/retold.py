@@ -18,9 +18,9 @@ from ingest.catalog.index import Index, applied_sequence
 from ingest.cluster import checkpoint
 from ingest.cluster.committer import CHAIN, chain_of
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused, EngineAway
 from ingest.cluster.identity import Identity
 from ingest.cluster.log import EngineLog, Logged, chained
-from ingest.errors import ClusterRefused, EngineAway
 from ingest.journal import JournalDamaged
 
 

@@ -29,11 +29,11 @@ from ingest.catalog.index import applied_sequence
 from ingest.cluster import checkpoint, identity
 from ingest.cluster.checkpoint import Checkpoint
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.identity import Identity
 from ingest.cluster.join import Joining, cluster_row, node_row
 from ingest.cluster.schema import THE_ONE, checkpoint_parts, checkpoints, cluster, log, nodes
 from ingest.crashpoints import crashpoint
-from ingest.errors import ClusterRefused
 from ingest.paths import NodePaths
 
 NODE = 0

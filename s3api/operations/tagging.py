@@ -30,10 +30,9 @@ async def put_bucket_tagging(call: Call) -> Response:
 
 
 async def _edit(call: Call, tags: Mapping[str, str]) -> None:
-    """Builds on what is there: not from the cache, and with what other nodes were asked before."""
-    await call.catalog.fresh()
-    record = await call.catalog.bucket(call.bucket_name)
-    await call.catalog.set_bucket_tags(call.bucket_name, bucket_settings.edited(record.tags, tags))
+    record, _ = await call.bucket()
+    bucket_settings.edited(record.tags, tags)  # says which tag is wrong
+    await call.catalog.set_bucket_tags(call.bucket_name, tags)
 
 
 def parsed(tree: Element, tags_max: int) -> dict[str, str]:

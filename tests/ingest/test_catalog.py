@@ -346,7 +346,7 @@ async def test_drain_order_is_by_deadline_and_leases_expire(client: CatalogClien
     failed = await client.by_id(claimed[0].object_id)
     assert (failed.state, failed.drain_attempts, failed.drain_error) == (ObjectState.BUFFERED, 1, "no space")
     assert [record.key for record in await client.claim_drain(10, 60)] == [b"3"]
-    await client.set_bucket_tags("late", {})
+    await client.set_bucket_tags("late", {"hiss.drain-after-s": "default"})
     assert [record.key for record in await client.claim_drain(10, 60)] == [b"waits"]
 
 

@@ -28,12 +28,13 @@ from ingest.catalog.client import CatalogClient
 from ingest.catalog.fsck import differences
 from ingest.cluster import checkpoint, node
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.join import Joining
 from ingest.cluster.log import Diverged, EngineLog, Fenced, Turn
 from ingest.cluster.members import Load, Members
 from ingest.cluster.schema import cluster, metadata
 from ingest.counters import CATALOGUE, Counters
-from ingest.errors import CatalogUnavailable, ClusterRefused, IngestError, NoSuchKey, PreconditionFailed
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, PreconditionFailed
 from ingest.paths import NodePaths
 from ingest.records import CommitObject, DeleteObject, Extent, NodeState
 

@@ -64,10 +64,10 @@ def test_hostile_documents(body: bytes) -> None:
 
 
 def test_every_buffer_error_has_a_code() -> None:
-    """But those that only the control API, the drain and the catalogue process meet."""
+    """But those that only the control API and the drain meet."""
     elsewhere = (
         ingest.BadReservation, ingest.DoesNotFit, ingest.NoSuchReservation, ingest.ReservationEnded, ingest.LeaseLost,
-        ingest.NoSuchNode, ingest.NodeNeeded, ingest.EngineAway, ingest.ClusterRefused,
+        ingest.NoSuchNode, ingest.NodeNeeded,
     )  # fmt: skip
     kinds = [kind for kind in vars(ingest).values() if isinstance(kind, type) and issubclass(kind, ingest.IngestError)]
     for kind in kinds:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvloop
 
-from gateway.access import authenticator, sight_maker, tls_context
+from gateway.access import authenticator, sight_maker
 from gateway.control import process
 from gateway.control.app import ControlContext, create_app
 from gateway.control.feedback.director import ActionDirector
@@ -32,6 +32,7 @@ from gateway.control.nodes import NodeSource
 from gateway.control.paces import KernelPaces
 from gateway.control.status import ProcessFile, Rates, SandboxFile, StatusSource
 from gateway.metrics import Exposition, NodeCollector, Reader
+from gateway.tls import tls_context
 from ingest.catalog import server as catalogue
 from ingest.catalog.client import CatalogClient
 from ingest.cluster.members import Members
