@@ -40,6 +40,21 @@ def threads() -> Iterator[IoThreads]:
     pool.close()
 
 
+def walk(root: Path) -> list[Path]:
+    """Files below ``root``. A drain may be at work: what it removes while we look is not there."""
+    return [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+
+
+def contents(root: Path, files: list[Path]) -> dict[str, bytes]:
+    """Published path -> bytes."""
+    found = {}
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            if not (name := path.relative_to(root).as_posix()).startswith(".hiss"):
+                found[name] = path.read_bytes()
+    return found
+
+
 @dataclasses.dataclass
 class Archive:
     """A target and a way to look at what it stored that does not go through it."""
@@ -65,18 +80,10 @@ async def archive(request: pytest.FixtureRequest, tmp_path: Path, threads: IoThr
         return PosixTarget(root, threads)
 
     def stored() -> dict[str, bytes]:
-        files = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
-        relative = {path.relative_to(root).as_posix(): path for path in files}
-        found = {}
-        for name, path in relative.items():
-            # A drain may be at work: what it removes between the look and the reading is not archived.
-            with contextlib.suppress(FileNotFoundError):
-                if not name.startswith(".hiss"):
-                    found[name] = path.read_bytes()
-        return found
+        return contents(root, [path for path in walk(root) if not path.is_symlink()])
 
     def unfinished() -> list[str]:
-        return [path.name for path in (root / ".hiss-tmp").rglob("*.part")]
+        return [path.name for path in walk(root / ".hiss-tmp") if path.suffix == ".part"]
 
     def plant(path: str, body: bytes) -> None:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -198,15 +205,7 @@ class Node:
         return self.buffer.path(record.object_id).read_bytes()
 
     def archived(self) -> dict[str, bytes]:
-        files = [path for path in self.archive.rglob("*") if path.is_file()]
-        relative = {path.relative_to(self.archive).as_posix(): path for path in files}
-        found = {}
-        for name, path in relative.items():
-            # A drain may be at work: what it removes between the look and the reading is not archived.
-            with contextlib.suppress(FileNotFoundError):
-                if not name.startswith(".hiss"):
-                    found[name] = path.read_bytes()
-        return found
+        return contents(self.archive, walk(self.archive))
 
     def count(self, metric: str, *labels: str) -> float:
         return self.counters.cell(metric, *labels).value()

@@ -249,7 +249,8 @@ def _tree(pid: int) -> list[int]:
     for parent in found:
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
+                with contextlib.suppress(OSError):
+                    found += map(int, (task / "children").read_text().split())
     return found
 
 

@@ -242,6 +242,8 @@ class Link:
     def __init__(self, port: int) -> None:
         self._port = port
         self.cut_after: int | None = None
+        self.cut_once = False
+        """What is cut by ``cut_after`` is one connection: the next one works."""
         self.silent_after: int | None = None
         self.passed = 0
         self.hold = threading.Event()
@@ -277,6 +279,8 @@ class Link:
                 self.hold.wait()
                 self.passed += len(data)
                 if self.cut_after is not None and self.passed > self.cut_after:
+                    if self.cut_once:
+                        self.mend()
                     break
                 if self.silent_after is None or self.passed <= self.silent_after:
                     sink.sendall(data)
@@ -289,6 +293,7 @@ class Link:
     def mend(self) -> None:
         """Everything passes again; what was cut stays cut."""
         self.cut_after = self.silent_after = None
+        self.cut_once = False
         self.passed = 0
 
     def close(self) -> None:

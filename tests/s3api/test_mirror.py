@@ -382,21 +382,10 @@ def test_the_same_node_once_more(three: Three, s3: Any, bucket: str, length: int
     data = os.urandom(length)
     s3.put_object(Bucket=bucket, Key="first", Body=b"x" * 2000)
     link.mend()
-    link.cut_after = length // 2
-    until_cut(link)
+    link.cut_once, link.cut_after = True, length // 2
     s3.put_object(Bucket=bucket, Key="k", Body=data)
     check(three, bucket, data, on=SECOND)
-
-
-def until_cut(link: Link) -> None:
-    """The next connection works again."""
-
-    def mend() -> None:
-        while link.cut_after is not None and link.passed <= link.cut_after:
-            time.sleep(0.001)
-        link.mend()
-
-    threading.Thread(target=mend, daemon=True).start()
+    assert not link.cut_once
 
 
 def test_a_body_may_be_refused(three: Three, s3: Any) -> None:

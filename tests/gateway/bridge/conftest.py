@@ -131,7 +131,7 @@ class Peer:
         try:
             # The signal is sent; a thread that has a core goes on until it sees it.
             threads = Path(f"/proc/{self.process.pid}/task")
-            while any(one.read_text().rpartition(")")[2].split()[0] != "T" for one in threads.glob("*/stat")):
+            while any(_state(one) not in "TX" for one in threads.iterdir()):
                 time.sleep(0.001)
             yield
         finally:
@@ -152,6 +152,14 @@ def start(
         line = process.stdout.readline()
     assert line, "it ended before it served"
     return process, json.loads(line)
+
+
+def _state(thread: Path) -> str:
+    """Of a thread, as proc(5) has it; X where it is gone."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
 
 
 def end(process: subprocess.Popen[str]) -> None:
