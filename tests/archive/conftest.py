@@ -233,7 +233,7 @@ class Node:
         if drain is not None:
             await drain
 
-    async def no_tombstones(self, deadline_s: float = 10.0) -> None:
+    async def no_tombstones(self, deadline_s: float = 60.0) -> None:
         """Wait until every delete has been carried out on the archive."""
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
@@ -241,14 +241,14 @@ class Node:
             assert loop.time() < end, f"still to remove: {pending}"
             await asyncio.sleep(0.01)
 
-    async def ended(self, deadline_s: float = 10.0) -> None:
+    async def ended(self, deadline_s: float = 60.0) -> None:
         """Wait for the drain to end by itself; raises what ended it."""
         drain, self._drain = self._drain, None
         assert drain is not None
         async with asyncio.timeout(deadline_s):
             await drain
 
-    async def state(self, record: ObjectRecord, wanted: ObjectState, deadline_s: float = 10.0) -> ObjectRecord:
+    async def state(self, record: ObjectRecord, wanted: ObjectState, deadline_s: float = 60.0) -> ObjectRecord:
         """Wait until a version is in this state."""
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
@@ -279,7 +279,7 @@ async def node(tmp_path: Path, threads: IoThreads) -> AsyncIterator[Node]:
 def until() -> Callable[..., Any]:
     """Wait for a condition, with a deadline instead of a sleep."""
 
-    async def wait(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
+    async def wait(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         while not condition():

@@ -111,7 +111,7 @@ async def test_buffered_bytes_that_changed_are_never_archived(node) -> None:
     node.buffer.path(lost.object_id).unlink()
     node.start()
     errors: dict[bytes, str] = {}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(errors) < 2:  # each is tried again and again, in no order that the test knows
             for version in (record, lost):
                 if error := (await node.catalog.by_id(version.object_id)).drain_error:

@@ -38,7 +38,7 @@ async def drain_process(
 
 
 async def killed(node, crashpoint: str, usage: tuple[int, int] = (0, 1)) -> None:
-    async with drain_process(node, crashpoint, usage) as process, asyncio.timeout(20):
+    async with drain_process(node, crashpoint, usage) as process, asyncio.timeout(60):
         assert await process.wait() == -signal.SIGKILL
 
 

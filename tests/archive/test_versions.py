@@ -20,7 +20,7 @@ def aside(record: ObjectRecord) -> str:
     return keymap.version_path("mx-2026", record.key, record.object_id)
 
 
-async def settled(node, expected: dict[str, ObjectRecord], deadline_s: float = 20.0) -> None:
+async def settled(node, expected: dict[str, ObjectRecord], deadline_s: float = 60.0) -> None:
     """Wait until the archive shows these versions, and nothing else, and the catalogue says the same."""
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline_s

@@ -49,13 +49,13 @@ class LoopbackNode(Node):
         """Of the control port."""
         import httpx
 
-        answer = httpx.get(f"http://{self.host}:{self.port('control')}{path}", auth=keys, timeout=20)
+        answer = httpx.get(f"http://{self.host}:{self.port('control')}{path}", auth=keys, timeout=60)
         return answer.status_code, answer.json()
 
     def metric(self, name: str) -> float:
         import httpx
 
-        text = httpx.get(f"http://{self.host}:{self.port('control')}/metrics", timeout=20).text
+        text = httpx.get(f"http://{self.host}:{self.port('control')}/metrics", timeout=60).text
         return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"{name} "))
 
 

@@ -36,7 +36,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, postgres: Engine) -> Iterato
 
 def client(node: Node) -> httpx.AsyncClient:
     auth = (ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"])
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{node.port('control')}", auth=auth, timeout=30)
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{node.port('control')}", auth=auth, timeout=60)
 
 
 async def linked(nodes: Cluster, *names: str) -> None:
@@ -134,7 +134,7 @@ async def test_zeromq_subscribers_hear_the_other_node(nodes: Cluster) -> None:
     try:
         socket.connect(endpoint)
         socket.subscribe(f"{BUCKET}/loud".encode())
-        async with worker(nodes["a"]) as here, asyncio.timeout(30):
+        async with worker(nodes["a"]) as here, asyncio.timeout(60):
             heard = asyncio.ensure_future(socket.recv_multipart())
             while not heard.done():  # a subscription takes its time
                 here.publish([event(7, "loud")])

@@ -99,7 +99,7 @@ def test_a_node_is_drained_and_leaves(nodes: Nodes) -> None:
     assert (removed["name"], removed["state"], removed["lost"]) == ("b", "removed", [])
     assert b.process is not None
     # Nothing it still takes could be committed, so it waits for nothing.
-    assert b.process.wait(10) == 0
+    assert b.process.wait(25) == 0
     b.process = None
     assert "was removed from the cluster" in b.tail(400)
     b.start()

@@ -39,7 +39,7 @@ def node(tmp_path: Path, own_postgres: Engine) -> Iterator[LoopbackNode]:
 
 
 def health(node: LoopbackNode, wanted: str) -> tuple[int, str]:
-    answer = httpx.get(f"http://127.0.0.1:{node.port('control')}/v1/health?for={wanted}", timeout=20)
+    answer = httpx.get(f"http://127.0.0.1:{node.port('control')}/v1/health?for={wanted}", timeout=60)
     return answer.status_code, answer.json()["status"]
 
 
@@ -127,7 +127,7 @@ def as_a_stranger(node: LoopbackNode) -> int:
     """What a request is answered that is signed with a key pair nobody has heard of."""
     headers = {"host": f"{node.host}:{node.port()}"}
     signed = s3put.sign("GET", "/scan/known/frame", headers, KeyPair("NOBODYKNOWSTHISKEY01", "its secret"), "us-east-1")
-    return httpx.get(f"http://{headers['host']}/scan/known/frame", headers=signed, timeout=20).status_code
+    return httpx.get(f"http://{headers['host']}/scan/known/frame", headers=signed, timeout=60).status_code
 
 
 def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
@@ -163,7 +163,7 @@ def test_what_a_node_has_not_heard_of_is_not_known_rather_than_not_there(
     copied = node.ask("PUT", "/scan/copy", "", b"", {"x-amz-copy-source": "/scan/unknown"})
     assert copied.status == 503
     assert as_a_stranger(node) == 503, "another node may have made the key"
-    with httpx.Client(auth=ROOT_KEYS, timeout=20) as client:
+    with httpx.Client(auth=ROOT_KEYS, timeout=60) as client:
         for path in ("/scan/unknown", "/scan/unknown/", "/unknown/", "/unknown/frame"):
             assert client.get(webdav + path).status_code == 503, path
             assert client.request("PROPFIND", webdav + path, headers={"depth": "0"}).status_code == 503, path

@@ -36,7 +36,7 @@ def ask(node: LoopbackNode, method: str, path: str, document: Any = None) -> htt
         f"http://{node.host}:{node.port('control')}/v1/reservations{path}",
         json=document,
         auth=(ROOT["HISS_ROOT_ACCESS_KEY"], ROOT["HISS_ROOT_SECRET_KEY"]),
-        timeout=30,
+        timeout=60,
     )
 
 

@@ -82,7 +82,7 @@ def asked(node: Node, path: str, method: str = "GET") -> Any:
     token = b64encode(f"{ROOT['HISS_ROOT_ACCESS_KEY']}:{ROOT['HISS_ROOT_SECRET_KEY']}".encode()).decode()
     url = f"http://127.0.0.1:{node.port('control')}{path}"
     request = urllib.request.Request(url, headers={"Authorization": f"Basic {token}"}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 

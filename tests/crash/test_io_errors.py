@@ -75,7 +75,7 @@ class Scene:
 
     def counted(self, name: str, **labels: str) -> float:
         port = json.loads(self.node.paths.ports.read_text())["control"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
             text = answer.read().decode()
         wanted = "".join(f'{label}="{value}"' for label, value in labels.items())
         found = re.search(rf"^{name}\{{[^}}]*{wanted}[^}}]*\}} (\S+)$" if labels else rf"^{name} (\S+)$", text, re.M)

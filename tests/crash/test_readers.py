@@ -111,7 +111,7 @@ class Crowd:
 
 
 def counted(node: Node, name: str) -> float:
-    with urllib.request.urlopen(f"http://127.0.0.1:{node.port('control')}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{node.port('control')}/metrics", timeout=60) as answer:
         found = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.M)
     return float(found[1]) if found else 0.0
 

@@ -52,7 +52,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_the_proxy_example_is_taken(peer: Callable[[str], str]) -> None:
     example = ROOT / "docs" / "examples" / "haproxy.cfg"
     done = subprocess.run(
-        [peer("haproxy"), "-c", "-f", str(example)], capture_output=True, text=True, timeout=30, check=False
+        [peer("haproxy"), "-c", "-f", str(example)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in (done.stdout + done.stderr).lower()

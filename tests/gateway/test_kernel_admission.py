@@ -131,7 +131,7 @@ def product(s3: Any, bucket: str, kernel: str, key: str) -> int:
 
 
 def counted(node: Any, name: str) -> float:
-    text = httpx.get(node.url("control") + "/metrics", timeout=30).text
+    text = httpx.get(node.url("control") + "/metrics", timeout=60).text
     return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 

@@ -120,5 +120,5 @@ def test_promtool_has_nothing_to_say(fd: int) -> None:
     body, _ = Exposition(NodeCollector(Counters(fd, 0), "1", lambda: [ProcessRow("worker", 0, os.getpid())])).render(
         PLAIN
     )
-    done = subprocess.run([promtool, "check", "metrics"], input=body, capture_output=True, timeout=30, check=False)
+    done = subprocess.run([promtool, "check", "metrics"], input=body, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

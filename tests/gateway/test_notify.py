@@ -101,7 +101,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
         yield node
 
 
-async def until(holds: Callable[[], bool], deadline_s: float = 15.0) -> None:
+async def until(holds: Callable[[], bool], deadline_s: float = 60.0) -> None:
     loop = asyncio.get_running_loop()
     end = loop.time() + deadline_s
     while not holds():

@@ -107,7 +107,7 @@ def _client(node: Any) -> Any:
 
 def _api(node: Any) -> httpx.Client:
     keys = node.keys()
-    return httpx.Client(base_url=node.url("control"), auth=(keys["access_key"], keys["secret_key"]), timeout=30)
+    return httpx.Client(base_url=node.url("control"), auth=(keys["access_key"], keys["secret_key"]), timeout=60)
 
 
 def test_an_operator_reserves_lists_extends_and_releases(node: Any, here: Callable[..., Any]) -> None:
@@ -201,7 +201,7 @@ def test_a_user_of_one_bucket_sees_when_and_not_whose(node: Any) -> None:
         wanted = {"bucket": "scan-c", "rate_bytes_per_s": 10**6, "until": "2031-06-02T06:00:00Z"}
         made_id = api.post("/v1/reservations", json=wanted).json()["id"]
     credentials = (keys["access_key"], keys["secret_key"])
-    with httpx.Client(base_url=node.url("control"), auth=credentials, timeout=30) as guest:
+    with httpx.Client(base_url=node.url("control"), auth=credentials, timeout=60) as guest:
         (seen,) = guest.get("/v1/reservations").json()["reservations"]
         assert (seen["id"], seen["bucket"], seen["owner"], seen["state"]) == (made_id, None, None, "active")
         assert guest.post("/v1/reservations", json=wanted).status_code == 403

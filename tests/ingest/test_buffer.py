@@ -98,7 +98,7 @@ async def buffer(paths: NodePaths, memory: Memory, client: CatalogClient) -> Asy
         assert await eventually(lambda: buffer.arena.used_bytes <= 2 * 16 * MIB), "spans were not given back"
 
 
-async def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> bool:
+async def eventually(condition: Callable[[], object], timeout_s: float = 60.0) -> bool:
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not condition():
         if asyncio.get_running_loop().time() > deadline:
@@ -360,7 +360,7 @@ async def test_nearly_empty_segments_are_compacted(buffer: Buffer) -> None:
     old = survivor.extents[0]
     stop = asyncio.Event()
     keeper = asyncio.create_task(housekeep(buffer, Counters(None, 0), stop))
-    deadline = asyncio.get_running_loop().time() + 15
+    deadline = asyncio.get_running_loop().time() + 60
     moved = await buffer.catalog.by_id(survivor.object_id)
     while moved.extents[0] == old and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.02)

@@ -51,7 +51,7 @@ CommitOf = Callable[..., CommitObject]
 Serving = Callable[..., AbstractAsyncContextManager[None]]
 
 
-async def eventually(holds: Callable[[], bool], deadline_s: float = 5.0) -> None:
+async def eventually(holds: Callable[[], bool], deadline_s: float = 60.0) -> None:
     end = time.monotonic() + deadline_s
     while not holds():
         assert time.monotonic() < end, "did not happen in time"

@@ -95,7 +95,7 @@ async def test_writes_that_waited_do_not_touch_a_file_that_failed(
     def rule(path: str, _: int) -> None:
         if not failed:
             failed.append(path)
-            failing.wait(10)
+            failing.wait(60)
             raise OSError(5, "Input/output error")
 
     disk.writes.clear()
@@ -138,7 +138,7 @@ async def test_a_small_object_that_moves_is_durable_only_in_its_new_place(
     segment = next(iter(buffer.segments.segments.values()))
     old_gate, new_gate = gates
     disk.writes.clear()
-    disk.rule = lambda path, _: (old_gate if path == str(segment.path) else new_gate).wait(10) and None  # type: ignore[assignment]
+    disk.rule = lambda path, _: (old_gate if path == str(segment.path) else new_gate).wait(60) and None  # type: ignore[assignment]
     body = os.urandom(5000)
     putting = asyncio.create_task(put(buffer, b"moved", body, lifetime=LifetimeClass.SMALL))
     assert await eventually(lambda: len(disk.writes) == 1)
@@ -340,7 +340,7 @@ async def test_the_rest_of_an_acknowledged_memory_object_moves(
 
     def rule(path: str, offset: int) -> None:
         if offset > 9 * MIB and path.endswith("000001.seg"):
-            gates[0].wait(10)
+            gates[0].wait(60)
             raise OSError(5, "Input/output error")
 
     disk.rule = rule

@@ -482,7 +482,7 @@ def make_node(
         try:
             yield Node(host, store, feedback, counters)
         finally:
-            await asyncio.wait_for(host.close(), 20)
+            await asyncio.wait_for(host.close(), 60)
 
     return make
 

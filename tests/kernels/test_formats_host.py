@@ -55,7 +55,7 @@ async def host(store: Any, feedback: Any, zygote_socket: str) -> AsyncIterator[K
     try:
         yield host
     finally:
-        await asyncio.wait_for(host.close(), 20)
+        await asyncio.wait_for(host.close(), 60)
 
 
 class Room:
@@ -109,7 +109,7 @@ class Room:
         reduction.committed(record)
         return record
 
-    async def product(self, key: bytes, timeout_s: float = 20.0) -> h5py.File:
+    async def product(self, key: bytes, timeout_s: float = 60.0) -> h5py.File:
         name = (BUCKET, b"_products/sum/" + key + b".nxs")
         await self.until(lambda: name in self.store.objects, timeout_s)
         return h5py.File(io.BytesIO(self.store.bodies[self.store.objects[name].object_id]))

@@ -90,7 +90,7 @@ class Scene:
         return file
 
     def caught_up(self) -> float:
-        text = httpx.get(f"http://127.0.0.1:{self.node.port('control')}/metrics", timeout=10).text
+        text = httpx.get(f"http://127.0.0.1:{self.node.port('control')}/metrics", timeout=60).text
         lines = [line for line in text.splitlines() if line.startswith("hiss_kernel_catchup_frames_total")]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 

@@ -229,7 +229,7 @@ def test_uploads_that_break_off_leave_nothing(scene: Scene) -> None:
 
 
 def _put_half(node: Node, path: str, body: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", node.port()), timeout=10) as wire:
+    with socket.create_connection(("127.0.0.1", node.port()), timeout=60) as wire:
         headers = sign("PUT", path, "", {"host": f"127.0.0.1:{node.port()}"}) | {"content-length": str(len(body))}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         wire.sendall(f"PUT {path} HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])

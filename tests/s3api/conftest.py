@@ -401,7 +401,7 @@ class RawClient:
     def __init__(self, endpoint: str, keys: tuple[str, str]) -> None:
         self.endpoint = endpoint
         self.credentials = BotoCredentials(*keys)
-        self.http = httpx.Client(timeout=20)
+        self.http = httpx.Client(timeout=60)
 
     def signed(
         self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None, payload_hash: str = ""

@@ -220,7 +220,7 @@ def test_spoiled_aws_chunked(
 
 def test_length_is_required(raw: Any, node: Any, bucket: str) -> None:
     head = raw.signed("PUT", f"/{bucket}/k", b"", None, "UNSIGNED-PAYLOAD")
-    connection = http.client.HTTPConnection("127.0.0.1", node.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", node.port, timeout=60)
     connection.putrequest("PUT", f"/{bucket}/k")
     for name, value in head.items():
         if name.lower() != "content-length":

@@ -322,7 +322,7 @@ def test_an_abort_while_a_part_arrives(s3: Any, bucket: str, node: Any) -> None:
         s3.abort_multipart_upload(**of)
         yield FIRST[MIB:]
 
-    answer = httpx.put(url, content=body(), headers={"content-length": str(len(FIRST))}, timeout=20)
+    answer = httpx.put(url, content=body(), headers={"content-length": str(len(FIRST))}, timeout=60)
     assert begun.is_set()
     assert (answer.status_code, "NoSuchUpload" in answer.text) == (404, True)
     assert s3.list_multipart_uploads(Bucket=bucket).get("Uploads") is None

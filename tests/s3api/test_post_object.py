@@ -191,7 +191,7 @@ def test_a_form_that_breaks_off_leaves_nothing(node: Any, s3: Any, bucket: str, 
     body = request.read()
     head = f"POST /{bucket} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     head += f"Content-Type: {request.headers['content-type']}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", node.port), timeout=20) as peer:
+    with socket.create_connection(("127.0.0.1", node.port), timeout=60) as peer:
         peer.sendall(head.encode() + body[:60_000])
         peer.shutdown(socket.SHUT_WR)
         assert b" 400 " in peer.recv(65536).split(b"\r\n")[0]

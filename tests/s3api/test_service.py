@@ -30,7 +30,7 @@ def head_only(node: Any, raw: Any, path: str, length: int, headers: dict[str, st
     """Send the head of a PUT that waits for 100 Continue; what comes back first."""
     signed = raw.signed("PUT", path, b"", headers, "UNSIGNED-PAYLOAD")
     lines = "".join(f"{name}: {value}\r\n" for name, value in signed.items() if name.lower() != "content-length")
-    with socket.create_connection(("127.0.0.1", node.port), timeout=10) as peer:
+    with socket.create_connection(("127.0.0.1", node.port), timeout=60) as peer:
         peer.sendall(
             f"PUT {path} HTTP/1.1\r\nhost: 127.0.0.1:{node.port}\r\n{lines}"
             f"content-length: {length}\r\nexpect: 100-continue\r\n\r\n".encode()
@@ -159,7 +159,7 @@ def test_a_peer_that_leaves_amid_its_body(node: Any, raw: Any, s3: Any, bucket: 
     aborted = node.counters.cell("hiss_ingest_aborted_streams_total").value()
     signed = raw.signed("PUT", f"/{bucket}/k", b"", None, "UNSIGNED-PAYLOAD")
     lines = "".join(f"{name}: {value}\r\n" for name, value in signed.items() if name.lower() != "content-length")
-    with socket.create_connection(("127.0.0.1", node.port), timeout=10) as peer:
+    with socket.create_connection(("127.0.0.1", node.port), timeout=60) as peer:
         peer.sendall(
             f"PUT /{bucket}/k HTTP/1.1\r\nhost: 127.0.0.1:{node.port}\r\n{lines}content-length: 1000000\r\n\r\n".encode()
             + bytes(500_000)

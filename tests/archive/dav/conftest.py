@@ -171,9 +171,9 @@ class DavPort:
         return name, f"{name}-secret"
 
     def client(self, auth: tuple[str, str] | None = ROOT) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, auth=auth, timeout=20)
+        return httpx.AsyncClient(base_url=self.url, auth=auth, timeout=60)
 
-    async def run(self, *command: str, timeout_s: float = 30.0) -> tuple[int, bytes, bytes]:
+    async def run(self, *command: str, timeout_s: float = 60.0) -> tuple[int, bytes, bytes]:
         """Run a peer to its end; (exit code, stdout, stderr)."""
         process = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE

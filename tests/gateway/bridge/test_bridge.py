@@ -106,9 +106,9 @@ def test_it_stops_at_once_even_while_a_write_hangs(system: Any) -> None:
     peer, process, client, name, _ = system
     assert client.write(peer.target(name), 1.0) == ""
     with peer.hung():
-        client.send(peer.target(name), 2.0, timeout_s=10)
+        client.send(peer.target(name), 2.0, timeout_s=60)
         process.terminate()
-        assert process.wait(5) == 0
+        assert process.wait(20) == 0
 
 
 def test_epics_enums_strings_and_refusals(ioc: Any, bridge: Callable[..., Any], tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_device_server_that_restarts_is_found_again(
     assert client.write(target, 2.0, timeout_s=1.0)
     again = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while client.write(target, 3.0, timeout_s=2.0):
             assert time.monotonic() < deadline
     finally:

@@ -76,7 +76,7 @@ class Beamline:
         fields = {"host": urlsplit(url).netloc, **headers}
         signed = sign(method, path, fields, self.keys, "us-east-1", query=query)
         return httpx.request(
-            method, f"{url}{path}{'?' + query if query else ''}", headers=signed, content=body, timeout=30
+            method, f"{url}{path}{'?' + query if query else ''}", headers=signed, content=body, timeout=60
         )
 
     def bucket(self, name: str, **actions: str) -> None:
@@ -97,7 +97,7 @@ class Beamline:
     def _live(self, bucket: str) -> bool:
         """Whether a frame is judged while its stream still runs."""
         url = f"{self.node.url('control')}/v1/feedback?bucket={bucket}&key_prefix=warm"
-        with httpx.stream("GET", url, auth=(self.keys.access_key, self.keys.secret_key), timeout=20) as answer:
+        with httpx.stream("GET", url, auth=(self.keys.access_key, self.keys.secret_key), timeout=60) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("retry")
             with self.stream(bucket, f"warm-{time.monotonic_ns()}", 1) as send:
@@ -136,7 +136,7 @@ class Beamline:
 
     def ask(self, path: str) -> Any:
         answer = httpx.get(
-            self.node.url("control") + path, auth=(self.keys.access_key, self.keys.secret_key), timeout=30
+            self.node.url("control") + path, auth=(self.keys.access_key, self.keys.secret_key), timeout=60
         )
         answer.raise_for_status()
         return answer.json()
@@ -248,7 +248,7 @@ def test_events_and_notices_show_the_action(beamline: Beamline, bucket: str, ioc
     url = f"{beamline.node.url('control')}/v1/feedback?bucket={bucket}"
     auth = (beamline.keys.access_key, beamline.keys.secret_key)
     heard: dict[str, dict[str, Any]] = {}
-    with httpx.stream("GET", url, auth=auth, timeout=20) as answer:
+    with httpx.stream("GET", url, auth=auth, timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("retry")
         with beamline.stream(bucket, "a.raw", 2) as send:
@@ -348,7 +348,7 @@ def test_only_administrators_set_actions_and_a_wrong_one_is_refused(beamline: Be
     beamline.node.process.send_signal(signal.SIGHUP)
     writer = Beamline(beamline.node, 0)
     writer.keys = KeyPair("WRITER", "writer-secret-1")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while writer.s3("PUT", f"/{bucket}/note.txt", b"x").status_code != 200:
         assert time.monotonic() < deadline
     assert writer.tag(bucket, shutter="code=1").status_code == 403

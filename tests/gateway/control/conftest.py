@@ -73,7 +73,7 @@ class ControlNode:
         return f"{'https' if self.tls else 'http'}://localhost:{self.port}"
 
     def client(self, auth: tuple[str, str] | None = ROOT) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, auth=auth, timeout=20, verify=self.tls or True)
+        return httpx.AsyncClient(base_url=self.url, auth=auth, timeout=60, verify=self.tls or True)
 
     async def check(self) -> tuple[bool, dict[str, Any]]:
         if isinstance(self.health, Exception):
@@ -215,7 +215,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
         yield make
         for node, task in running:
             node.stop.set()
-            await asyncio.wait_for(task, 15)
+            await asyncio.wait_for(task, 60)
         for task in work:
             task.cancel()
         for ended in await asyncio.gather(*work, return_exceptions=True):
@@ -238,7 +238,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True, timeout=30,
+        check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     return certificate, key
 

@@ -179,7 +179,7 @@ async def test_kernels_of_a_bucket(node: Any) -> None:
             (kernel,) = (await client.get("/v1/kernels?bucket=scan")).json()
         return kernel
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (kernel := await hits())["failures"]:  # noqa: ASYNC110  # written by a thread: only asking tells
             await asyncio.sleep(0.01)
     assert {name: kernel[name] for name in ("name", "match", "raw", "after", "arrays")} == {

@@ -41,7 +41,7 @@ class Subscription:
     async def next(self) -> SSE:
         """The next event with data; comments and bare ids are taken note of."""
         fields: SSE = {}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for line in self.lines:
                 if line.startswith(":"):
                     continue
@@ -184,7 +184,7 @@ async def test_heartbeats_move_a_filtering_subscriber_on(start: Any) -> None:
     async with subscribed(node, "&kernel=rings") as subscription:
         node.hub.publish([event(0), event(1)])
         scanned = subscription.last_id.rpartition("-")[0] + "-2"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             async for line in subscription.lines:
                 if line == f"id: {scanned}":
                     break
@@ -251,7 +251,7 @@ async def test_a_worker_that_talks_nonsense_is_cut_off_alone(scan: Any, worker: 
         ):
             reader, writer = await asyncio.open_unix_connection(address)
             writer.write(nonsense)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 assert await reader.read() == b""
             writer.close()
         worker.publish([event(1)])

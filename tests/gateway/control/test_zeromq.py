@@ -34,7 +34,7 @@ class Subscriber:
             self._socket.subscribe(topic)
         self._socket.connect(endpoint)
 
-    async def next(self, timeout_s: float = 10) -> tuple[bytes, dict[str, Any], int] | None:
+    async def next(self, timeout_s: float = 60) -> tuple[bytes, dict[str, Any], int] | None:
         if not await asyncio.to_thread(self._socket.poll, timeout_s * 1000):
             return None
         topic, body, number = self._socket.recv_multipart()
@@ -45,7 +45,7 @@ class Subscriber:
 
         def read() -> list[int]:
             found: list[int] = []
-            while (not found or found[-1] < until) and self._socket.poll(10_000):
+            while (not found or found[-1] < until) and self._socket.poll(60_000):
                 topic, body, number = self._socket.recv_multipart()
                 if topic != HEARTBEAT_TOPIC:
                     found.append(int.from_bytes(number, "big"))

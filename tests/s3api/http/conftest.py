@@ -166,7 +166,7 @@ class Running:
             writer.write(raw)
             if eof:
                 writer.write_eof()
-            return await asyncio.wait_for(reader.read(), 10)
+            return await asyncio.wait_for(reader.read(), 30)
         finally:
             writer.close()
 

@@ -32,10 +32,10 @@ async def test_requests_over_tls(start, server_tls, client_tls, until):
     for last in (b"", b"", b"Connection: close\r\n"):
         writer.write(b"PUT /sink?size=3000000&dry=600000 HTTP/1.1\r\nHost: x\r\n" + last)
         writer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
         assert b" 200 " in head
         assert await reader.readexactly(64) == hashlib.sha256(body).hexdigest().encode()
-    assert await asyncio.wait_for(reader.read(), 10) == b""
+    assert await asyncio.wait_for(reader.read(), 30) == b""
     assert all(request.secure for request in running.handler.requests)
     assert running.handler.sinks[0].starved
     writer.close()
@@ -52,7 +52,7 @@ async def test_chunked_bodies_over_tls(start, server_tls, client_tls):
         writer.write(b"%x\r\n%b\r\n" % (len(body[at : at + 50_000]), body[at : at + 50_000]))
         await writer.drain()
     writer.write(b"0\r\n\r\n")
-    assert (await asyncio.wait_for(reader.read(), 10)).endswith(hashlib.sha256(body).hexdigest().encode())
+    assert (await asyncio.wait_for(reader.read(), 30)).endswith(hashlib.sha256(body).hexdigest().encode())
     writer.close()
 
 
@@ -61,7 +61,7 @@ async def test_a_refused_body_over_tls_still_sees_its_answer(start, server_tls, 
 
     def blocking() -> bytes:
         with (
-            socket.create_connection(("127.0.0.1", running.port), timeout=10) as raw,
+            socket.create_connection(("127.0.0.1", running.port), timeout=60) as raw,
             client_tls.wrap_socket(raw, server_hostname="localhost") as sock,
         ):
             sock.sendall(b"PUT /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
@@ -85,7 +85,7 @@ async def test_plain_http_on_a_tls_port_is_told_so(start, server_tls, raw):
 async def test_tls_on_a_plain_port_is_refused_at_once(start, client_tls):
     running = await start()
     with pytest.raises(ssl.SSLError):
-        await asyncio.wait_for(asyncio.open_connection("127.0.0.1", running.port, ssl=client_tls), 5)
+        await asyncio.wait_for(asyncio.open_connection("127.0.0.1", running.port, ssl=client_tls), 30)
 
 
 async def test_a_silent_peer_on_a_tls_port_is_dropped(start, server_tls):
@@ -102,13 +102,13 @@ async def test_no_more_connections_than_the_limit(start):
     first = [await running.connect() for _ in range(2)]
     for reader, writer in first:
         writer.write(GET)
-        await asyncio.wait_for(reader.readexactly(64), 5)
+        await asyncio.wait_for(reader.readexactly(64), 30)
     reader, writer = await running.connect()
     writer.write(GET)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(reader.readexactly(64), 0.1)
     first[0][1].close()
-    assert await asyncio.wait_for(reader.readexactly(64), 5)
+    assert await asyncio.wait_for(reader.readexactly(64), 30)
     writer.close()
     first[1][1].close()
 
@@ -152,7 +152,7 @@ async def test_a_worker_above_its_share_lets_an_idle_one_accept(until):
         for _ in range(5):
             other, other_writer = await asyncio.open_connection(*listener.getsockname())
             other_writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            await asyncio.wait_for(other.read(), 5)
+            await asyncio.wait_for(other.read(), 30)
             other_writer.close()
         assert answered == {"busy": 0, "idle": 5}
         await idle.close(1)
@@ -160,10 +160,10 @@ async def test_a_worker_above_its_share_lets_an_idle_one_accept(until):
         # Nobody else is there: it accepts, although above its share.
         other, other_writer = await asyncio.open_connection(*listener.getsockname())
         other_writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        assert (await asyncio.wait_for(other.read(), 5)).endswith(b"busy")
+        assert (await asyncio.wait_for(other.read(), 30)).endswith(b"busy")
         other_writer.close()
         writer.write(b"67890")
-        assert b" 200 " in await asyncio.wait_for(reader.readline(), 5)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 30)
         writer.close()
         await busy.close(1)
     assert bodies == {"busy": 1, "idle": 0}
@@ -177,19 +177,19 @@ async def test_shutdown_closes_idle_and_finishes_busy_connections(start):
     running = await start()
     idle, idle_writer = await running.connect()
     idle_writer.write(GET)
-    await asyncio.wait_for(idle.readexactly(64), 5)
+    await asyncio.wait_for(idle.readexactly(64), 30)
     busy, busy_writer = await running.connect()
     busy_writer.write(WAIT)
     await asyncio.sleep(0.02)
     await running.handler.entered.wait()
     closing = asyncio.create_task(running.server.close(5))
-    await asyncio.wait_for(idle.read(), 5)
+    await asyncio.wait_for(idle.read(), 30)
     assert not closing.done()
     running.handler.gate.set()
-    answer = await asyncio.wait_for(busy.read(), 5)
+    answer = await asyncio.wait_for(busy.read(), 30)
     assert b"Connection: close" in answer
     assert answer.endswith(b"waited")
-    await asyncio.wait_for(closing, 5)
+    await asyncio.wait_for(closing, 30)
     idle_writer.close()
     busy_writer.close()
 
@@ -202,10 +202,10 @@ async def test_shutdown_lets_a_body_finish(start):
     closing = asyncio.create_task(running.server.close(5))
     await asyncio.sleep(0.05)
     writer.write(b"67890")
-    answer = await asyncio.wait_for(reader.read(), 5)
+    answer = await asyncio.wait_for(reader.read(), 30)
     assert answer.endswith(hashlib.sha256(b"1234567890").hexdigest().encode())
     assert b"Connection: close" in answer
-    await asyncio.wait_for(closing, 5)
+    await asyncio.wait_for(closing, 30)
     writer.close()
 
 
@@ -216,11 +216,11 @@ async def test_after_the_grace_what_is_left_is_aborted(start, until):
     stuck, stuck_writer = await running.connect()
     stuck_writer.write(WAIT)
     await until(lambda: len(running.handler.requests) == 2)
-    await asyncio.wait_for(running.server.close(0.05), 5)
+    await asyncio.wait_for(running.server.close(0.05), 30)
     assert isinstance(running.handler.errors[0], ConnectionResetError)
     for peer in (reader, stuck):
         try:
-            assert await asyncio.wait_for(peer.read(), 5) == b""
+            assert await asyncio.wait_for(peer.read(), 30) == b""
         except ConnectionResetError:
             pass
     writer.close()
@@ -238,6 +238,6 @@ async def test_shutdown_leaves_the_listening_socket_to_its_owner():
             server.start()
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"again")
+            assert (await asyncio.wait_for(reader.read(), 30)).endswith(b"again")
             writer.close()
             await server.close(1)

@@ -30,7 +30,7 @@ def curl():
 
     async def run(*arguments: str) -> bytes:
         command = [program, "--silent", "--show-error", "--max-time", "10", *arguments]
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=20, input=BODY)
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60, input=BODY)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -119,6 +119,6 @@ async def test_a_peer_that_rejects_the_certificate_harms_nobody_else(start, serv
     running = await start(tls=server_tls)
     suspicious = ssl.create_default_context()
     with pytest.raises(ssl.SSLError):
-        await asyncio.wait_for(asyncio.open_connection("127.0.0.1", running.port, ssl=suspicious), 5)
+        await asyncio.wait_for(asyncio.open_connection("127.0.0.1", running.port, ssl=suspicious), 30)
     async with httpx.AsyncClient(verify=False) as client:
         assert (await client.get(f"https://127.0.0.1:{running.port}/")).status_code == 200

@@ -108,7 +108,7 @@ async def test_a_slow_reader_gets_the_whole_file(start, stored):
         sock.setblocking(False)
         await loop.sock_connect(sock, ("127.0.0.1", running.port))
         await loop.sock_sendall(sock, FILE)
-        while part := await asyncio.wait_for(loop.sock_recv(sock, 400_000), 10):
+        while part := await asyncio.wait_for(loop.sock_recv(sock, 400_000), 30):
             received += part
     assert split(bytes(received))[1] == contents
 
@@ -119,7 +119,7 @@ async def test_a_peer_that_leaves_frees_the_file(start, stored, until):
     file_body(running, Piece(fd, 0, len(contents)))
     reader, writer = await running.connect()
     writer.write(FILE)
-    await asyncio.wait_for(reader.readexactly(100_000), 10)
+    await asyncio.wait_for(reader.readexactly(100_000), 30)
     writer.transport.abort()
     await until(lambda: running.handler.closed)
 
@@ -162,7 +162,7 @@ async def test_a_small_file_of_several_pieces(start, stored, server_tls, client_
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=client_tls if secure else None)
     writer.write(FILE)
-    head, body = split(await asyncio.wait_for(reader.read(), 10))
+    head, body = split(await asyncio.wait_for(reader.read(), 30))
     assert b"Content-Length: 45000\r\n" in head + b"\r\n"
     assert body == contents[3:5003] + contents[5 * MIB + 1 :][:40_000]
     assert running.handler.closed == 1
@@ -178,7 +178,7 @@ async def test_files_over_tls(start, stored, server_tls, client_tls, cold):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=client_tls)
     writer.write(FILE)
-    _head, body = split(await asyncio.wait_for(reader.read(), 10))
+    _head, body = split(await asyncio.wait_for(reader.read(), 30))
     assert body == contents[1 : 1 + 2 * MIB] + contents[8 * MIB :][:5000]
     assert running.handler.closed == 1
     writer.close()
@@ -232,7 +232,7 @@ async def test_a_long_iterated_body_waits_for_its_reader(start):
     writer.write(b"GET /stream?n=3000&times=2000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     await asyncio.sleep(0.1)
     assert running.counters.cell("hiss_http_sent_bytes_total").value() < 20 * MIB
-    answer = await asyncio.wait_for(reader.read(), 20)
+    answer = await asyncio.wait_for(reader.read(), 30)
     assert len(re.findall(b"002999,", answer)) == 2000
     writer.close()
 
