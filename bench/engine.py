@@ -101,10 +101,10 @@ class Engine:
     def dsn(self, database: str = "postgres") -> str:
         return f"postgresql://{USER}@{self.host}:{self.port}/{database}"
 
-    def fresh(self, prefix: str = "hiss") -> str:
-        """DSN of a new, empty database."""
+    def fresh(self, prefix: str = "hiss", *, template: str = "template1") -> str:
+        """DSN of a new database, empty or a copy of ``template``, to which nobody is connected."""
         name = f"{prefix}_{next(self._names)}"
-        self.sql(f'CREATE DATABASE "{name}"')
+        self.sql(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return self.dsn(name)
 
     def sql(self, statement: str, database: str = "postgres") -> list[list[str]]:

@@ -29,7 +29,7 @@ from awscrt.checksums import crc64nvme
 from ingest import journal
 from ingest.catalog import lock, migrate, recovery, rows, snapshot
 from ingest.catalog.backup import NoCatalogue
-from ingest.catalog.index import applied_sequence
+from ingest.catalog.index import applied_sequence, chain_of
 from ingest.catalog.schema import metadata
 from ingest.catalog.statements import RECORD_COLUMNS
 from ingest.cluster import identity
@@ -93,7 +93,11 @@ class _Holder:
 
 
 Tell = Callable[[Path, int], None]
-"""Write the index as the truth tells it, up to an entry, to a file. Raises JournalDamaged, Untold."""
+"""Write the index as the truth tells it, up to an entry, to a file. Raises JournalDamaged, NotOfTheLog, Untold."""
+
+
+class NotOfTheLog(IngestError):
+    """The truth is whole, and the index is not of it; ``str()`` says where they part."""
 
 
 class Untold(IngestError):
@@ -176,6 +180,9 @@ def _check_journal(tell: Tell, index: sqlite3.Connection, made: Path, report: Fs
     except JournalDamaged as error:
         report.add("journal", "journal", str(error))
         return
+    except NotOfTheLog as error:
+        report.add("index", "log", str(error))
+        return
     except Untold as error:
         report.unchecked.append(str(error))
         return
@@ -184,6 +191,8 @@ def _check_journal(tell: Tell, index: sqlite3.Connection, made: Path, report: Fs
             detail = f"the journal ends at entry {applied_sequence(built)}, the index at {report.applied_sequence}"
             report.add("journal", "journal", detail)
             return
+        if chain_of(built) != chain_of(index):
+            report.add("index", "log", f"entry {report.applied_sequence} is not that of the engine's log")
         for table, missing, extra in differences(index, built):
             report.add(
                 "index", table, f"{missing} rows of the journal are missing, {extra} rows are not of the journal"

@@ -30,6 +30,9 @@ OUTCOMES_KEPT = 100_000
 """Journal entries for which a commit that is sent again is still recognised after its version has gone."""
 _TRIM_EVERY = 1024
 
+_CHAIN = "log_chain"
+"""Name of the chain in ``meta``."""
+
 
 class Index:
     """Applies entries on one connection; the caller holds the transaction."""
@@ -702,6 +705,15 @@ def _extent_key(extent: Extent) -> dict[str, object]:
 def applied_sequence(database: sqlite3.Connection) -> int:
     (sequence,) = database.execute(statements.APPLIED).fetchone()
     return int(sequence)
+
+
+def chain_of(database: sqlite3.Connection) -> int:
+    """Digest of every entry of a cluster's log that was applied; 0 for an index that was never of one."""
+    return int(dict(database.execute(statements.META).fetchall()).get(_CHAIN, 0))
+
+
+def set_chain(database: sqlite3.Connection, chain: int) -> None:
+    database.execute(statements.SET_META, {"name": _CHAIN, "value": chain})
 
 
 def distinct(freed: Iterable[Extent]) -> tuple[Extent, ...]:

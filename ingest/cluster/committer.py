@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from ingest.catalog import entries as e
-from ingest.catalog import snapshot, statements, wire
+from ingest.catalog import snapshot, wire
 from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
-from ingest.catalog.index import distinct
+from ingest.catalog.index import applied_sequence, chain_of, distinct, set_chain
 from ingest.cluster.engine import TakenBack
 from ingest.cluster.errors import EngineAway
-from ingest.cluster.log import Diverged, EngineLog, Left, Logged, chained
+from ingest.cluster.log import Diverged, EngineLog, Head, Left, Logged, chained
 from ingest.cluster.members import LEASE_S
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
@@ -57,8 +57,6 @@ END_WAIT_S = 3.0
 FRESH_WAIT_S = 1.0
 """How long a reader waits to be told that it sees everything; then it sees what is known here."""
 _NEEDS_GONE = (wire.ClaimDrain, wire.HoldMirror, wire.SetNodeState, wire.RequestRecall)
-CHAIN = "log_chain"
-"""Name of the chain in the index's ``meta``: the digest of everything applied."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -205,8 +203,7 @@ class ClusterCommitter(BatchMaker):
                 while self._next < turn.head.next_sequence:
                     self._apply_logged(await turn.since(self._next))
                 self._check_end(self._next, turn.head.next_sequence)
-                if turn.head.chain != self._chain:
-                    raise Diverged(f"entry {self._next - 1} of this node's index is not that of the engine's log")
+                self._check_chain(turn.head)
                 self._settle_doubt()
                 if not self._waiting:
                     return
@@ -373,6 +370,8 @@ class ClusterCommitter(BatchMaker):
                 head = await self._log.head()
                 self._tell_time(head.now_ns)
                 self._check_end(known, head.next_sequence)
+                if head.next_sequence == self._next:
+                    self._check_chain(head)
                 while self._next < head.next_sequence:
                     async with self._deciding:
                         if self._next < head.next_sequence:
@@ -400,6 +399,11 @@ class ClusterCommitter(BatchMaker):
                 "an older back-up, or lost what it had confirmed"
             )
 
+    def _check_chain(self, head: Head) -> None:
+        """Where the log ends with this node's last entry."""
+        if head.chain != self._chain:
+            raise Diverged(f"entry {self._next - 1} of this node's index is not that of the engine's log")
+
     def _apply_logged(self, batches: Sequence[Logged]) -> None:
         """Apply batches of the log in order. The caller holds the deciding lock and no transaction is open."""
         if not batches:
@@ -412,7 +416,7 @@ class ClusterCommitter(BatchMaker):
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._index.forget()
-            self._next, self._chain = next_of(self._db), chain_of(self._db)
+            self._next, self._chain = applied_sequence(self._db) + 1, chain_of(self._db)
             raise
         for batch, logged in zip(applied, batches, strict=True):
             if batch.changes_generation:
@@ -440,15 +444,5 @@ class ClusterCommitter(BatchMaker):
         return batch
 
     def _note(self, next_sequence: int, chain: int) -> None:
-        self._db.execute(statements.SET_META, {"name": CHAIN, "value": chain})
+        set_chain(self._db, chain)
         self._next, self._chain = next_sequence, chain
-
-
-def chain_of(database: sqlite3.Connection) -> int:
-    """The chain of everything in an index; 0 for an index that was never of a cluster's log."""
-    return int(dict(database.execute(statements.META).fetchall()).get(CHAIN, 0))
-
-
-def next_of(database: sqlite3.Connection) -> int:
-    (applied,) = database.execute(statements.APPLIED).fetchone()
-    return int(applied) + 1

@@ -34,7 +34,14 @@ class Fenced(IngestError):
 
 
 class Diverged(IngestError):
-    """This node's index is not of this log: it must not answer anything."""
+    """This node's index is not of this log: it must not answer anything. ``str()`` is what its operator is told."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. Nothing is served until that is put right. Is this an old copy of the engine? Put the right one in its "
+            "place, and the node goes on. Is it the right one? Stop the node, run `hiss fsck --repair --data DIR --catalog URL`, "
+            "which sets this node's index aside, and start it: it makes its index anew (docs/CLUSTER.md, Back-ups)"
+        )
 
 
 class Left(ClusterRefused):

@@ -1,7 +1,7 @@
 """The index as the engine tells it: a checkpoint and the log behind it, up to an entry. For ``hiss fsck``.
 
 In: the engine, an entry. Out: a database file. Raises Untold where checkpoints and log do not go back so far, or the engine is
-away; JournalDamaged where they do not fit together.
+away; NotOfTheLog where the engine does not know the entry; JournalDamaged where checkpoints and log do not fit together.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from ingest.catalog import entries, migrate, rows, statements
-from ingest.catalog.fsck import Untold
-from ingest.catalog.index import Index, applied_sequence
+from ingest.catalog import entries, migrate, rows
+from ingest.catalog.fsck import NotOfTheLog, Untold
+from ingest.catalog.index import Index, applied_sequence, chain_of, set_chain
 from ingest.cluster import checkpoint
-from ingest.cluster.committer import CHAIN, chain_of
 from ingest.cluster.engine import Engine
 from ingest.cluster.errors import ClusterRefused, EngineAway
 from ingest.cluster.identity import Identity
@@ -38,7 +37,7 @@ async def retell(url: str, known: Identity, made: Path, up_to: int) -> None:
 async def _retell(engine: Engine, log: EngineLog, known: Identity, made: Path, up_to: int) -> None:
     head = await log.head()
     if head.next_sequence <= up_to:
-        raise JournalDamaged(f"the engine's log ends at entry {head.next_sequence - 1}, this node's index at {up_to}")
+        raise NotOfTheLog(f"the engine's log ends at entry {head.next_sequence - 1}, this node's index at {up_to}")
     base = next((one for one in await checkpoint.complete(engine) if one.sequence <= up_to), None)
     first = await log.first_sequence() or head.next_sequence
     if first > (0 if base is None else base.sequence) + 1:
@@ -74,5 +73,5 @@ def _apply(database: sqlite3.Connection, batches: list[Logged]) -> None:
             index.apply(sequence, entry)
         index.set_applied(batch.first_sequence + batch.entries - 1)
         chain = batch.chain
-    database.execute(statements.SET_META, {"name": CHAIN, "value": chain})
+    set_chain(database, chain)
     database.execute("COMMIT")

@@ -25,13 +25,14 @@ from ingest import crashpoints
 from ingest.catalog import rows, server
 from ingest.catalog.batching import Limits
 from ingest.catalog.client import CatalogClient
-from ingest.catalog.fsck import differences
-from ingest.cluster import checkpoint, node
+from ingest.catalog.fsck import FsckReport, Problem, differences, fsck
+from ingest.cluster import checkpoint, identity, node
 from ingest.cluster.engine import Engine
 from ingest.cluster.errors import ClusterRefused
 from ingest.cluster.join import Joining
 from ingest.cluster.log import Diverged, EngineLog, Fenced, Turn
 from ingest.cluster.members import Load, Members
+from ingest.cluster.retold import retell
 from ingest.cluster.schema import cluster, metadata
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, PreconditionFailed
@@ -492,10 +493,57 @@ async def test_an_engine_of_an_older_back_up_is_noticed(
     name = database.rpartition("/")[2]
     (last,) = postgres.sql("SELECT max(first_sequence) FROM hiss_log", name)[0]
     postgres.sql(f"DELETE FROM hiss_log WHERE first_sequence = {last}", name)
-    postgres.sql(f"UPDATE hiss_cluster SET next_sequence = {last}", name)
-    with pytest.raises(Diverged, match="older back-up"):
+    before = "SELECT chain FROM hiss_log ORDER BY first_sequence DESC LIMIT 1"
+    postgres.sql(f"UPDATE hiss_cluster SET next_sequence = {last}, chain = ({before})", name)
+    with pytest.raises(Diverged, match=r"older back-up.*run `hiss fsck --repair"):
         async with running(database, tmp_path / "a", "a"):
             pass
+    paths = NodePaths(tmp_path / "a")
+    (problem,) = of_the_index(await compared(database, paths))
+    assert "the engine's log ends at entry" in problem.detail
+    assert (await compared(database, paths, repair=True)).repaired
+    async with running(database, tmp_path / "a", "a") as client:
+        assert (await client.head("run", b"0")).key == b"0"
+    assert of_the_index(await compared(database, paths)) == []
+
+
+async def test_an_index_of_as_many_entries_of_another_engine_is_noticed(
+    database: str, postgres: Server, tmp_path: Path, commit_of: CommitOf
+) -> None:
+    """Two copies of an engine went different ways: the node that followed the wrong one sees it before anything new is logged."""
+    async with running(database, tmp_path / "a", "a") as client:
+        await client.create_bucket("run", "root")
+    name = database.rpartition("/")[2]
+    other = postgres.fresh(template=name)
+    async with running(other, tmp_path / "a", "a") as client:
+        await client.commit(commit_of("run", b"wrong"))
+    async with running(database, tmp_path / "b", "b") as client:
+        await client.commit(commit_of("run", b"right"))
+        await client.commit(commit_of("run", b"more"))
+        with pytest.raises(Diverged, match="hiss fsck --repair"):
+            async with running(database, tmp_path / "a", "a"):
+                pass
+        paths = NodePaths(tmp_path / "a")
+        assert (await compared(database, paths, repair=True)).repaired
+        async with running(database, tmp_path / "a", "a") as mended:
+            assert (await mended.head("run", b"right")) == await client.head("run", b"right")
+            with pytest.raises(NoSuchKey):
+                await mended.head("run", b"wrong")
+
+
+def of_the_index(report: FsckReport) -> list[Problem]:
+    return [problem for problem in report.problems if problem.kind == "index"]
+
+
+async def compared(database: str, paths: NodePaths, *, repair: bool = False) -> FsckReport:
+    """What ``hiss fsck`` finds when the index is compared with the engine."""
+    known = identity.read(paths)
+    assert known is not None
+
+    def tell(made: Path, up_to: int) -> None:
+        asyncio.run(retell(database, known, made, up_to))
+
+    return await asyncio.to_thread(fsck, paths.root, repair=repair, tell=tell)
 
 
 # -- checkpoints
