@@ -7,12 +7,16 @@ catalogue restored from an old back-up (15).
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.cluster.expect import SlowPut, status_before_body
+from tests.cluster.node import ClusterNode
 from tests.cluster.scene import Scene
 from tests.crash.client import S3
 from tests.crash.load import MIB, POOL
@@ -88,6 +92,20 @@ def test_the_engine_goes_in_mid_stream(scene: Scene, away_s: float) -> None:
     scene.client(scene.b).delete(bucket, "slow")
 
 
+def serves(scene: Scene, node: ClusterNode, bucket: str) -> bool:
+    """It commits, soon."""
+    with contextlib.suppress(AssertionError):
+        return bool(until(lambda: scene.takes(node, bucket), f"{node.name} serves", 60))
+    return False
+
+
+def repair(scene: Scene, node: ClusterNode) -> None:
+    command = [*node.launcher, sys.executable, "-m", "gateway.cli", "fsck", "--repair", "--json"]
+    command += ["--data", str(node.paths.root), "--catalog", scene.cluster.engine.dsn()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert json.loads(done.stdout)["repaired"], done.stderr
+
+
 @pytest.mark.soak  # takes minutes; tests/ingest/test_cluster.py has the same for the catalogue alone
 def test_an_engine_of_yesterday_is_refused(scene: Scene) -> None:
     """An old primary, or an old back-up: nodes that know more than it must not go on as if nothing had been."""
@@ -116,7 +134,15 @@ def test_an_engine_of_yesterday_is_refused(scene: Scene) -> None:
         engine.data.rename(yesterday)
         today.rename(engine.data)
         engine.start()
+        # Who knew too little to notice has followed the old one: it refuses, says what to do, and that helps.
+        for node in scene.cluster.nodes:
+            if not serves(scene, node, bucket):
+                assert "hiss fsck --repair" in node.tail()
+                node.stop()
+                repair(scene, node)
+                node.start()
     scene.heal()
+    scene.client(scene.b).delete(bucket, "after")  # its outcome was unknown
     for node in scene.cluster.nodes:
         assert scene.answers(node, bucket, old).ok
         assert scene.answers(node, bucket, new).ok
