@@ -153,6 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     _name("nursery")
     # A terminal's Ctrl-C is the supervisor's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Nothing that an import makes is garbage soon: looking for it costs a tenth of the whole start.
+    gc.disable()
     for role in PREPARED:
         importlib.import_module(f"gateway.roles.{role}")
     channel = socket.socket(fileno=channel_fd)
@@ -234,6 +236,7 @@ def _grow_up(birth: Birth) -> int:
     from gateway.roles.main import run
 
     _name(birth.name)
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not birth.crashpoint:
         os.environ.pop(crashpoints.VARIABLE, None)
