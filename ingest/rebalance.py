@@ -3,17 +3,18 @@
 In: the reservations with what is used of them, what came in since the last time (``ShareTable``), the time. Out: the table, for
 all workers. One process of the node runs it. ``Law`` is the control law, pure.
 Always holds: lanes follow the reservations within one tick; a lane keeps its number as long as its reservation is in force; where
-nothing is in force the table says so, and a tick costs a look at the catalogue's generation.
+nothing is in force the table says so. A tick costs what is in force now, however many reservations are planned.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from ingest import reservations
 from ingest.counters import Counters
-from ingest.records import ReservationUse, Share
+from ingest.records import Reservation, Share
 from ingest.reservations import State
 from ingest.share_table import (
     ACTIVE,
@@ -116,8 +117,24 @@ def fair(total: int, wanted: Sequence[tuple[int, float]]) -> list[int]:
     return [int(part) for part in parts]
 
 
+@dataclasses.dataclass(slots=True)
+class _InForce:
+    """A reservation of this moment with a share on the node."""
+
+    reservation: Reservation
+    share: Share
+    in_grace: bool
+    used_bytes: int = 0
+    """Of the share, committed."""
+    name: int = 0
+
+    def __post_init__(self) -> None:
+        self.name = name_of(self.reservation.reservation_id)
+
+
 class Rebalancer:
-    """``generation`` and ``read`` are the catalogue's: when to read anew, and every reservation that has not ended."""
+    """``generation``, ``read`` and ``used`` are the catalogue's: when to read anew, every reservation that has not ended, and
+    what one has committed on a node, in bytes."""
 
     def __init__(
         self,
@@ -126,7 +143,8 @@ class Rebalancer:
         node: Callable[[], int],
         ceiling: int,
         generation: Callable[[], int],
-        read: Callable[[], Sequence[ReservationUse]],
+        read: Callable[[], Sequence[Reservation]],
+        used: Callable[[str, int], int],
         counters: Counters,
     ) -> None:
         self._table = table
@@ -134,9 +152,14 @@ class Rebalancer:
         self._ceiling = ceiling
         self._generation = generation
         self._read = read
+        self._used_of = used
         self._law = Law(ceiling)
         self._as_of = -1
-        self._known: Sequence[ReservationUse] = ()
+        self._known: Sequence[Reservation] = ()
+        self._running: list[_InForce] = []
+        self._planned_bytes = 0
+        self._holds_ns = range(0)
+        """Times for which the two above are right."""
         self._lanes: dict[int, int] = {}
         self._seen: dict[int, int] = {}
         self._best_of = [table.received_by(worker, BEST) for worker in range(WORKERS)]
@@ -157,35 +180,45 @@ class Rebalancer:
         """One tick. ``now_ns``: the node's clock. Raises CatalogError."""
         words = self._table.words
         generation = self._generation()
-        if generation != self._as_of or words[ACTIVE]:
-            self._known, self._as_of = self._read(), generation
-        elif not self._known:
+        if generation != self._as_of or now_ns not in self._holds_ns:
+            self._look(generation, now_ns)
+        elif not self._running:
             words[TICKED_NS] = monotonic_ns
             return
-        node = self._node()
-        running = _running(self._known, node, now_ns)
-        rates = self._rates(running)
-        self._set_lanes(running, rates)
-        words[HELD_BYTES] = self._unused(running)
-        words[MAKE_ROOM_BYTES] = words[HELD_BYTES] + _planned(self._known, node, now_ns)
+        for one in self._running:
+            one.used_bytes = self._used_of(one.reservation.reservation_id, one.share.node)
+        rates = self._rates()
+        self._set_lanes(rates)
+        words[HELD_BYTES] = self._unused()
+        words[MAKE_ROOM_BYTES] = words[HELD_BYTES] + self._planned_bytes
         words[ACTIVE] = len(self._lanes)
         self._grant(rates, monotonic_ns)
         words[TICKED_NS] = monotonic_ns
-        self._tell(running)
+        self._tell()
 
-    def _rates(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> dict[int, int]:
+    def _look(self, generation: int, now_ns: int) -> None:
+        """What is in force, and until when it stays so."""
+        if generation != self._as_of:
+            self._known, self._as_of = self._read(), generation
+        node = self._node()
+        self._running = _running(self._known, node, now_ns)
+        self._planned_bytes = _planned(self._known, node, now_ns)
+        edges = (edge for reservation in self._known for edge in _edges(reservation) if edge > now_ns)
+        self._holds_ns = range(now_ns, min(edges, default=UNLIMITED))
+
+    def _rates(self) -> dict[int, int]:
         """Name -> rate. Slots that are in their grace have what the others leave."""
         left = self._ceiling or UNLIMITED
         rates = {}
         for late in (False, True):
-            for use, share, in_grace in running:
-                if in_grace is late:
-                    rate = min(share.rate_bytes_per_s, left) if late else share.rate_bytes_per_s
-                    rates[name_of(use.reservation.reservation_id)] = rate
+            for one in self._running:
+                if one.in_grace is late:
+                    rate = min(one.share.rate_bytes_per_s, left) if late else one.share.rate_bytes_per_s
+                    rates[one.name] = rate
                     left = max(0, left - rate)
         return rates
 
-    def _set_lanes(self, running: Sequence[tuple[ReservationUse, Share, bool]], rates: dict[int, int]) -> None:
+    def _set_lanes(self, rates: dict[int, int]) -> None:
         changed = False
         for name, lane in list(self._lanes.items()):
             if name not in rates:
@@ -193,25 +226,24 @@ class Rebalancer:
                 del self._lanes[name]
                 changed = True
         free = [lane for lane in range(LANES) if lane not in self._lanes.values()]
-        for use, share, _ in running:
-            name = name_of(use.reservation.reservation_id)
-            if name not in self._lanes:
+        for one in self._running:
+            if one.name not in self._lanes:
                 if not free:
                     continue
-                self._lanes[name] = free.pop(0)
-                self._seen[self._lanes[name]] = self._table.received(self._lanes[name])
+                lane = self._lanes[one.name] = free.pop(0)
+                self._seen[lane] = self._table.received(lane)
                 changed = True
-            self._table.set_lane(self._lanes[name], name, rates[name], share.capacity_bytes)
+            self._table.set_lane(self._lanes[one.name], one.name, rates[one.name], one.share.capacity_bytes)
         if changed:
             self._table.words[VERSION] += 1
 
-    def _unused(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> int:
+    def _unused(self) -> int:
         unused = 0
-        for use, share, in_grace in running:
-            lane = self._lanes.get(name_of(use.reservation.reservation_id))
-            if not in_grace:
+        for one in self._running:
+            if not one.in_grace:
+                lane = self._lanes.get(one.name)
                 let_in = self._table.admitted(lane) if lane is not None else 0
-                unused += max(0, share.capacity_bytes - use.used_bytes.get(share.node, 0) - let_in)
+                unused += max(0, one.share.capacity_bytes - one.used_bytes - let_in)
         return unused
 
     def _grant(self, rates: dict[int, int], monotonic_ns: int) -> None:
@@ -249,30 +281,35 @@ class Rebalancer:
         bodies, waiting = self._table.bodies(worker, BEST)
         return bodies, float(limit) if waiting else Law.MARGIN * rate + limit / 20
 
-    def _tell(self, running: Sequence[tuple[ReservationUse, Share, bool]]) -> None:
-        self._active.set(len(running))
-        self._capacity.set(sum(share.capacity_bytes for _, share, _ in running))
-        self._rate.set(sum(share.rate_bytes_per_s for _, share, _ in running))
-        self._used.set(sum(use.used_bytes.get(share.node, 0) for use, share, _ in running))
+    def _tell(self) -> None:
+        self._active.set(len(self._running))
+        self._capacity.set(sum(one.share.capacity_bytes for one in self._running))
+        self._rate.set(sum(one.share.rate_bytes_per_s for one in self._running))
+        self._used.set(sum(one.used_bytes for one in self._running))
 
 
-def _running(known: Sequence[ReservationUse], node: int, now_ns: int) -> list[tuple[ReservationUse, Share, bool]]:
-    """Those in force with a share on the node, and whether they are in their grace."""
+def _edges(reservation: Reservation) -> tuple[int, ...]:
+    """When its part in ``_running`` and ``_planned`` changes."""
+    from_ns = reservation.from_ns
+    return from_ns - MAKE_ROOM_S * _SECOND_NS, from_ns, reservation.until_ns, reservations.ends_ns(reservation)
+
+
+def _running(known: Sequence[Reservation], node: int, now_ns: int) -> list[_InForce]:
     states = {State.ACTIVE: False, State.GRACE: True}
     found = []
-    for use in known:
-        in_grace = states.get(reservations.state(use.reservation, now_ns))
-        share = next((share for share in use.reservation.shares if share.node == node), None)
+    for reservation in known:
+        in_grace = states.get(reservations.state(reservation, now_ns))
+        share = next((share for share in reservation.shares if share.node == node), None)
         if in_grace is not None and share is not None:
-            found.append((use, share, in_grace))
+            found.append(_InForce(reservation, share, in_grace))
     return found
 
 
-def _planned(known: Sequence[ReservationUse], node: int, now_ns: int) -> int:
+def _planned(known: Sequence[Reservation], node: int, now_ns: int) -> int:
     """Capacity of the node in slots that begin soon."""
     return sum(
         share.capacity_bytes
-        for use in known
-        for share in use.reservation.shares
-        if share.node == node and now_ns < use.reservation.from_ns <= now_ns + MAKE_ROOM_S * _SECOND_NS
+        for reservation in known
+        for share in reservation.shares
+        if share.node == node and now_ns < reservation.from_ns <= now_ns + MAKE_ROOM_S * _SECOND_NS
     )

@@ -31,7 +31,8 @@ def rebalancing(catalog: CatalogClient, table: ShareTable, ceiling: int, counter
         node=lambda: catalog.node,
         ceiling=ceiling,
         generation=catalog.generation,
-        read=catalog.reserved,
+        read=lambda: [use.reservation for use in catalog.reserved()],
+        used=catalog.used_bytes,
         counters=counters,
     )
     stop = threading.Event()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,14 +134,26 @@ class Node:
         self.table = ShareTable(None)
         self.uses = list(uses)
         self.generation = 1
+        self.asked = 0
+        """Rows that the catalogue was asked for."""
         self.rebalancer = Rebalancer(
             self.table,
             node=lambda: 0,
             ceiling=ceiling,
             generation=lambda: self.generation,
-            read=lambda: self.uses,
+            read=self._read,
+            used=self._used,
             counters=Counters(None, CONTROL),
         )
+
+    def _read(self) -> list[Reservation]:
+        self.asked += len(self.uses)
+        return [use.reservation for use in self.uses]
+
+    def _used(self, reservation_id: str, node: int) -> int:
+        self.asked += 1
+        (used,) = (use.used_bytes for use in self.uses if use.reservation.reservation_id == reservation_id)
+        return used.get(node, 0)
 
     def step(self, hours: float = 0.0) -> None:
         self.rebalancer.step(NOW_NS + int(hours * HOUR_NS), time.monotonic_ns())
@@ -174,6 +187,26 @@ def test_lanes_follow_the_reservations() -> None:
     assert (node.lane(now), node.table.words[ACTIVE]) == (None, 1)
     node.step(5)
     assert node.table.words[ACTIVE] == 0
+
+
+def test_a_tick_asks_for_what_is_in_force_however_much_is_planned() -> None:
+    now, planned = _reservation(0, 1, 100, 10), [_reservation(hour, hour + 1, 50, 20) for hour in range(2, 500)]
+    node = Node(ReservationUse(now, {0: 30}), *map(ReservationUse, planned))
+    node.step()
+    node.asked = 0
+    for tick in range(10):
+        node.step(0.01 * tick)
+    assert node.asked == 10
+    node.uses[0] = ReservationUse(now, {0: 90})
+    node.step(0.2)
+    assert node.table.words[HELD_BYTES] == 10
+    # The next slot begins without a word from the catalogue, and one that is released ends with it.
+    node.step(2.5)
+    assert node.lane(planned[0]) is not None
+    node.uses[1] = ReservationUse(msgspec.structs.replace(planned[0], released_ns=NOW_NS + 2 * HOUR_NS))
+    node.generation += 1
+    node.step(2.6)
+    assert (node.lane(planned[0]), node.table.words[ACTIVE]) == (None, 0)
 
 
 def test_grace_yields_to_who_comes_after() -> None:
