@@ -16,7 +16,7 @@ from ingest import reservations
 from ingest.errors import NotAdmitted
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, LifetimeClass, Reservation, Share
 from ingest.reservations import State
-from ingest.share_table import ACTIVE, BEST, HELD_BYTES, ShareTable, name_of
+from ingest.share_table import ACTIVE, BEST, EXEMPT, HELD_BYTES, ShareTable, name_of
 from ingest.stream_types import StreamSpec
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Admissions:
         self._worker = worker
 
     def held_bytes(self, admission: Admission) -> int:
-        """Room that the body must leave to others."""
+        """Room that a body, or a second copy, must leave to others."""
         if admission.lane is not None or not self._table.words[ACTIVE]:
             return 0
         return self._table.words[HELD_BYTES]
@@ -114,6 +114,8 @@ class Admissions:
     def lane_of(self, body: Body) -> int:
         """The lane of a body, of those that are in force."""
         reservation = self.slots.at(body.spec.bucket.name, self._catalog.now_ns())
+        if body.is_copy:
+            return BEST if reservation is None else EXEMPT
         if reservation is None or body.began_ns >= reservation.until_ns:
             return BEST  # in its grace a slot is for those who began in it
         return self._table.lanes().get(name_of(reservation.reservation_id), BEST)

@@ -47,6 +47,8 @@ class Body(abc.ABC):
     counted = 0
     turn_bytes = 0
     """For ingest/shaping.py: the lane, as of which version of the table, the bytes that it counted, what is left of a turn."""
+    is_copy = False
+    """It is the second copy of a body that another node receives."""
     mirror: Mirroring | None = None
     """The second copy that is made on another node while the body arrives."""
 

@@ -63,7 +63,7 @@ from ingest.records import (
     SettleRequest,
 )
 from ingest.segments import OPEN_EXTENT_BYTES, Reservation, SegmentStore
-from ingest.shaping import EXEMPT, Shaper
+from ingest.shaping import Shaper
 from ingest.share_table import ShareTable
 from ingest.span_table import OwedSpan, SpanTable
 from ingest.storage_class import needs_restore
@@ -198,9 +198,9 @@ class Buffer:
     def open_copy(self, spec: StreamSpec, object_id: bytes) -> SpanStream | PackedStream:
         """Admit the second copy of a body that another node receives under this id; raises BufferFull. No kernel sees it."""
         self.admit()
-        self._check_room(spec)
+        self._check_room(spec, self.admissions.held_bytes(Admission()))
         stream = self._admitted(spec, object_id, None)
-        stream.lane = EXEMPT
+        stream.is_copy = True
         return stream
 
     def admit(self) -> None:
@@ -301,7 +301,7 @@ class Buffer:
         if left_bytes is None:
             self.admissions.grow(stream.spec, stream.admission, OPEN_EXTENT_BYTES)
         held_bytes = self.admissions.held_bytes(stream.admission)
-        if held_bytes and stream.began_ns and not self.segments.can_hold(held_bytes + 1):
+        if held_bytes and (stream.began_ns or stream.is_copy) and not self.segments.can_hold(held_bytes + 1):
             raise BufferFull("what room there is has been reserved")
 
     def ended(self, body: Body) -> None:

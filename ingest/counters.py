@@ -77,6 +77,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_reservations_active", "gauge", "Reservations in force on this node.", merge="max"),
     Metric("hiss_reserved_capacity_bytes", "gauge", "Capacity of this node that they have.", merge="max"),
     Metric("hiss_reserved_used_bytes", "gauge", "What is used of it.", merge="max"),
+    Metric("hiss_reserved_held_bytes", "gauge", "What others leave free for them.", merge="max"),
     Metric("hiss_reserved_rate_bytes_per_second", "gauge", "Rate of this node that they have.", merge="max"),
     Metric("hiss_reserved_received_bytes_total", "counter", "Payload bytes received in reserved slots."),
     Metric("hiss_reservation_refused_total", "counter",

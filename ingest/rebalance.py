@@ -168,6 +168,7 @@ class Rebalancer:
         self._active = counters.cell("hiss_reservations_active")
         self._capacity = counters.cell("hiss_reserved_capacity_bytes")
         self._used = counters.cell("hiss_reserved_used_bytes")
+        self._held_bytes = counters.cell("hiss_reserved_held_bytes")
         self._rate = counters.cell("hiss_reserved_rate_bytes_per_second")
         self._received = counters.cell("hiss_reserved_received_bytes_total")
         self._held = counters.cell("hiss_reservation_holds_total")
@@ -285,6 +286,7 @@ class Rebalancer:
         self._active.set(len(self._running))
         self._capacity.set(sum(one.share.capacity_bytes for one in self._running))
         self._rate.set(sum(one.share.rate_bytes_per_s for one in self._running))
+        self._held_bytes.set(self._table.words[HELD_BYTES])
         self._used.set(sum(one.used_bytes for one in self._running))
 
 

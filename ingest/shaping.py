@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ingest.share_table import ACTIVE, BEST, HOLD_UNTIL_NS, TICKED_NS, UNLIMITED, VERSION, ShareTable
+from ingest.share_table import ACTIVE, BEST, EXEMPT, HOLD_UNTIL_NS, TICKED_NS, UNLIMITED, VERSION, ShareTable
 
 if TYPE_CHECKING:
     from ingest.body import Body
@@ -41,8 +41,6 @@ TURN_BYTES = 1 << 20
 """What a body reads in its turn: below a millisecond's work."""
 _STALE_NS = 2_000_000_000
 """Grants that nobody has renewed for so long are void: the process that makes them is gone."""
-EXEMPT = -1
-"""The lane of bodies that are shaped elsewhere: second copies."""
 
 
 class Shaper:
@@ -113,8 +111,7 @@ class Shaper:
         body.lane_version = self.words[VERSION]
         body.counted = body.received_total  # what came before is nobody's
         body.turn_bytes = TURN_BYTES
-        if body.lane != EXEMPT:
-            body.lane = self._lane_of(body)
+        body.lane = self._lane_of(body)
         if body.lane == BEST:
             self._best += 1
         elif body.lane != EXEMPT:

@@ -20,6 +20,8 @@ LANES = 32
 """Reservations in force on one node at a time that are shaped; capacity is counted for these alone, too."""
 BEST = LANES
 """The lane of everybody else."""
+EXEMPT = -1
+"""The lane of second copies of bodies in a slot: who sends them has its rate where they come from."""
 
 ACTIVE = 0
 """How many lanes are in force. 0: nothing else here means anything."""

@@ -157,6 +157,7 @@ class NodeSource:
         load = Load(
             capacity_bytes=self._capacity_bytes,
             buffered_bytes=int(self._reader.value("hiss_buffer_used_bytes")),
+            held_bytes=int(self._reader.value("hiss_reserved_held_bytes")),
             bodies=int(self._reader.value("hiss_ingest_active_streams")),
         )
         record = NodeRecord(node=0, name=self._name, epoch=0, version=self._version)

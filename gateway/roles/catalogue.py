@@ -107,6 +107,7 @@ class LoadMeter:
         return Load(
             capacity_bytes=self._capacity_bytes,
             buffered_bytes=int(self._reader.value("hiss_buffer_used_bytes")),
+            held_bytes=int(self._reader.value("hiss_reserved_held_bytes")),
             receiving_bytes_per_s=int(max(0.0, rate)),
             bodies=int(self._reader.value("hiss_ingest_active_streams")),
             log_format=LOG_FORMAT,

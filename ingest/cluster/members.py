@@ -25,6 +25,8 @@ class Load(msgspec.Struct, frozen=True):
     capacity_bytes: int = 0
     """What its segments may hold."""
     buffered_bytes: int = 0
+    held_bytes: int = 0
+    """Room that is reserved and not used yet."""
     receiving_bytes_per_s: int = 0
     bodies: int = 0
     """Bodies that arrive now."""
@@ -57,7 +59,8 @@ class Member(msgspec.Struct, frozen=True):
 
     @property
     def free_bytes(self) -> int:
-        return max(0, self.load.capacity_bytes - self.load.buffered_bytes)
+        """Room for bodies that nothing is reserved for."""
+        return max(0, self.load.capacity_bytes - self.load.buffered_bytes - self.load.held_bytes)
 
 
 class Membership(msgspec.Struct, frozen=True):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import socket
 
-from tests.cluster.node import ClusterNode
 from tests.crash.client import sign
+from tests.crash.node import Node
 
 
-def _open(node: ClusterNode, path: str, length: int, timeout_s: float, **more: str) -> socket.socket:
+def _open(node: Node, path: str, length: int, timeout_s: float, **more: str) -> socket.socket:
     connection = node.connection(timeout_s)
     connection.connect()
     opened: socket.socket = connection.sock
@@ -35,7 +35,7 @@ def _status(opened: socket.socket) -> int:
     return int(data.split(b" ", 2)[1])
 
 
-def status_before_body(node: ClusterNode, bucket: str, key: str, length: int, timeout_s: float = 30.0) -> int:
+def status_before_body(node: Node, bucket: str, key: str, length: int, timeout_s: float = 30.0) -> int:
     """100: the body may be sent (it is not). Anything else: the answer without a body having been sent."""
     with _open(node, f"/{bucket}/{key}", length, timeout_s, expect="100-continue") as opened:
         return _status(opened)
@@ -44,7 +44,7 @@ def status_before_body(node: ClusterNode, bucket: str, key: str, length: int, ti
 class SlowPut:
     """A PUT whose body goes out as the test says."""
 
-    def __init__(self, node: ClusterNode, bucket: str, key: str, body: memoryview, timeout_s: float = 60.0) -> None:
+    def __init__(self, node: Node, bucket: str, key: str, body: memoryview, timeout_s: float = 60.0) -> None:
         self._body = body
         self._sent = 0
         self._socket = _open(node, f"/{bucket}/{key}", len(body), timeout_s)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cluster.expect import status_before_body
 from tests.cluster.loopback import LoopbackNode, Nodes, until
 from tests.crash.node import ROOT
 
@@ -89,6 +90,31 @@ def test_a_slot_on_several_nodes_is_kept_by_each(nodes: Nodes) -> None:
     # Released through a node that has no part in it, it is over everywhere.
     assert ask(outside, "DELETE", f"/{made.json()['id']}").status_code == 200
     until(lambda: small.ask("PUT", "/scan/over", body=body).ok, "the slot is over")
+
+
+def test_second_copies_leave_what_is_reserved(nodes: Nodes) -> None:
+    a, b, c = (nodes[name] for name in "abc")
+    nodes.make_bucket("scan", drain_after_s="86400")
+    nodes.make_bucket("twice", drain_after_s="86400", durability="mirror")
+    until(lambda: ask(a, "GET", "").json()["free"][0]["capacity_bytes"] == 3 * OFFERED, "all three offer")
+    body = os.urandom(150 * MIB)  # more than a node offers nobody
+    assert a.ask("PUT", "/twice/before", body=body).ok
+    # All of two nodes, but for what lies there already.
+    wanted = {"bucket": "scan", "capacity_bytes": 2 * OFFERED, "until": at(2)}
+    made = ask(a, "POST", "", wanted)
+    assert made.status_code == 201, made.text
+    held = {share["node"] for share in made.json()["nodes"]}
+    (left,) = (node for number, node in enumerate((a, b, c)) if number not in held)
+    until(lambda: status_before_body(left, "twice", "over", len(body)) == 503, "there is no room for second copies")
+    assert left.metric("hiss_mirror_refused_total") > 0
+
+    def full() -> set[int]:
+        return {row["node"] for row in left.hiss("node", "list")["nodes"] if row["free_bytes"] < len(body)}
+
+    until(lambda: full() == held, "every node is told of the others' room")
+    assert ask(a, "DELETE", f"/{made.json()['id']}").status_code == 200
+    until(lambda: status_before_body(left, "twice", "over", len(body)) == 100, "the slot is over")
+    assert left.ask("PUT", "/twice/over", body=body).ok
 
 
 def test_of_requests_to_all_nodes_at_once_as_many_are_made_as_fit(nodes: Nodes) -> None:

@@ -8,6 +8,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -25,6 +26,7 @@ from ingest.shaping import ANY, TURN_BYTES, Shaper
 from ingest.share_table import (
     ACTIVE,
     BEST,
+    EXEMPT,
     HELD_BYTES,
     HOLD_UNTIL_NS,
     MAKE_ROOM_BYTES,
@@ -418,6 +420,27 @@ def test_bodies_count_from_their_admission_to_their_end() -> None:
     assert (table.admitted(5), table.admitted(BEST)) == (0, 0)
     workers[0].admit(_spec(5 * MB))
     assert workers[0].admit(_spec(10**12, "other")).lane is None
+
+
+def test_a_second_copy_is_one_of_many_unless_its_bucket_is_in_a_slot() -> None:
+    reservation, table = _reservation(-1, 1, rate=MB), ShareTable(None)
+    table.set_lane(5, name_of(reservation.reservation_id), MB, 0)
+    admissions = Admissions(cast(Any, Index(reservation)), table, 0, 0)
+
+    def lane(bucket: str, *, is_copy: bool) -> int:
+        return admissions.lane_of(cast(Any, SimpleNamespace(spec=_spec(1, bucket), is_copy=is_copy, began_ns=NOW_NS)))
+
+    assert [lane("scan", is_copy=False), lane("other", is_copy=False)] == [5, BEST]
+    assert [lane("scan", is_copy=True), lane("other", is_copy=True)] == [EXEMPT, BEST]
+
+
+async def test_an_exempt_body_waits_for_nobody(table: ShareTable) -> None:
+    copy = Stream()
+    shaper = Shaper(table, 1, lambda _: EXEMPT)
+    table.words[HOLD_UNTIL_NS] = time.monotonic_ns() + 60 * SECOND_NS
+    assert _allowed(shaper, copy) == ANY
+    assert table.received(BEST) == 0
+    table.words[ACTIVE] = 0
 
 
 def test_where_a_slot_has_no_share_its_bucket_is_one_of_many() -> None:
