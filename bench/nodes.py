@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import bare, load
+from bench import bare, detector, load
 from bench.__main__ import row, write_report
 from bench.engine import Engine, serving
 from bench.figure import MIB, Figure, Rounds
 from bench.load import Outcome, Plan
 from bench.netns import Host, Network
 from bench.node import Node, running
+from bench.reserved_case import ask, reserve
 from bench.wire import Endpoint
 
 OBJECT_BYTES = 16 * MIB
@@ -40,6 +41,9 @@ SMALL_BYTES = 1024
 SMALL_CONNECTIONS = 12
 SMALL_REQUESTS = 1500
 LEASE_S = 10.0
+COPIES_S = 8.0
+SETTLES_S = 1.0
+"""Longer than it takes every node to hear of a reservation."""
 MIRRORED = 24
 NODES = ("n1", "n2", "n3", "n4")
 _SETTINGS = ("workers=1", "kernels=off", "arena_bytes=256MiB", "arena_region_bytes=64MiB", "buffer_bytes=8GiB")
@@ -184,6 +188,60 @@ def relay_keeps_up(rack: Rack, engine: Engine) -> Iterator[Figure]:
     yield rounds.figure("get, relayed", "MB/s", 1e6, "get from the holder, same link", 0.9)
 
 
+def reserved_beside_copies(rack: Rack, engine: Engine) -> Iterator[Figure]:
+    """A stream at the reserved half of a link, beside the second copies of what floods the other node: its worst second."""
+    rate = rack.rate / 2
+    least: dict[bool, list[float]] = {True: [], False: []}
+    lost = dict.fromkeys(least, 0)
+    copied = []
+    with nodes_running(rack, engine, 2) as nodes:
+        nodes[0].bucket("reserved", "disk")
+        for number in range(rack.rounds):
+            for is_reserved in (True, False):
+                slot = reserve(nodes[0], "reserved", rate)
+                (share,) = slot["nodes"]
+                inside, outside = nodes[share["node"]], nodes[1 - share["node"]]
+                if not is_reserved:
+                    ask(nodes[0], "DELETE", f"/v1/reservations/{slot['id']}")
+                time.sleep(SETTLES_S)
+                report, begun_s, copies = _beside_copies(
+                    rack, inside, outside, f"/reserved/{number}-{is_reserved}/", rate
+                )
+                least[is_reserved].append(report.least_share(rate, begun_s, begun_s + COPIES_S))
+                lost[is_reserved] += len(report.lost)
+                if is_reserved:
+                    copied.append(copies)
+                    ask(nodes[0], "DELETE", f"/v1/reservations/{slot['id']}")
+    value = min(least[True])
+    note = f"{lost[True]} frames lost, copies {statistics.median(copied) / 1e6:.1f} MB/s. Without the reservation "
+    note += f"{min(least[False]):.2f}, {lost[False]} lost"
+    name, wanted = f"reserved {rate / 1e6:.0f} MB/s beside second copies, worst second", 0.98
+    met = value >= wanted and not lost[True]
+    yield Figure(name, "of its rate", value, 1.0, "its rate", value, wanted, met, rack.rounds, note=note)
+
+
+def _beside_copies(
+    rack: Rack, inside: Node, outside: Node, prefix: str, rate: float
+) -> tuple[detector.Report, float, float]:
+    """(what the detector says, when the flood was on since its start, bytes per second of second copies)."""
+    side = 256
+    frames_per_s = rate / (2 * side * side)
+    per_object = round(frames_per_s / 2)
+    frames = per_object * round(2 * (COPIES_S + 6))
+    process = detector.start(
+        detector.Plan(inside.endpoint, prefix, side, frames_per_s, frames, per_object, round(frames_per_s))
+    )
+    time.sleep(2.0)
+    flood = rack.plan(outside, "PUT", rack.prefix("mirror"), OBJECT_BYTES, 1 << 20, 8)
+    with load.flooding(dataclasses.replace(flood, keys=32)):
+        time.sleep(1.0)
+        before, at = outside.metric("hiss_mirror_sent_bytes_total"), time.perf_counter()
+        time.sleep(COPIES_S)
+        copies = (outside.metric("hiss_mirror_sent_bytes_total") - before) / (time.perf_counter() - at)
+    report = detector.report(process)
+    return report, at - report.started_s, copies
+
+
 def commits(rack: Rack, engine: Engine) -> Iterator[Figure]:
     """PUTs of 1 KiB on four nodes at once, beside one node alone with as many connections."""
     rounds = Rounds()
@@ -237,6 +295,7 @@ CASES: dict[str, Callable[[Rack, Engine], Iterator[Figure]]] = {
     "put": put_scales,
     "mirror": mirror_keeps_up,
     "relay": relay_keeps_up,
+    "copies": reserved_beside_copies,
     "commits": commits,
     "death": death_to_drain,
 }

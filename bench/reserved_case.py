@@ -17,6 +17,7 @@ from bench.detector import Report
 from bench.figure import MIB, Bench, Figure
 from bench.kernel_cases import FAST, attach
 from bench.load import Plan
+from bench.node import Node
 
 SIDE = 512
 RATE_BYTES_PER_S = 300e6
@@ -79,7 +80,7 @@ def _round(bench: Bench, prefix: str, is_reserved: bool) -> tuple[Report, float,
     for bucket in ("flood", "reserved"):
         bench.node.clear(bucket)
     plan = _plan(bench, prefix)
-    reservation = _reserve(bench, "reserved", plan.bytes_per_s) if is_reserved else ""
+    reservation = reserve(bench.node, "reserved", plan.bytes_per_s) if is_reserved else None
     process = detector.start(plan)
     time.sleep(FLOOD_FROM_S)
     # Its bytes are replaced again and again: the flood is as long as one likes and the buffer does not fill.
@@ -95,14 +96,15 @@ def _round(bench: Bench, prefix: str, is_reserved: bool) -> tuple[Report, float,
     share = report.least_share(plan.bytes_per_s, at - report.started_s - 1.0, at + seconds - report.started_s)
     _check_ledger(bench, prefix.removeprefix("/reserved/"), report)
     if reservation:
-        _ask(bench, "DELETE", f"/v1/reservations/{reservation}")
+        ask(bench.node, "DELETE", f"/v1/reservations/{reservation['id']}")
     return report, share, came / seconds - plan.bytes_per_s
 
 
-def _reserve(bench: Bench, bucket: str, bytes_per_s: float) -> str:
+def reserve(node: Node, bucket: str, bytes_per_s: float) -> Any:
+    """An hour from now on; the answer's document."""
     until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
     wanted = {"bucket": bucket, "rate_bytes_per_s": round(bytes_per_s), "until": until.isoformat()}
-    return str(_ask(bench, "POST", "/v1/reservations", wanted)["id"])
+    return ask(node, "POST", "/v1/reservations", wanted)
 
 
 def _check_ledger(bench: Bench, prefix: str, report: Report) -> None:
@@ -111,7 +113,7 @@ def _check_ledger(bench: Bench, prefix: str, report: Report) -> None:
     query = urllib.parse.urlencode({"bucket": "reserved", "prefix": prefix})
     total = report.sent_frames + len(report.lost)
     while True:
-        frames = _ask(bench, "GET", f"/v1/runs/status?{query}")["frames"]
+        frames = ask(bench.node, "GET", f"/v1/runs/status?{query}")["frames"]
         if frames["received"] == frames["kept"] == total and not frames["missing"]:
             return
         if time.monotonic() > deadline:
@@ -119,10 +121,11 @@ def _check_ledger(bench: Bench, prefix: str, report: Report) -> None:
         time.sleep(0.2)
 
 
-def _ask(bench: Bench, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    endpoint = bench.node.endpoint
+def ask(node: Node, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Of the control API; the answer's document, None where it has none. Raises OSError for an error."""
+    endpoint = node.endpoint
     request = urllib.request.Request(
-        f"http://{endpoint.host}:{bench.node.ports['control']}{path}",
+        f"http://{endpoint.host}:{node.ports['control']}{path}",
         data=None if body is None else json.dumps(body).encode(),
         method=method,
         headers={"Content-Type": "application/json"},
@@ -130,7 +133,7 @@ def _ask(bench: Bench, method: str, path: str, body: dict[str, Any] | None = Non
     pair = base64.b64encode(f"{endpoint.access_key}:{endpoint.secret_key}".encode()).decode()
     request.add_header("Authorization", f"Basic {pair}")
     with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
+        return json.loads(answer.read() or "null")
 
 
 RESERVED_CASES: dict[str, Callable[[Bench], Figure]] = {"reserved": reserved}
