@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ingest.buffer import Buffer
     from ingest.cluster.mirror import Lease, Mirroring
     from ingest.ports import FrameReduction
+    from ingest.stream_types import Peer
 
 
 READ_BACK_BYTES = 1 << 20
@@ -58,8 +59,7 @@ class Body(abc.ABC):
         self.object_id = object_id
         self.began_ns = 0
         self.admission = Admission()
-        self.backlog: Callable[[], int] = _none
-        """Bytes that have come and wait in the socket."""
+        self.peer: Peer | None = None
         self.length = 0
         self.memory = spec.settings.durability is Durability.MEMORY and not spec.part
         self.ended = False
@@ -150,6 +150,15 @@ class Body(abc.ABC):
     def received_total(self) -> int:
         """Bytes that have come, stored or not."""
         return self.length + (self.discarded_bytes or 0)
+
+    def backlog(self) -> int:
+        """Bytes that have come and wait in the socket."""
+        return 0 if self.peer is None else self.peer.backlog()
+
+    def set_window(self, size_bytes: int) -> None:
+        """As ``Peer.set_window``."""
+        if self.peer is not None:
+            self.peer.set_window(size_bytes)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -298,7 +307,3 @@ class Body(abc.ABC):
     @property
     def is_refused(self) -> bool:
         return self.ended and not self.accepted and not self.limbo
-
-
-def _none() -> int:
-    return 0

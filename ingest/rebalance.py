@@ -25,12 +25,17 @@ from ingest.share_table import (
     TICKED_NS,
     UNLIMITED,
     VERSION,
+    WINDOW_BYTES,
     WORKERS,
     ShareTable,
     name_of,
 )
 
 TICK_S = 0.05
+WINDOW_S = 0.005
+WINDOW_BYTES_MIN, WINDOW_BYTES_MAX = 64 << 10, 1 << 20
+"""All that is on its way to others is no more than the node takes in in ``WINDOW_S``, as long as each has so much: a reserved
+stream does not wait longer for them in the network."""
 MAKE_ROOM_S = 3600
 """So long before a slot begins eviction makes room for it."""
 _SECOND_NS = 10**9
@@ -192,6 +197,7 @@ class Rebalancer:
         self._set_lanes(rates)
         words[HELD_BYTES] = self._unused()
         words[MAKE_ROOM_BYTES] = words[HELD_BYTES] + self._planned_bytes
+        words[WINDOW_BYTES] = self._window()
         words[ACTIVE] = len(self._lanes)
         self._grant(rates, monotonic_ns)
         words[TICKED_NS] = monotonic_ns
@@ -246,6 +252,12 @@ class Rebalancer:
                 let_in = self._table.admitted(lane) if lane is not None else 0
                 unused += max(0, one.share.capacity_bytes - one.used_bytes - let_in)
         return unused
+
+    def _window(self) -> int:
+        if not self._ceiling:
+            return WINDOW_BYTES_MAX
+        bodies = sum(self._table.bodies(worker, BEST)[0] for worker in range(WORKERS))
+        return min(max(int(self._ceiling * WINDOW_S) // max(1, bodies), WINDOW_BYTES_MIN), WINDOW_BYTES_MAX)
 
     def _grant(self, rates: dict[int, int], monotonic_ns: int) -> None:
         if not self._lanes:

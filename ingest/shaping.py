@@ -17,7 +17,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ingest.share_table import ACTIVE, BEST, EXEMPT, HOLD_UNTIL_NS, TICKED_NS, UNLIMITED, VERSION, ShareTable
+from ingest.share_table import (
+    ACTIVE,
+    BEST,
+    EXEMPT,
+    HOLD_UNTIL_NS,
+    TICKED_NS,
+    UNLIMITED,
+    VERSION,
+    WINDOW_BYTES,
+    ShareTable,
+)
 
 if TYPE_CHECKING:
     from ingest.body import Body
@@ -62,7 +72,9 @@ class Shaper:
         self._queue: deque[Body] = deque()
         self._ticking = False
         self._ticked_ns = 0
-        self._best = 0
+        self._others: set[Body] = set()
+        """Bodies without a lane; the window of each is narrow."""
+        self._window = 0
         self._holding = False
         self._dealing = False
         table.clear_worker(worker)
@@ -113,7 +125,8 @@ class Shaper:
         body.turn_bytes = TURN_BYTES
         body.lane = self._lane_of(body)
         if body.lane == BEST:
-            self._best += 1
+            self._others.add(body)
+            body.set_window(self._window or self.words[WINDOW_BYTES])
         elif body.lane != EXEMPT:
             self._bodies.setdefault(body.lane, set()).add(body)
             if body.lane not in self._credit:
@@ -125,7 +138,8 @@ class Shaper:
         if body.lane_version < 0 or body.lane == EXEMPT:
             return
         if body.lane == BEST:
-            self._best -= 1
+            self._others.discard(body)
+            body.set_window(0)
             return
         of_lane = self._bodies.get(body.lane)
         if of_lane is not None:
@@ -181,7 +195,8 @@ class Shaper:
             self._let_free()
             if not self._dealing:
                 self._deal()
-        self.table.set_bodies(self.worker, BEST, self._best, len(self._queue))
+        self.table.set_bodies(self.worker, BEST, len(self._others), len(self._queue))
+        self._narrow()
 
     def _is_short(self, lane: int, elapsed_s: float) -> bool:
         """Update the lane's credit; whether it is kept from spending it: by much, or at this tick and at the one before."""
@@ -219,6 +234,14 @@ class Shaper:
         if self._tokens == float("inf"):
             self._tokens = 0.0
         self._tokens = min(self._tokens + grant * elapsed_s, grant * BURST_S)
+
+    def _narrow(self) -> None:
+        """What is on its way to others is in the way of a reserved stream: the network's queues hold it up, where we see nothing
+        wait."""
+        if self.words[WINDOW_BYTES] != self._window:
+            self._window = self.words[WINDOW_BYTES]
+            for body in self._others:
+                body.set_window(self._window)
 
     def _may_deal(self, now_ns: int) -> bool:
         return self._tokens > 0 and self.words[HOLD_UNTIL_NS] <= now_ns
@@ -261,6 +284,9 @@ class Shaper:
 
     def _stop(self) -> None:
         """Nothing is reserved any more."""
+        self._window = 0
+        for body in self._others:
+            body.set_window(0)
         self._tokens = float("inf")
         while self._queue:
             self._queue.popleft().wake()

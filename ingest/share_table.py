@@ -35,6 +35,8 @@ MAKE_ROOM_BYTES = 4
 """As HELD_BYTES, and of slots that begin soon: eviction makes room for it."""
 TICKED_NS = 5
 """CLOCK_MONOTONIC of the last rebalancing."""
+WINDOW_BYTES = 6
+"""What may be on its way to each body without a lane, beyond what was read of it."""
 _HEADER = 16
 
 _LANE_WORDS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from ingest.bucket_settings import BucketSettings
@@ -64,6 +64,18 @@ class StreamDigest:
     """Where a STOP cut the body short: everything that was received. The fields above are about what is stored."""
 
 
+class Peer(Protocol):
+    """Who sends a body, as it is kept from sending too much (``s3api.http.message.Body``)."""
+
+    def backlog(self) -> int:
+        """Bytes that have come and were not read yet."""
+        ...
+
+    def set_window(self, size_bytes: int) -> None:
+        """Most that may be on its way beyond what was read; 0: as the system likes."""
+        ...
+
+
 class Stream(BodySink, Protocol):
     """One body on its way in. ``abort`` is idempotent and does nothing after a commit."""
 
@@ -71,8 +83,8 @@ class Stream(BodySink, Protocol):
     cut: asyncio.Event | None
     """Set when the rest of the body is of no use and need not even be read (``hiss.stop=answer``)."""
 
-    backlog: Callable[[], int]
-    """Set by whoever receives the body: bytes of it that have come and wait to be read."""
+    peer: Peer | None
+    """Set by whoever receives the body."""
 
     async def ready(self) -> None:
         """To be awaited before the first byte: a second copy that the bucket asks for can be made. Raises MirrorUnavailable."""

@@ -64,6 +64,9 @@ class FormBody:
     def backlog(self) -> int:
         return self._body.backlog()
 
+    def set_window(self, size_bytes: int) -> None:
+        self._body.set_window(size_bytes)
+
     async def into(self, sink: BodySink) -> int:
         """Raises EntityTooSmall, EntityTooLarge by the form's policy, and whatever the body or the sink raises."""
         assert self._task is not None

@@ -38,6 +38,7 @@ class Wire(Protocol):
     inbox: Inbox
 
     def socket_fd(self) -> int: ...
+    def set_window(self, size_bytes: int) -> None: ...
     def begin_body(self, body: RequestBody) -> None:
         """Reads go to ``body`` from now on; a peer that waits for 100 Continue gets it."""
         ...
@@ -140,6 +141,9 @@ class RequestBody:
         except (OSError, ValueError, AttributeError):
             return 0  # the connection has gone
         return int.from_bytes(answer, sys.byteorder)
+
+    def set_window(self, size_bytes: int) -> None:
+        self._wire.set_window(size_bytes)
 
     async def discard(self) -> None:
         """Receive what is left of a body of known length and drop it."""

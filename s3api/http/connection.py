@@ -12,9 +12,11 @@ its peer left: it learns of it from its body or not at all, so that what it has 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import random
+import socket
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _HIGH_WATER_BYTES = 256 * 1024
+_SO_RCVBUFFORCE, _SO_BUF_LOCK = 33, 72
 _PATIENCE = 10
 """So many times longer may a body pause that another node sends."""
 
@@ -83,6 +86,8 @@ class HttpConnection(asyncio.BufferedProtocol):
         self._moved = True
         self._since = 0.0
         self._unsent_bytes = 0
+        self._natural_bytes = 0
+        """The receive buffer, while ``set_window`` makes it smaller; 0: it does not."""
 
     # -- transport callbacks
 
@@ -281,6 +286,23 @@ class HttpConnection(asyncio.BufferedProtocol):
     def socket_fd(self) -> int:
         assert self._transport is not None
         return int(self._transport.get_extra_info("socket").fileno())
+
+    def set_window(self, size_bytes: int) -> None:
+        """SO_RCVBUF of socket(7), which the kernel doubles for its own overhead; 0: as it was, and adapted by the kernel."""
+        assert self._transport is not None
+        found = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # the connection has gone
+            if size_bytes:
+                if not self._natural_bytes:
+                    self._natural_bytes = found.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, min(size_bytes, self._natural_bytes))
+            elif self._natural_bytes:
+                try:  # beyond net.core.rmem_max, as the kernel may have chosen: with CAP_NET_ADMIN only
+                    found.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, self._natural_bytes)
+                except PermissionError:
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._natural_bytes)
+                self._natural_bytes = 0
+                found.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)  # since Linux 5.14
 
     # -- requests
 

@@ -89,6 +89,10 @@ class Body(Protocol):
         """Bytes that have come and were not read yet."""
         ...
 
+    def set_window(self, size_bytes: int) -> None:
+        """Most that may be on its way beyond what was read; 0: as the system likes."""
+        ...
+
     patient: bool
     """Set before the body is read: whoever sends it may be as slow as its own sender, who is watched there."""
 

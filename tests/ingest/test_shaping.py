@@ -33,6 +33,7 @@ from ingest.share_table import (
     TICKED_NS,
     UNLIMITED,
     VERSION,
+    WINDOW_BYTES,
     ShareTable,
     name_of,
 )
@@ -244,8 +245,13 @@ class Stream:
     received_total: int = 0
     woken: int = 0
 
+    window: int = 0
+
     def backlog(self) -> int:
         return self.waits
+
+    def set_window(self, size_bytes: int) -> None:
+        self.window = size_bytes
 
     def wake(self) -> None:
         self.woken += 1
@@ -432,6 +438,33 @@ def test_a_second_copy_is_one_of_many_unless_its_bucket_is_in_a_slot() -> None:
 
     assert [lane("scan", is_copy=False), lane("other", is_copy=False)] == [5, BEST]
     assert [lane("scan", is_copy=True), lane("other", is_copy=True)] == [EXEMPT, BEST]
+
+
+async def test_windows_of_others_are_narrow_while_something_is_reserved(table: ShareTable) -> None:
+    reserved, other, gone = Stream(), Stream(), Stream()
+    shaper = _shaper(table, reserved)
+    table.words[WINDOW_BYTES] = 300_000
+    for stream in (reserved, other, gone):
+        _allowed(shaper, stream)
+    assert [reserved.window, other.window, gone.window] == [0, 300_000, 300_000]
+    shaper.ended(cast(Any, gone))
+    assert gone.window == 0
+    table.words[WINDOW_BYTES] = 100_000
+    await _until(lambda: other.window == 100_000)
+    table.words[ACTIVE] = 0
+    await _until(lambda: other.window == 0)
+    assert [reserved.window, gone.window] == [0, 0]
+
+
+def test_what_is_on_its_way_to_others_is_a_few_milliseconds_of_the_ceiling() -> None:
+    node = Node(ReservationUse(_reservation(0, 1, rate=MB)), ceiling=100 * MB)
+    for bodies, window in ((0, 500_000), (2, 250_000), (1000, 64 << 10)):
+        node.table.set_bodies(3, BEST, bodies, 0)
+        node.step()
+        assert node.table.words[WINDOW_BYTES] == window
+    node = Node(ReservationUse(_reservation(0, 1, rate=MB)))
+    node.step()
+    assert node.table.words[WINDOW_BYTES] == 1 << 20
 
 
 async def test_an_exempt_body_waits_for_nobody(table: ShareTable) -> None:

@@ -124,6 +124,13 @@ class Echo:
         await self.gate.wait()
         return Response(200, [], b"waited")
 
+    async def do_narrow(self, request: Request) -> Response:
+        """The body may be ``window`` ahead of what is read, which is nothing until the gate opens."""
+        request.body.set_window(int(request.arg("window") or 0))
+        await self.gate.wait()
+        request.body.set_window(0)
+        return await self.do_sink(request)
+
     async def do_boom(self, request: Request) -> Response:
         raise RuntimeError("secret detail")
 

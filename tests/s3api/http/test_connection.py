@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
 import socket
 import struct
@@ -310,6 +311,44 @@ async def test_a_long_unread_body_costs_the_connection_but_the_answer_arrives(st
     assert statuses(answer) == [503]
     assert answer.endswith(b"slow down")
     assert b"\r\nConnection: close\r\n" in answer
+
+
+async def test_a_narrow_window_keeps_a_body_at_its_sender(start):
+    running = await start()
+    body = os.urandom(16 << 20)
+    loop = asyncio.get_running_loop()
+
+    async def sent_unread(sock: socket.socket, window: int) -> int:
+        """Bytes that the system takes from the sender while the handler reads none; then all of it arrives."""
+        running.handler.gate.clear()
+        head = b"PUT /narrow?size=%d&window=%d HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        await loop.sock_sendall(sock, head % (len(body), window, len(body)))
+        await asyncio.sleep(0.1)
+        sent = still = 0
+        while still < 20 and sent < len(body):
+            try:
+                sent += sock.send(memoryview(body)[sent:])
+                still = 0
+            except BlockingIOError:
+                still += 1
+                await asyncio.sleep(0.01)
+        running.handler.gate.set()
+        await loop.sock_sendall(sock, memoryview(body)[sent:])
+        assert b" 200 " in await loop.sock_recv(sock, 65536)
+        assert running.handler.bodies[-1] == body
+        return sent
+
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+        sock.setblocking(False)
+        await loop.sock_connect(sock, ("127.0.0.1", running.port))
+        # The kernel gives a fast sender a larger buffer with each body.
+        wide = max([await sent_unread(sock, 0) for _ in range(4)])
+        narrow = await sent_unread(sock, 64 << 10)
+        again = await sent_unread(sock, 0)
+    assert narrow < 700_000
+    assert wide > 2 * narrow
+    assert again > narrow
 
 
 async def test_lingering_ends_at_its_limit_of_bytes(start):
