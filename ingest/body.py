@@ -156,8 +156,8 @@ class Body(abc.ABC):
         return 0 if self.peer is None else self.peer.backlog()
 
     def set_window(self, size_bytes: int) -> None:
-        """As ``Peer.set_window``."""
-        if self.peer is not None:
+        """As ``Peer.set_window``; a body that is no longer than that needs none."""
+        if self.peer is not None and (self.spec.length is None or self.spec.length > size_bytes):
             self.peer.set_window(size_bytes)
 
     def wake(self) -> None:

@@ -290,8 +290,10 @@ class HttpConnection(asyncio.BufferedProtocol):
     def set_window(self, size_bytes: int) -> None:
         """SO_RCVBUF of socket(7), which the kernel doubles for its own overhead; 0: as it was, and adapted by the kernel."""
         assert self._transport is not None
+        if self._lost or self._transport.is_closing():
+            return  # its number may be another connection's by now
         found = self._transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # the connection has gone
+        with contextlib.suppress(OSError):  # the peer has gone
             if size_bytes:
                 if not self._natural_bytes:
                     self._natural_bytes = found.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
