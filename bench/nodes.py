@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench import bare, detector, load
-from bench.__main__ import row, write_report
+from bench.__main__ import clean_up_when_told, row, write_report
 from bench.engine import Engine, serving
 from bench.figure import MIB, Figure, Rounds
 from bench.load import Outcome, Plan
@@ -329,6 +329,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     figures = []
+    clean_up_when_told()
     folder = Path(tempfile.mkdtemp(prefix="hiss-bench-nodes-", dir=options.folder))
     network = Network()
     try:
