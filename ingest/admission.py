@@ -50,8 +50,8 @@ class Slots:
         generation = self._catalog.generation()
         if generation != self._generation:
             known: dict[str, list[Reservation]] = {}
-            for use in self._catalog.reserved():
-                known.setdefault(use.reservation.bucket, []).append(use.reservation)
+            for reservation in self._catalog.reserved():
+                known.setdefault(reservation.bucket, []).append(reservation)
             self._known, self._generation = known, generation
         return self._known.get(bucket, [])
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ingest.buffer import Buffer
     from ingest.cluster.mirror import Lease, Mirroring
     from ingest.ports import FrameReduction
-    from ingest.stream_types import Peer
+    from ingest.stream_types import Sender
 
 
 READ_BACK_BYTES = 1 << 20
@@ -59,7 +59,7 @@ class Body(abc.ABC):
         self.object_id = object_id
         self.began_ns = 0
         self.admission = Admission()
-        self.peer: Peer | None = None
+        self.sender: Sender | None = None
         self.length = 0
         self.memory = spec.settings.durability is Durability.MEMORY and not spec.part
         self.ended = False
@@ -153,12 +153,12 @@ class Body(abc.ABC):
 
     def backlog(self) -> int:
         """Bytes that have come and wait in the socket."""
-        return 0 if self.peer is None else self.peer.backlog()
+        return 0 if self.sender is None else self.sender.backlog()
 
     def set_window(self, size_bytes: int) -> None:
-        """As ``Peer.set_window``; a body that is no longer than that needs none."""
-        if self.peer is not None and (self.spec.length is None or self.spec.length > size_bytes):
-            self.peer.set_window(size_bytes)
+        """As ``Sender.set_window``; a body that is no longer than that needs none."""
+        if self.sender is not None and (self.spec.length is None or self.spec.length > size_bytes):
+            self.sender.set_window(size_bytes)
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

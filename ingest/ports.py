@@ -110,7 +110,7 @@ class Catalog(Protocol):
         cluster's engine is away: those that are known here."""
         ...
 
-    def reserved(self) -> Sequence[ReservationUse]:
+    def reserved(self) -> Sequence[Reservation]:
         """Those that have not ended, as this process can read them at once: no message, no waiting."""
         ...
 

@@ -108,6 +108,7 @@ class Shaper:
         if body.lane_version >= 0:
             self._count(body)
             self._leave(body)
+            body.set_window(0)
             body.lane_version = -1
 
     def share_of(self, body: Body) -> int:
@@ -126,8 +127,10 @@ class Shaper:
         body.lane = self._lane_of(body)
         if body.lane == BEST:
             self._others.add(body)
-            body.set_window(self._window or self.words[WINDOW_BYTES])
-        elif body.lane != EXEMPT:
+            body.set_window(self.words[WINDOW_BYTES])
+            return
+        body.set_window(0)
+        if body.lane != EXEMPT:
             self._bodies.setdefault(body.lane, set()).add(body)
             if body.lane not in self._credit:
                 self._credit[body.lane] = 0.0
@@ -139,7 +142,6 @@ class Shaper:
             return
         if body.lane == BEST:
             self._others.discard(body)
-            body.set_window(0)
             return
         of_lane = self._bodies.get(body.lane)
         if of_lane is not None:

@@ -64,7 +64,7 @@ class StreamDigest:
     """Where a STOP cut the body short: everything that was received. The fields above are about what is stored."""
 
 
-class Peer(Protocol):
+class Sender(Protocol):
     """Who sends a body, as it is kept from sending too much (``s3api.http.message.Body``)."""
 
     def backlog(self) -> int:
@@ -83,7 +83,7 @@ class Stream(BodySink, Protocol):
     cut: asyncio.Event | None
     """Set when the rest of the body is of no use and need not even be read (``hiss.stop=answer``)."""
 
-    peer: Peer | None
+    sender: Sender | None
     """Set by whoever receives the body."""
 
     async def ready(self) -> None:

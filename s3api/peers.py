@@ -84,7 +84,7 @@ class PeerService:
         body = _described(request, object_id)
         stream = self._holdings.receive(body)
         request.body.patient = True
-        stream.peer = request.body
+        stream.sender = request.body
         try:
             await request.body.into(stream)
             digest = await stream.finish()

@@ -94,8 +94,7 @@ async def kernels(
         elif name.endswith(".py"):
             sources[name.removesuffix(".py")] = row.record
     paces = await measured.of(bucket, list(sources.values()))
-    held = [use.reservation for use in catalog.reserved()]
-    slow = measured.slow(bucket, paces, held)
+    slow = measured.slow(bucket, paces, catalog.reserved())
     return [
         _kernel(
             name,

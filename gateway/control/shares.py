@@ -31,7 +31,7 @@ def rebalancing(catalog: CatalogClient, table: ShareTable, ceiling: int, counter
         node=lambda: catalog.node,
         ceiling=ceiling,
         generation=catalog.generation,
-        read=lambda: [use.reservation for use in catalog.reserved()],
+        read=catalog.reserved,
         used=catalog.used_bytes,
         counters=counters,
     )

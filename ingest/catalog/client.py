@@ -465,8 +465,9 @@ class CatalogClient:
         await self._fresh()
         return self._readers.read(lambda reader: reader.reservations(ends_after_ns))
 
-    def reserved(self) -> Sequence[ReservationUse]:
-        return self._readers.read(lambda reader: reader.reservations(self.now_ns()))
+    def reserved(self) -> Sequence[Reservation]:
+        uses = self._readers.read(lambda reader: reader.reservations(self.now_ns()))
+        return [use.reservation for use in uses]
 
     def used_bytes(self, reservation_id: str, node: int) -> int:
         return self._readers.read(lambda reader: reader.used_bytes(reservation_id, node))

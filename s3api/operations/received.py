@@ -45,7 +45,7 @@ async def received(
     Where a kernel's STOP cut the body short, the client's checksums are compared with all that it sent, and those that are
     recorded are of what is stored; an answer before the body's end leaves nothing to compare."""
     stream = await _opened(call, spec)
-    stream.peer = call.request.body
+    stream.sender = call.request.body
     try:
         whole = await _receive(call, stream, sink(stream))
         digest = await stream.finish()

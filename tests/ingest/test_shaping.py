@@ -385,14 +385,14 @@ class Index:
     """What an admission asks of the catalogue."""
 
     def __init__(self, *reserved: Reservation) -> None:
-        self.uses = [ReservationUse(reservation) for reservation in reserved]
+        self._reserved = reserved
         self.used = 0
 
     def generation(self) -> int:
         return 1
 
-    def reserved(self) -> list[ReservationUse]:
-        return self.uses
+    def reserved(self) -> tuple[Reservation, ...]:
+        return self._reserved
 
     def used_bytes(self, _: str, node: int) -> int:
         return self.used if node == 0 else 0

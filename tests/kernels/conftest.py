@@ -37,7 +37,7 @@ from ingest.records import (
     ObjectState,
     PartialOf,
     ReductionJob,
-    ReservationUse,
+    Reservation,
     RunProductRecord,
 )
 from kernels.clearance import Clearance
@@ -268,7 +268,7 @@ class Store:
     def generation(self) -> int:
         return self._generation
 
-    def reserved(self) -> Sequence[ReservationUse]:
+    def reserved(self) -> Sequence[Reservation]:
         return ()
 
     def now_ns(self) -> int:
