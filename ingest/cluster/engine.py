@@ -2,26 +2,35 @@
 
 In: ``postgresql://…`` of the setting ``catalog``. Out: ``Engine``. What always holds: every statement is built with SQLAlchemy
 Core; nothing waits longer than ENGINE_TIMEOUT_S; a transaction that the engine takes back for another's sake (SQLSTATE
-40001, 40P01) is tried again; trouble with the engine is ``EngineAway``, and a frozen client of it cannot hold up the others
-for longer than IDLE_IN_TRANSACTION_S.
+40001, 40P01) is tried again; trouble with the engine is ``EngineAway``.
+
+A node that falls silent in a transaction must not hold up the others. The engine ends the session of one that is frozen after
+IDLE_IN_TRANSACTION_S, and of one whose host is gone or cut off after SILENT_HOST_S. The first of the two has a hole: its time
+runs only where the engine has been told that a statement is complete (a Sync message), and the driver prepares what is new to a
+connection without one. So what is done while others wait for it has been rehearsed on the connection before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import asyncpg
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ingest.cluster.errors import ClusterRefused, EngineAway
 from ingest.cluster.schema import SCHEMA_HEAD
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Rehearsal = Callable[[AsyncConnection], Awaitable[None]]
 
 ENGINE_TIMEOUT_S = 8.0
 """Of a statement and of a transaction. More than IDLE_IN_TRANSACTION_S, for which a node that froze while it held the head keeps
@@ -29,6 +38,8 @@ all others waiting, and than what a piece of the log or a slow standby takes; le
 is noticed sooner (SILENT_S, ingest/cluster/committer.py)."""
 CONNECT_TIMEOUT_S = 5.0
 IDLE_IN_TRANSACTION_S = 3
+SILENT_HOST_S = 4
+"""The engine drops a connection whose other end has confirmed nothing for so long: less than a turn waits."""
 CONNECTIONS = 4
 TRIES = 8
 """Of one transaction that the engine takes back."""
@@ -64,11 +75,11 @@ class Engine:
                 "command_timeout": ENGINE_TIMEOUT_S,
                 "server_settings": {
                     "application_name": "hiss",
-                    "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_S * 1000),
+                    "idle_in_transaction_session_timeout": str(int(IDLE_IN_TRANSACTION_S * 1000)),
                 },
             },
         )
-
+        sa.event.listen(self._engine.sync_engine, "connect", _watch)
         self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def __aenter__(self) -> Engine:
@@ -83,11 +94,19 @@ class Engine:
                 await self._engine.dispose()
 
     @contextlib.asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction, not tried again: what is in flight when EngineAway is raised may have been committed."""
+    async def transaction(self, rehearsal: Rehearsal | None = None) -> AsyncIterator[AsyncConnection]:
+        """One transaction, not tried again: what is in flight when EngineAway is raised may have been committed.
+
+        ``rehearsal``: executes, to no effect, every statement of the transaction that comes after a lock others wait for. It is
+        run once on each connection, in a transaction of its own."""
         with translated():
-            async with asyncio.timeout(ENGINE_TIMEOUT_S), self._engine.begin() as connection:
-                yield connection
+            async with asyncio.timeout(ENGINE_TIMEOUT_S), self._engine.connect() as connection:
+                if rehearsal is not None and rehearsal not in connection.info:
+                    async with connection.begin():
+                        await rehearsal(connection)
+                    connection.info[rehearsal] = True
+                async with connection.begin():
+                    yield connection
 
     @contextlib.asynccontextmanager
     async def single(self) -> AsyncIterator[AsyncConnection]:
@@ -126,6 +145,26 @@ class Engine:
                 await asyncio.sleep(random.uniform(0.05, 0.3))
             else:
                 return
+
+
+def _watch(connection: Any, _: object) -> None:
+    """Have the engine look whether the other end of a new connection is there. Not with the connection's first message, where an
+    engine that does not know one of these settings would refuse it."""
+    settings = {
+        "tcp_user_timeout": SILENT_HOST_S * 1000,
+        "tcp_keepalives_idle": 2,
+        "tcp_keepalives_interval": 1,
+        "tcp_keepalives_count": SILENT_HOST_S - 2,
+    }
+    statements = "; ".join(f"SET {name} = {value}" for name, value in settings.items())
+
+    async def ask(driver: asyncpg.Connection) -> None:
+        try:
+            await driver.execute(statements)
+        except asyncpg.PostgresError as error:
+            logger.warning("the engine does not notice clients that are gone (%s): one may hold up the others", error)
+
+    connection.run_async(ask)
 
 
 _gate = sa.Table("hiss_gate", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True, autoincrement=False))

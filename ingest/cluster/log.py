@@ -10,11 +10,11 @@ head's row; ``append`` does nothing for a node whose number was taken over (``Fe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,6 +27,9 @@ from ingest.errors import IngestError
 BATCHES_READ = 500
 """Rows of the log that are asked for at a time; a row has a few kilobytes, 8 MiB at most."""
 _SECOND_NS = 1_000_000_000
+_NOBODY = -1
+_BEYOND = (1 << 63) - 1
+"""A sequence that no batch has."""
 
 
 class Fenced(IngestError):
@@ -86,7 +89,7 @@ def time_ns(moment: datetime.datetime) -> int:
 
 
 class Turn:
-    """The head is this node's until the transaction ends."""
+    """The head is this node's until the transaction ends. What is asked of the engine here is in ``_rehearse`` too."""
 
     def __init__(self, connection: AsyncConnection, node: int, epoch: int, head: Head) -> None:
         self._connection = connection
@@ -118,8 +121,7 @@ class Turn:
         made = await self._connection.execute(sa.insert(log).from_select([column.name for column in log.columns], row))
         if made.rowcount != 1:
             raise Fenced(f"another process runs as node {self._node} of the cluster")
-        values = {"next_sequence": head.next_sequence + entries, "chain": chain, "time_ns": now_ns}
-        await self._connection.execute(sa.update(cluster).where(cluster.c.id == THE_ONE).values(values))
+        await _advance(self._connection, THE_ONE, head.next_sequence + entries, chain, now_ns)
         return chain
 
 
@@ -132,12 +134,12 @@ class EngineLog:
         self.node = node
         self.epoch = epoch
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:
         """Wait for the head and hold it to the end of the block, which commits; an exception takes everything back.
 
         Raises EngineAway: whether what was appended is in the log is then for ``since`` to say."""
-        async with self._engine.transaction() as connection:
+        async with self._engine.transaction(_rehearse) as connection:
             yield Turn(connection, self.node, self.epoch, await self._head(connection, lock=True))
 
     async def head(self) -> Head:
@@ -145,14 +147,7 @@ class EngineLog:
             return await self._head(connection, lock=False)
 
     async def _head(self, connection: AsyncConnection, *, lock: bool) -> Head:
-        asked = sa.select(
-            cluster.c.next_sequence,
-            cluster.c.chain,
-            cluster.c.time_ns,
-            cluster.c.cluster_id,
-            sa.func.current_timestamp(),
-        ).where(cluster.c.id == THE_ONE)
-        row = (await connection.execute(asked.with_for_update() if lock else asked)).first()
+        row = await _row(connection, THE_ONE, lock=lock)
         if row is None or row[3] != self._cluster_id:
             raise ClusterRefused("the engine holds another cluster now: was its database made anew?")
         return Head(row[0], row[1], max(row[2] + 1, time_ns(row[4])))
@@ -173,6 +168,35 @@ class EngineLog:
         async with self._engine.transaction() as connection:
             ended = log.c.first_sequence + log.c.entries <= before
             return (await connection.execute(sa.delete(log).where(ended))).rowcount
+
+
+async def _row(
+    connection: AsyncConnection, one: int, *, lock: bool
+) -> sa.Row[int, int, int, str, datetime.datetime] | None:
+    asked = sa.select(
+        cluster.c.next_sequence,
+        cluster.c.chain,
+        cluster.c.time_ns,
+        cluster.c.cluster_id,
+        sa.func.current_timestamp(),
+    ).where(cluster.c.id == one)
+    return (await connection.execute(asked.with_for_update() if lock else asked)).first()
+
+
+async def _advance(connection: AsyncConnection, one: int, next_sequence: int, chain: int, now_ns: int) -> None:
+    values = {"next_sequence": next_sequence, "chain": chain, "time_ns": now_ns}
+    await connection.execute(sa.update(cluster).where(cluster.c.id == one).values(values))
+
+
+async def _rehearse(connection: AsyncConnection) -> None:
+    """Every statement of a turn, of a cluster, a batch and a node that do not exist."""
+    await _row(connection, _NOBODY, lock=True)
+    turn = Turn(connection, _NOBODY, _NOBODY, Head(0, 0, 0))
+    await turn.since(_BEYOND)
+    await turn.gone(0.0)
+    with contextlib.suppress(Fenced):
+        await turn.append(0, b"", 0)
+    await _advance(connection, _NOBODY, 0, 0, 0)
 
 
 async def _since(connection: AsyncConnection, sequence: int) -> list[Logged]:
