@@ -37,6 +37,9 @@ CHECKPOINT_ENTRIES = 200_000
 _CHECKPOINT_LOOK_S = 10.0
 AWAY_S = 3 * HEARTBEAT_S
 """Longer between two heartbeats of this node's, and the engine was away, for it at least."""
+_SILENT = sa.extract("epoch", sa.func.current_timestamp() - nodes.c.heartbeat)
+_LIVES = sa.select(nodes.c.node, _SILENT, nodes.c.applied, nodes.c.status, nodes.c.claim)
+_NEXT = sa.select(cluster.c.next_sequence)
 
 
 class Keeper:
@@ -87,21 +90,14 @@ class Keeper:
 
     async def beat(self) -> None:
         """Raises EngineAway and Fenced."""
-        async with self._engine.transaction() as connection:
+        async with self._engine.transaction(_rehearse) as connection:
             status = msgspec.json.encode(self._load()).decode()
-            mine = sa.and_(nodes.c.node == self._place.node, nodes.c.epoch == self._place.epoch)
-            beat = (
-                sa.update(nodes)
-                .where(mine)
-                .values(heartbeat=sa.func.current_timestamp(), applied=self._applied(), status=status)
-            )
-            if (await connection.execute(beat)).rowcount != 1:
+            alive = _alive(self._place.node, self._place.epoch, self._applied(), status)
+            if (await connection.execute(alive)).rowcount != 1:
                 raise Fenced(f"another process runs as node {self._place.node} of the cluster, or it was removed")
-            silent = sa.extract("epoch", sa.func.current_timestamp() - nodes.c.heartbeat)
-            asked = sa.select(nodes.c.node, silent, nodes.c.applied, nodes.c.status, nodes.c.claim)
-            found = (await connection.execute(asked)).all()
+            found = (await connection.execute(_LIVES)).all()
             await self._fence(connection, frozenset(row[0] for row in found if row[4]))
-            next_sequence = (await connection.execute(sa.select(cluster.c.next_sequence))).scalar_one()
+            next_sequence = (await connection.execute(_NEXT)).scalar_one()
         self._beaten()
         self._tell({row[0]: (float(row[1]), row[2], row[3]) for row in found}, next_sequence - 1)
 
@@ -158,6 +154,17 @@ class Keeper:
         finally:
             snapshot.discard(copy)
         return sequence
+
+
+def _alive(node: int, epoch: int, applied: int, status: str) -> sa.Update:
+    mine = sa.update(nodes).where(nodes.c.node == node, nodes.c.epoch == epoch)
+    return mine.values(heartbeat=sa.func.current_timestamp(), applied=applied, status=status)
+
+
+async def _rehearse(connection: AsyncConnection) -> None:
+    """Every statement of a heartbeat, of a node that does not exist: whoever fences this one waits for its row."""
+    for statement in (_alive(-1, -1, 0, ""), _LIVES, _NEXT):
+        await connection.execute(statement)
 
 
 def _copy(catalogue: Path, target: Path) -> int:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from ingest.catalog import rows
+from ingest.catalog.reader import Reader
 from ingest.cluster.engine import Engine
 from ingest.cluster.join import Joining, Place, join
+from ingest.cluster.keeper import Keeper
 from ingest.cluster.log import EngineLog
+from ingest.cluster.members import Load
+from ingest.cluster.schema import nodes
 from ingest.paths import NodePaths
+from tests.ingest.test_cluster import running
 
 PIECE = 64 << 10
 
@@ -68,38 +74,71 @@ async def joined(engine: Engine, folder: Path, name: str) -> Place:
     return await join(engine, NodePaths(folder / name), Joining(name, "key"))
 
 
-def log_of(engine: Engine, place: Place) -> EngineLog:
-    return EngineLog(engine, place.cluster_id, place.node, place.epoch)
-
-
-async def commit(log: EngineLog, payload: bytes) -> None:
+async def commit(engine: Engine, place: Place, payload: bytes) -> None:
     """What a committer does with its turn."""
-    async with log.turn() as turn:
+    async with EngineLog(engine, place.cluster_id, place.node, place.epoch).turn() as turn:
         await turn.since(turn.head.next_sequence)
         await turn.gone(10.0)
         await turn.append(1, payload, turn.head.now_ns)
 
 
+class Silent:
+    """Its work is done on connections that say nothing any more, each after one step more than the last."""
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+        self.steps = 0
+
+    @contextlib.asynccontextmanager
+    async def working(self, work: Callable[[Engine], Awaitable[None]]) -> AsyncIterator[bool]:
+        """Whether it fell silent; else it is done."""
+        self.steps += 1
+        assert self.steps < 100, "what it does has no end"
+        async with relayed(self._database, self.steps) as (relay, url), impatient(url) as engine:
+            doing = asyncio.ensure_future(work(engine))
+            silent = asyncio.ensure_future(relay.silent.wait())
+            await asyncio.wait((doing, silent), return_when=asyncio.FIRST_COMPLETED)
+            try:
+                yield not doing.done() or doing.exception() is not None
+            finally:
+                silent.cancel()
+                doing.cancel()
+        await asyncio.gather(doing, return_exceptions=True)
+
+
+def impatient(url: str) -> Engine:
+    """A client that may be silent for half a second only. On a busy machine one that is not may be cut off for it, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ingest.cluster.engine.IDLE_IN_TRANSACTION_S", 0.5)
+        return Engine(url)
+
+
 async def test_whoever_falls_silent_in_its_turn_holds_up_the_others_for_a_moment_only(
-    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ingest.cluster.engine.IDLE_IN_TRANSACTION_S", 0.2)
     async with Engine(database) as whole:
-        ours = log_of(whole, await joined(whole, tmp_path, "a"))
-        theirs = await joined(whole, tmp_path, "b")
-        for steps in range(1, 100):
-            async with relayed(database, steps) as (relay, url), Engine(url) as engine:
-                turn = asyncio.create_task(commit(log_of(engine, theirs), bytes(3 * PIECE)))
-                silent = asyncio.create_task(relay.silent.wait())
-                await asyncio.wait((turn, silent), return_when=asyncio.FIRST_COMPLETED)
-                if turn.done():
-                    await turn
-                    break
-                # EngineAway if the head is not free in time.
-                await commit(ours, b"ours")
-                turn.cancel()
-            await asyncio.gather(turn, return_exceptions=True)
-        else:
-            pytest.fail("a turn has no end")
-        silent.cancel()
-        assert steps > 12, "it was silent at every step of a turn on a new connection"
+        ours, theirs = [await joined(whole, tmp_path, name) for name in "ab"]
+        silent, there = Silent(database), True
+        while there:
+            async with silent.working(lambda engine: commit(engine, theirs, bytes(3 * PIECE))) as there:
+                await commit(whole, ours, b"EngineAway if the head is not free in time")
+    assert silent.steps > 12, "it was silent at every step of a turn on a new connection"
+
+
+async def test_whoever_falls_silent_in_its_heartbeat_can_be_fenced(database: str, tmp_path: Path) -> None:
+    paths = NodePaths(tmp_path)
+    async with running(database, tmp_path, "b"):
+        pass
+    async with Engine(database) as whole:
+        theirs = await join(whole, paths, Joining("b", "key"))
+        with contextlib.closing(Reader(rows.connect(paths.catalogue, read_only=True), 0)) as reader:
+
+            async def beat(engine: Engine) -> None:
+                log = EngineLog(engine, theirs.cluster_id, theirs.node, theirs.epoch)
+                await Keeper(paths, engine, log, theirs, reader, applied=lambda: 0, load=Load).beat()
+
+            silent, there = Silent(database), True
+            while there:
+                async with silent.working(beat) as there, whole.transaction() as connection:
+                    await connection.execute(sa.update(nodes).where(nodes.c.node == theirs.node).values(applied=1))
+    assert silent.steps > 8, "it was silent at every step of a heartbeat on a new connection"
