@@ -194,6 +194,17 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
+    @contextlib.contextmanager
+    def without_standby(self) -> Iterator[None]:
+        """It answers, and its commits wait for a synchronous standby that is not there."""
+        self.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        self.sql("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            self.sql("ALTER SYSTEM RESET synchronous_standby_names")
+            self.sql("SELECT pg_reload_conf()")
+
     def end(self) -> None:
         if self.running:
             self.kill()

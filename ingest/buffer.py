@@ -210,6 +210,8 @@ class Buffer:
             raise NodeDraining("this node is being emptied: send to another one")
         if self.catalog.engine_away_s > ENGINE_AWAY_S:
             raise CatalogUnavailable("the cluster's engine does not answer: nothing can be committed now")
+        if self.catalog.commits_stuck_s:
+            raise CatalogUnavailable("the cluster's engine takes no commits now")
 
     def _check_room(self, spec: StreamSpec, held_bytes: int = 0) -> None:
         """``held_bytes``: room that must be left."""

@@ -174,6 +174,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_notifications_failing_endpoints", "gauge", "Endpoints whose last attempt failed.", merge="max"),
     Metric("hiss_cluster_engine_away_seconds", "gauge",
            "How long the cluster's engine has not answered this node; 0 while it does."),
+    Metric("hiss_cluster_commits_stuck_seconds", "gauge",
+           "How long the cluster's engine has answered this node and taken no commit; 0 while it takes them."),
     Metric("hiss_cluster_nodes", "gauge", "Members of the cluster as this node sees them; none on a node alone.",
            (("state", ("up", "draining", "gone")),)),
     Metric("hiss_cluster_log_lag_entries", "gauge", "Entries of the cluster's log that this node has not applied."),

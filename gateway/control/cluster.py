@@ -35,6 +35,7 @@ class ClusterWatch:
         self._catalog = catalog
         self._members = members
         self._away = counters.cell("hiss_cluster_engine_away_seconds")
+        self._stuck = counters.cell("hiss_cluster_commits_stuck_seconds")
         self._nodes = {state: counters.cell("hiss_cluster_nodes", state) for state in ("up", "draining", "gone")}
         self._lag = counters.cell("hiss_cluster_log_lag_entries")
         self._unreachable = counters.cell("hiss_cluster_unreachable_objects")
@@ -54,6 +55,7 @@ class ClusterWatch:
     async def step(self) -> None:
         known = self._members.look()
         self._away.set(self._catalog.engine_away_s)
+        self._stuck.set(self._catalog.commits_stuck_s)
         states = [_state(one) for one in self._members.all()]
         for state, cell in self._nodes.items():
             cell.set(states.count(state))
@@ -77,9 +79,16 @@ class ClusterWatch:
         """Why this node takes no bodies although it serves; empty while it does."""
         if self._catalog.engine_away_s > AWAY_S:
             return "the cluster's engine does not answer: reads go on, writes do not"
+        if self._catalog.commits_stuck_s:
+            return "the cluster's engine answers and takes no commits: reads go on, writes do not"
         if self._members.leaving:
             return "this node is being drained: reads go on, writes go to other nodes"
         return ""
+
+    def _engine(self) -> str:
+        if self._catalog.engine_away_s > AWAY_S:
+            return "away"
+        return "takes no commits" if self._catalog.commits_stuck_s else "ok"
 
     def document(self) -> dict[str, Any] | None:
         """None for a node alone."""
@@ -87,15 +96,15 @@ class ClusterWatch:
         me = self._members.me
         if me is None:
             return None
-        away_s = self._catalog.engine_away_s
         states = [_state(one) for one in self._members.all()]
         return {
             "cluster_id": known.cluster_id,
             "node": me.node,
             "name": me.record.name,
             "state": me.record.state.value,
-            "engine": "away" if away_s > AWAY_S else "ok",
-            "engine_away_s": round(away_s, 3),
+            "engine": self._engine(),
+            "engine_away_s": round(self._catalog.engine_away_s, 3),
+            "commits_stuck_s": round(self._catalog.commits_stuck_s, 3),
             "heard_of_engine_s": round(max(0.0, time.monotonic() - known.as_of_s), 3),
             "log_entries": known.head,
             "log_lag_entries": max(0, known.head - me.applied),

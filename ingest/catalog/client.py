@@ -384,6 +384,11 @@ class CatalogClient:
         """How long a cluster's engine has not answered; 0 while it does, and on a node alone."""
         return self._readers.generation().engine_away_s
 
+    @property
+    def commits_stuck_s(self) -> float:
+        """How long a cluster's engine has answered and taken no commit; 0 while it takes them, and on a node alone."""
+        return self._readers.generation().commits_stuck_s
+
     async def fresh(self) -> None:
         """See everything that any node was answered before. Raises CatalogUnavailable where that is not to be had."""
         if not await self._fresh():

@@ -2,8 +2,8 @@
 
 DIR/run/generation holds little-endian 64-bit words with one writer, the catalogue process: ``generation`` (buckets, users or
 kernels changed: caches are stale), ``incarnation`` (the database file was replaced: connections must be opened anew), and for
-a node of a cluster since when the engine does not answer, and by how much its clock is ahead. An aligned 8-byte store is
-atomic on every machine this runs on.
+a node of a cluster since when the engine does not answer, by how much its clock is ahead, and since when it answers and takes no
+commit. An aligned 8-byte store is atomic on every machine this runs on.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class GenerationFile:
     @property
     def engine_away_s(self) -> float:
         """How long a cluster's engine has not answered; 0 while it does, and on a node alone."""
-        since_ns = self._words[2]
-        return (time.monotonic_ns() - since_ns) / 1e9 if since_ns else 0.0
+        return self._since_s(2)
 
     def engine_away(self, since_s: float) -> None:
         """``since_s``: of the machine's monotonic clock."""
@@ -55,6 +54,22 @@ class GenerationFile:
 
     def engine_back(self) -> None:
         self._words[2] = 0
+
+    @property
+    def commits_stuck_s(self) -> float:
+        """How long a cluster's engine has answered and taken no commit; 0 while it takes them, and on a node alone."""
+        return self._since_s(4)
+
+    def commits_stuck(self, since_s: float) -> None:
+        """``since_s``: of the machine's monotonic clock."""
+        self._words[4] = int(since_s * 1e9)
+
+    def commits_taken(self) -> None:
+        self._words[4] = 0
+
+    def _since_s(self, word: int) -> float:
+        since_ns = self._words[word]
+        return (time.monotonic_ns() - since_ns) / 1e9 if since_ns else 0.0
 
     @property
     def ahead_ns(self) -> int:

@@ -11,6 +11,8 @@ happened: the batch's answers are kept until then.
 Trouble with the engine is waited out: what was submitted is refused after ENGINE_WAIT_S, what is read goes on from what is known.
 An engine that says nothing at all (frozen, or its link is cut) is noticed after SILENT_S, long before a turn's time is up: new
 bodies are then refused, and readers no longer wait. That decides nothing about a commit under way, which goes on waiting.
+An engine that answers and takes no commits (its synchronous standby is gone, its disk is full) is stuck, from when something had
+to be refused for it until it takes a commit, which is tried: new bodies are refused, readers still see everything.
 """
 
 from __future__ import annotations
@@ -99,10 +101,12 @@ class ClusterCommitter(BatchMaker):
         """When the engine answered last."""
         self._uncommitted_since: float | None = None
         """When the first of the turns in a row began that the engine did not take; None: it took the last one."""
+        self._stuck = False
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
         self._ended = False
         generation.engine_back()
+        generation.commits_taken()
 
     @property
     def applied(self) -> int:
@@ -171,7 +175,7 @@ class ClusterCommitter(BatchMaker):
     # -- own batches
     async def _decide(self) -> None:
         while self._waiting or self._doubtful or not self._stopping:
-            if not self._waiting and self._doubtful is None:
+            if not self._waiting and self._doubtful is None and not self._stuck:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -182,14 +186,15 @@ class ClusterCommitter(BatchMaker):
             except TakenBack:
                 continue
             except EngineAway as error:
-                self._engine_away(error)
+                if not self._answers():
+                    self._engine_away(error)
                 self._refuse_late(began)
                 if self._stopping:
                     self._refuse_all()
                     return
                 await asyncio.sleep(RETRY_S)
             else:
-                self._uncommitted_since = None
+                self._commits_taken()
                 self._engine_here()
             self._write_back()
 
@@ -206,6 +211,8 @@ class ClusterCommitter(BatchMaker):
                 self._check_chain(turn.head)
                 self._settle_doubt()
                 if not self._waiting:
+                    if self._stuck:
+                        await turn.touch()
                     return
                 if any(isinstance(ticket.mutation, _NEEDS_GONE) for ticket in self._waiting):
                     self._decider.gone = await turn.gone(LEASE_S) - {self._log.node}
@@ -338,13 +345,32 @@ class ClusterCommitter(BatchMaker):
             self._away_since = None
             self._generation.engine_back()
 
+    def _answers(self) -> bool:
+        """It may be that the engine takes nothing, but it is there."""
+        return time.monotonic() - self._heard < SILENT_S
+
     def _refuse_late(self, began: float) -> None:
         """Nobody waits longer than ENGINE_WAIT_S for turns of which the first ``began`` then; what may have been committed is
-        asked for again by whoever wants to know. An engine that answers questions and takes no commits is no better."""
+        asked for again by whoever wants to know."""
         if self._uncommitted_since is None:
             self._uncommitted_since = began
         if max(self.away_s, time.monotonic() - self._uncommitted_since) > ENGINE_WAIT_S:
             self._refuse_all()
+            if self._answers() and not self._stuck:
+                self._stuck = True
+                logger.error(
+                    "the engine answers and has taken no commit for %.0f s: new bodies are refused. Does it wait for a standby "
+                    "that is gone? Is its disk full?",
+                    time.monotonic() - self._uncommitted_since,
+                )
+                self._generation.commits_stuck(self._uncommitted_since)
+
+    def _commits_taken(self) -> None:
+        self._uncommitted_since = None
+        if self._stuck:
+            self._stuck = False
+            logger.warning("the engine takes commits again")
+            self._generation.commits_taken()
 
     def _refuse_all(self) -> None:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]

@@ -2,7 +2,7 @@
 
 In: ``postgresql://…`` of the setting ``catalog``. Out: ``Engine``. What always holds: every statement is built with SQLAlchemy
 Core; nothing waits longer than ENGINE_TIMEOUT_S; a transaction that the engine takes back for another's sake (SQLSTATE
-40001, 40P01) is tried again; trouble with the engine is ``EngineAway``.
+40001, 40P01) is tried again; trouble with the engine is ``EngineAway``; a COMMIT is never cancelled (``_Client``).
 
 A node that falls silent in a transaction must not hold up the others. The engine ends the session of one that is frozen after
 IDLE_IN_TRANSACTION_S, and of one whose host is gone or cut off after SILENT_HOST_S. The first of the two has a hole: its time
@@ -71,6 +71,7 @@ class Engine:
             max_overflow=0,
             pool_timeout=ENGINE_TIMEOUT_S,
             connect_args={
+                "connection_class": _Client,
                 "timeout": CONNECT_TIMEOUT_S,
                 "command_timeout": ENGINE_TIMEOUT_S,
                 "server_settings": {
@@ -147,10 +148,20 @@ class Engine:
                 return
 
 
+class _Client(asyncpg.Connection):  # type: ignore[misc]  # the driver has no types
+    """A statement that is given up, because its time is over or its task was cancelled, loses its connection. The driver would
+    ask the engine to cancel it: a COMMIT that waits for its synchronous standby is then done without one, and what we find in
+    the log, and answer for, is gone after a failover."""
+
+    def _cancel_current_command(self, *_: object) -> None:
+        asyncio.get_running_loop().call_soon(self.terminate)
+
+
 def _watch(connection: Any, _: object) -> None:
-    """Have the engine look whether the other end of a new connection is there. Not with the connection's first message, where an
-    engine that does not know one of these settings would refuse it."""
+    """Have the engine look whether the other end of a new connection is there, also while it waits for a lock. Not with the
+    connection's first message, where an engine that does not know one of these settings would refuse it."""
     settings = {
+        "client_connection_check_interval": 1000,
         "tcp_user_timeout": SILENT_HOST_S * 1000,
         "tcp_keepalives_idle": 2,
         "tcp_keepalives_interval": 1,

@@ -124,6 +124,11 @@ class Turn:
         await _advance(self._connection, THE_ONE, head.next_sequence + entries, chain, now_ns)
         return chain
 
+    async def touch(self) -> None:
+        """Write something that changes nothing: whether the engine takes it is known when the turn has ended."""
+        head = self.head
+        await _advance(self._connection, THE_ONE, head.next_sequence, head.chain, head.now_ns)
+
 
 class EngineLog:
     """``node`` and ``epoch``: as whom this process appends."""

@@ -96,6 +96,25 @@ def test_writes_are_refused_at_their_head_and_reads_go_on(node: LoopbackNode, ow
     assert node.get("/v1/status")[1]["cluster"]["engine"] == "ok"
 
 
+def test_an_engine_that_takes_no_commits_gets_no_bodies(node: LoopbackNode, own_postgres: Engine) -> None:
+    """Its synchronous standby is gone: it answers, so reads are as fresh as ever."""
+    body = os.urandom(1 << 20)
+    assert node.ask("PUT", "/scan/before", "", body).ok
+    with own_postgres.without_standby():
+        assert node.ask("PUT", "/scan/refused", "", body).status == 503
+        until(lambda: health(node, "write")[0] == 503, "the node says that it takes nothing")
+        status, answer, told = before_its_body(node, "/scan/new")
+        assert (status, told) == (503, False)
+        assert b"<Code>ServiceUnavailable</Code>" in answer
+        assert health(node, "read") == (200, "degraded")
+        assert node.ask("GET", "/scan/before").body == body
+        assert node.ask("GET", "/scan/new").status == 404, "it sees everything, so it knows"
+        until(lambda: node.metric("hiss_cluster_commits_stuck_seconds") > 1, "the metric says so")
+        assert node.get("/v1/status")[1]["cluster"]["engine"] == "takes no commits"
+    until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
+    assert node.ask("PUT", "/scan/after", "", body).ok
+
+
 def test_nobody_is_dead_for_having_been_without_the_engine(tmp_path: Path, own_postgres: Engine) -> None:
     """It was away for longer than a lease. The first heartbeat afterwards is somebody's: the others' come a moment later."""
     nodes = Nodes(tmp_path, own_postgres.fresh())

@@ -33,7 +33,7 @@ from ingest.cluster.join import Joining
 from ingest.cluster.log import Diverged, EngineLog, Fenced, Turn
 from ingest.cluster.members import Load, Members
 from ingest.cluster.retold import retell
-from ingest.cluster.schema import cluster, metadata
+from ingest.cluster.schema import metadata
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, PreconditionFailed
 from ingest.paths import NodePaths
@@ -391,26 +391,34 @@ async def test_an_engine_that_hangs_is_noticed_soon_and_commits_under_way_are_st
     assert same_index(tmp_path / "a", tmp_path / "b")
 
 
-async def test_an_engine_that_answers_and_takes_no_commits_holds_nobody_for_ever(
+async def test_a_commit_that_its_standby_has_not_is_never_answered_and_bodies_are_refused_meanwhile(
     own_postgres: Server, tmp_path: Path, commit_of: CommitOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one whose synchronous standby is gone does."""
     monkeypatch.setattr("ingest.cluster.committer.ENGINE_WAIT_S", 1.5)
+    monkeypatch.setattr("ingest.cluster.engine.ENGINE_TIMEOUT_S", 1.0)
     url = own_postgres.fresh()
-    async with running(url, tmp_path / "a", "a") as client:
-        await client.create_bucket("run", "root")
-        async with Engine(url) as engine, engine.transaction() as held:
-            await held.execute(sa.select(cluster.c.id).with_for_update())
-            monkeypatch.setattr("ingest.cluster.engine.ENGINE_TIMEOUT_S", 1.0)
-            commit = asyncio.create_task(client.commit(commit_of("run", b"k")))
-            while not commit.done():
-                # Else the engine cuts it off.
-                await held.execute(sa.select(1))
-                await asyncio.wait((commit,), timeout=0.2)
+    database = sa.make_url(url).database
+    assert database is not None
+    async with running(url, tmp_path / "a", "a") as one, running(url, tmp_path / "b", "b") as two:
+        await one.create_bucket("run", "root")
+        known = await one.commit(commit_of("run", b"known"))
+        with own_postgres.without_standby():
+            commit = commit_of("run", b"k")
             with pytest.raises(CatalogUnavailable, match="unknown"):
-                commit.result()
-        monkeypatch.undo()
-        assert (await client.commit(commit_of("run", b"k"))).key == b"k"
+                await one.commit(commit)
+            await until(lambda: one.commits_stuck_s > 0)
+            # It goes on trying, and none of that makes the engine answer for the commit alone.
+            await asyncio.sleep(3.0)
+            assert own_postgres.sql("SELECT next_sequence FROM hiss_cluster", database) == [[str(known.sequence + 1)]]
+            for client in (one, two):
+                assert (await client.head("run", b"known")).object_id == known.object_id
+                with pytest.raises(NoSuchKey):
+                    await client.head("run", b"k")
+                assert client.engine_away_s == 0, "it answers"
+        await until(lambda: one.commits_stuck_s == 0)
+        made = await two.head("run", b"k")
+        assert made.object_id == commit.object_id, "the one commit that waited for its standby"
+        assert (await one.commit(commit)).sequence == made.sequence
 
 
 # -- who may be a member

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from bench.engine import Engine as Server
 from ingest.catalog import rows
 from ingest.catalog.reader import Reader
 from ingest.cluster.engine import Engine
+from ingest.cluster.errors import EngineAway
 from ingest.cluster.join import Joining, Place, join
 from ingest.cluster.keeper import Keeper
 from ingest.cluster.log import EngineLog
 from ingest.cluster.members import Load
-from ingest.cluster.schema import nodes
+from ingest.cluster.schema import cluster, nodes
 from ingest.paths import NodePaths
 from tests.ingest.test_cluster import running
 
@@ -142,3 +144,25 @@ async def test_whoever_falls_silent_in_its_heartbeat_can_be_fenced(database: str
                 async with silent.working(beat) as there, whole.transaction() as connection:
                     await connection.execute(sa.update(nodes).where(nodes.c.node == theirs.node).values(applied=1))
     assert silent.steps > 8, "it was silent at every step of a heartbeat on a new connection"
+
+
+async def test_a_turn_that_was_given_up_waits_no_longer_in_the_engine(
+    database: str, postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an hour's attempts would be all the connections that the engine has."""
+    async with Engine(database) as whole, whole.transaction() as held:
+        place = await joined(whole, tmp_path, "a")
+        await held.execute(sa.select(cluster.c.id).with_for_update())
+        monkeypatch.setattr("ingest.cluster.engine.ENGINE_TIMEOUT_S", 0.2)
+        for _ in range(6):
+            with pytest.raises(EngineAway):
+                await commit(whole, place, b"")
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        async with asyncio.timeout(60):
+            while postgres.sql(waiting, sa.make_url(database).database) != [["0"]]:
+                # Else the engine ends the one that holds.
+                await held.execute(sa.select(1))
+                await asyncio.sleep(0.1)
+        assert await held.scalar(sa.select(sa.literal(1))) == 1, "what they waited for is still held"
