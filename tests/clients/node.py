@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from gateway.boot import die_with_parent
 from gateway.cli.s3put import sign
 from gateway.users import KeyPair
 from tests.clients.adapters.base import REGION
@@ -78,7 +80,15 @@ def running(folder: Path, certificate: Certificate | None) -> Iterator[ClientNod
         command += ["--tls-cert", str(certificate.chain), "--tls-key", str(certificate.key)]
     log = folder / "node.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # A node never outlives the tests, however these end.
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
+        )
     scheme, ca = ("https", certificate.ca) if certificate else ("http", None)
     limits = httpx.Limits(max_keepalive_connections=10)
     with httpx.Client(verify=_trust(ca), timeout=60.0, limits=limits) as http:
