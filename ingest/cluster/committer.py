@@ -6,7 +6,8 @@ others in the index soon after (FOLLOW_S), or at once when somebody asks (``fres
 The order of a batch is the order of safety: hold the head, apply what others appended, decide and apply inside an SQLite
 transaction, append, commit in the engine, commit SQLite, answer. A crash before the engine's commit loses what nobody was told;
 after it, the start applies it from the log. Where the engine's answer to the commit is lost, the log says whether it
-happened: the batch's answers are kept until then.
+happened: the batch's answers are kept until then, and until the engine has taken a later commit. An engine that crashed
+finds in its own log what its standby may not have; when it confirms what came later, the standby has that too.
 
 Trouble with the engine is waited out: what was submitted is refused after ENGINE_WAIT_S, what is read goes on from what is known.
 An engine that says nothing at all (frozen, or its link is cut) is noticed after SILENT_S, long before a turn's time is up: new
@@ -94,6 +95,8 @@ class ClusterCommitter(BatchMaker):
         self._generation = generation
         self._chain = chain_of(database)
         self._doubtful: _Doubtful | None = None
+        self._found: list[Batch] = []
+        """Were in doubt, and are in the log: to be answered with the next commit that the engine takes."""
         self._askers: list[asyncio.Future[bool]] = []
         self._asked = asyncio.Event()
         self._away_since: float | None = None
@@ -102,6 +105,9 @@ class ClusterCommitter(BatchMaker):
         self._uncommitted_since: float | None = None
         """When the first of the turns in a row began that the engine did not take; None: it took the last one."""
         self._stuck = False
+        self._confirmed = False
+        """Whether the engine has taken a commit since the last one that it did not take, or that a process before this one asked
+        for: only then has its standby everything that this node found in the log."""
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
         self._ended = False
@@ -174,8 +180,8 @@ class ClusterCommitter(BatchMaker):
 
     # -- own batches
     async def _decide(self) -> None:
-        while self._waiting or self._doubtful or not self._stopping:
-            if not self._waiting and self._doubtful is None and not self._stuck:
+        while self._waiting or self._doubtful or self._found or not self._stopping:
+            if not (self._waiting or self._doubtful or self._found or self._stuck):
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -210,10 +216,6 @@ class ClusterCommitter(BatchMaker):
                 self._check_end(self._next, turn.head.next_sequence)
                 self._check_chain(turn.head)
                 self._settle_doubt()
-                if not self._waiting:
-                    if self._stuck:
-                        await turn.touch()
-                    return
                 if any(isinstance(ticket.mutation, _NEEDS_GONE) for ticket in self._waiting):
                     self._decider.gone = await turn.gone(LEASE_S) - {self._log.node}
                 batch = Batch(self._next)
@@ -228,6 +230,8 @@ class ClusterCommitter(BatchMaker):
                     await turn.append(len(batch.entries), payload, turn.head.now_ns)
                     self._bytes.add(len(payload))
                     crashpoint("log-appended")
+                elif not self._confirmed:
+                    await turn.touch()
         except BaseException as error:
             self._take_all_back()
             if batch is not None:
@@ -243,7 +247,9 @@ class ClusterCommitter(BatchMaker):
         crashpoint("index-committed")
         self._done(batch, started)
         crashpoint("answer-before")
-        self._answer(batch)
+        found, self._found = self._found, []
+        for one in (*found, batch):
+            self._answer(one)
         self._check_member(batch)
 
     def _check_member(self, batch: Batch) -> None:
@@ -284,7 +290,7 @@ class ClusterCommitter(BatchMaker):
             self._waiting.extendleft(ticket for ticket, _ in reversed(doubtful.batch.outcomes))
 
     def _resolve_doubt(self, logged: Logged) -> None:
-        """The batch in doubt is this one: it did happen, its askers get the answers of then."""
+        """The batch in doubt is this one: it did happen, its askers will get the answers of then."""
         doubtful = self._doubtful
         if (
             doubtful is not None
@@ -292,7 +298,7 @@ class ClusterCommitter(BatchMaker):
             and (logged.first_sequence, logged.chain) == (doubtful.batch.first_sequence, doubtful.chain)
         ):
             self._doubtful = None
-            self._answer(doubtful.batch)
+            self._found.append(doubtful.batch)
 
     # -- the engine is away
     async def _listen(self) -> None:
@@ -352,6 +358,7 @@ class ClusterCommitter(BatchMaker):
     def _refuse_late(self, began: float) -> None:
         """Nobody waits longer than ENGINE_WAIT_S for turns of which the first ``began`` then; what may have been committed is
         asked for again by whoever wants to know."""
+        self._confirmed = False
         if self._uncommitted_since is None:
             self._uncommitted_since = began
         if max(self.away_s, time.monotonic() - self._uncommitted_since) > ENGINE_WAIT_S:
@@ -366,6 +373,7 @@ class ClusterCommitter(BatchMaker):
                 self._generation.commits_stuck(self._uncommitted_since)
 
     def _commits_taken(self) -> None:
+        self._confirmed = True
         self._uncommitted_since = None
         if self._stuck:
             self._stuck = False
@@ -374,9 +382,9 @@ class ClusterCommitter(BatchMaker):
 
     def _refuse_all(self) -> None:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if self._doubtful is not None:
-            waiting += [ticket for ticket, _ in self._doubtful.batch.outcomes]
-            self._doubtful.batch.outcomes.clear()
+        for batch in (*self._found, *([self._doubtful.batch] if self._doubtful else [])):
+            waiting += [ticket for ticket, _ in batch.outcomes]
+            batch.outcomes.clear()
         for ticket in waiting:
             ticket.refuse(CatalogUnavailable("the cluster's engine is away: the outcome is unknown"))
 
