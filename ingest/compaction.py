@@ -36,7 +36,7 @@ async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> 
             if buffer.busy():
                 continue
             buffer.packer.close_idle()
-            await buffer.segments.recycle_idle()
+            await buffer.segments.recycle_quietly()
             await buffer.segments.prepare_spare(buffer.busy)
             segment = buffer.segments.sparse(SPARSE_SHARE)
             if segment is None:

@@ -59,7 +59,7 @@ async def recover(
             )
     spans.clear()
     counters.cell("hiss_lost_objects").set(len(lost))
-    await segments.recycle_idle()
+    await segments.recycle_quietly()
     return lost
 
 

@@ -25,7 +25,7 @@ from awscrt import checksums
 from ingest.blockio import AlignedBuffer, Flusher, open_direct, write_fully
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogError
+from ingest.errors import BufferFull, CatalogError, StorageFailed
 from ingest.paths import NodePaths, make_folder
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, SegmentUse
 
@@ -129,6 +129,7 @@ class SegmentStore:
         files_max: int,
         files_elsewhere: Callable[[], int],
         use: Callable[[], Awaitable[Iterable[SegmentUse]]],
+        durable: Callable[[], Awaitable[None]],
         executor: Executor,
         counters: Counters,
     ) -> None:
@@ -140,8 +141,10 @@ class SegmentStore:
         self._files_max = files_max
         self._files_elsewhere = files_elsewhere
         self._use = use
+        self._durable = durable
         self._recycling = False
         self._recycle_again = False
+        self._refused = ""
         self.executor = executor
         self._counters = counters
         self._current: dict[LifetimeClass, Segment] = {}
@@ -189,7 +192,7 @@ class SegmentStore:
     async def recycle_idle(self) -> None:
         """Try to make every dead segment free again; called at start, when extents die and when room is short.
 
-        Raises CatalogError when the catalogue cannot say what lives.
+        Raises CatalogError when the catalogue cannot say what lives, or whether that is durable.
         """
         if self._recycling:
             self._recycle_again = True
@@ -208,7 +211,8 @@ class SegmentStore:
     async def _empty(self) -> list[Segment]:
         """Segments in which nothing is on its way and nothing lives, as the catalogue counts; others get its count.
 
-        That is final: what is there is committed or never will be, and what nobody refers to nobody can refer to again.
+        That is final: what is there is committed or never will be, and what nobody refers to nobody can refer to again, once
+        what freed it is durable: it must survive a power cut, or a failover, before anything is overwritten.
         Our own count is no reason to overwrite anything: news of freed extents may come twice, or after this count.
         """
         closed = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
@@ -218,8 +222,10 @@ class SegmentStore:
             if segment.generation == generation and self._closed(segment):
                 segment.live_bytes = live.get((segment.number, generation), 0)
                 if not segment.live_bytes and not segment.retired:
-                    empty.append(segment)
-        return empty
+                    empty.append((segment, generation))
+        if empty:
+            await self._durable()
+        return [segment for segment, generation in empty if segment.generation == generation and self._closed(segment)]
 
     # -- room
 
@@ -406,13 +412,17 @@ class SegmentStore:
 
     def _recycle_soon(self) -> None:
         with contextlib.suppress(RuntimeError):  # no loop: start-up and tools call recycle_idle themselves
-            asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self._recycle_quietly())))
+            asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self.recycle_quietly())))
 
-    async def _recycle_quietly(self) -> None:
+    async def recycle_quietly(self) -> None:
+        """Later, where the catalogue cannot say now what lives."""
         try:
             await self.recycle_idle()
-        except CatalogError as error:
-            logger.warning("slot %d: nothing is recycled for now: %s", self.slot, error)
+            self._refused = ""
+        except (CatalogError, StorageFailed) as error:
+            if str(error) != self._refused:
+                logger.warning("slot %d: nothing is recycled for now: %s", self.slot, error)
+            self._refused = str(error)
 
     _tasks: frozenset[asyncio.Task[None]] = frozenset()
 

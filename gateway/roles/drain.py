@@ -59,11 +59,12 @@ async def _serve(boot: Boot) -> None:
                 files_max=settings.buffer_bytes // settings.segment_bytes,
                 files_elsewhere=functools.partial(files_elsewhere, counters, DRAIN),
                 use=functools.partial(catalog.segment_use, DRAIN_SLOT),
+                durable=catalog.barrier,
                 executor=executor,
                 counters=counters,
             )
             segments.open(await catalog.segment_use(DRAIN_SLOT))
-            await segments.recycle_idle()
+            await segments.recycle_quietly()
 
             async def freed(push: object) -> None:
                 if isinstance(push, FreedExtents):

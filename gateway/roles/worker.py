@@ -93,6 +93,7 @@ async def _serve(boot: Boot) -> None:
             files_max=settings.buffer_bytes // settings.segment_bytes,
             files_elsewhere=functools.partial(files_elsewhere, counters, boot.slot),
             use=functools.partial(catalog.segment_use, boot.slot),
+            durable=catalog.barrier,
             executor=executor,
             counters=counters,
         )

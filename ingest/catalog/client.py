@@ -790,15 +790,14 @@ class CatalogClient:
         return await self._scan(Reader.drain_counts)
 
     async def segment_use(self, slot: int) -> Sequence[SegmentUse]:
-        # Segments that look dead will be written anew: what made them dead must survive a power cut first.
-        await self.barrier()
         return await self._scan(lambda reader: reader.segment_use(slot))
 
     async def segment_extents(self, slot: int, segment: int) -> Sequence[tuple[ObjectRecord | None, Extent]]:
         return await self._scan(lambda reader: reader.segment_extents(slot, segment))
 
     async def barrier(self) -> None:
-        """Return once everything visible now is on disk, ``memory`` commits too."""
+        """Return once everything visible now is on disk, ``memory`` commits too, and on a cluster where a failover does not lose
+        it. Raises CatalogUnavailable, StorageFailed."""
         await self._call(wire.Barrier(), _nothing)
 
     async def snapshot(self) -> str:

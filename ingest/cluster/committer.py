@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ from ingest.catalog import snapshot, wire
 from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.index import applied_sequence, chain_of, distinct, set_chain
-from ingest.cluster.engine import TakenBack
+from ingest.cluster.engine import TRIES, TakenBack
 from ingest.cluster.errors import EngineAway
 from ingest.cluster.log import Diverged, EngineLog, Head, Left, Logged, chained
 from ingest.cluster.members import LEASE_S
@@ -105,9 +106,9 @@ class ClusterCommitter(BatchMaker):
         self._uncommitted_since: float | None = None
         """When the first of the turns in a row began that the engine did not take; None: it took the last one."""
         self._stuck = False
-        self._confirmed = False
-        """Whether the engine has taken a commit since the last one that it did not take, or that a process before this one asked
-        for: only then has its standby everything that this node found in the log."""
+        self._durable = 0
+        """Entries before this one are on the engine's standby too: it has taken a commit of this process that came after them."""
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
         self._ended = False
@@ -140,6 +141,7 @@ class ClusterCommitter(BatchMaker):
                 task.cancel()
             await asyncio.gather(following, listening, deciding, return_exceptions=True)
             self._release_askers(False)
+            self._refuse_barriers()
         for task in (deciding, following, listening):
             if task.done() and not task.cancelled():
                 task.result()
@@ -147,9 +149,23 @@ class ClusterCommitter(BatchMaker):
         self._chore_thread.shutdown()
 
     async def barrier(self) -> None:
-        """What is visible here is durable in the engine."""
-        async with self._deciding:
-            pass
+        """What is visible here is durable in the engine, and survives a failover. Raises CatalogUnavailable."""
+        if self._durable >= self._next:
+            return
+        if self._away_since is not None or self._stuck or self._ended:
+            raise _not_durable()
+        passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append((self._next, passed))
+        self._wake.set()
+        await passed
+
+    def _pass_barriers(self) -> None:
+        waiting, self._barriers = self._barriers, []
+        for needed, passed in waiting:
+            if needed > self._durable:
+                self._barriers.append((needed, passed))
+            elif not passed.done():
+                passed.set_result(None)
 
     async def fresh(self) -> bool:
         if self._away_since is not None:
@@ -180,8 +196,10 @@ class ClusterCommitter(BatchMaker):
 
     # -- own batches
     async def _decide(self) -> None:
+        taken_back = 0
         while self._waiting or self._doubtful or self._found or not self._stopping:
-            if not (self._waiting or self._doubtful or self._found or self._stuck):
+            if not (self._waiting or self._doubtful or self._found or self._barriers or self._stuck):
+                self._uncommitted_since = None
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -189,9 +207,11 @@ class ClusterCommitter(BatchMaker):
             try:
                 async with self._deciding:
                     await self._commit_batch()
-            except TakenBack:
-                continue
             except EngineAway as error:
+                if isinstance(error, TakenBack) and taken_back < TRIES:
+                    taken_back += 1
+                    await asyncio.sleep(random.uniform(0, 0.005 * 2**taken_back))
+                    continue
                 if not self._answers():
                     self._engine_away(error)
                 self._refuse_late(began)
@@ -200,6 +220,7 @@ class ClusterCommitter(BatchMaker):
                     return
                 await asyncio.sleep(RETRY_S)
             else:
+                taken_back = 0
                 self._commits_taken()
                 self._engine_here()
             self._write_back()
@@ -230,7 +251,7 @@ class ClusterCommitter(BatchMaker):
                     await turn.append(len(batch.entries), payload, turn.head.now_ns)
                     self._bytes.add(len(payload))
                     crashpoint("log-appended")
-                elif not self._confirmed:
+                elif self._durable < self._next or self._stuck:
                     await turn.touch()
         except BaseException as error:
             self._take_all_back()
@@ -247,6 +268,8 @@ class ClusterCommitter(BatchMaker):
         crashpoint("index-committed")
         self._done(batch, started)
         crashpoint("answer-before")
+        self._durable = self._next
+        self._pass_barriers()
         found, self._found = self._found, []
         for one in (*found, batch):
             self._answer(one)
@@ -358,7 +381,6 @@ class ClusterCommitter(BatchMaker):
     def _refuse_late(self, began: float) -> None:
         """Nobody waits longer than ENGINE_WAIT_S for turns of which the first ``began`` then; what may have been committed is
         asked for again by whoever wants to know."""
-        self._confirmed = False
         if self._uncommitted_since is None:
             self._uncommitted_since = began
         if max(self.away_s, time.monotonic() - self._uncommitted_since) > ENGINE_WAIT_S:
@@ -373,7 +395,6 @@ class ClusterCommitter(BatchMaker):
                 self._generation.commits_stuck(self._uncommitted_since)
 
     def _commits_taken(self) -> None:
-        self._confirmed = True
         self._uncommitted_since = None
         if self._stuck:
             self._stuck = False
@@ -387,6 +408,13 @@ class ClusterCommitter(BatchMaker):
             batch.outcomes.clear()
         for ticket in waiting:
             ticket.refuse(CatalogUnavailable("the cluster's engine is away: the outcome is unknown"))
+        self._refuse_barriers()
+
+    def _refuse_barriers(self) -> None:
+        barriers, self._barriers = self._barriers, []
+        for _, passed in barriers:
+            if not passed.done():
+                passed.set_exception(_not_durable())
 
     # -- batches of others
     async def _follow(self) -> None:
@@ -480,3 +508,7 @@ class ClusterCommitter(BatchMaker):
     def _note(self, next_sequence: int, chain: int) -> None:
         set_chain(self._db, chain)
         self._next, self._chain = next_sequence, chain
+
+
+def _not_durable() -> CatalogUnavailable:
+    return CatalogUnavailable("the cluster's engine takes no commits now: what is known here may not outlive it")

@@ -40,7 +40,8 @@ CONNECT_TIMEOUT_S = 5.0
 IDLE_IN_TRANSACTION_S = 3
 SILENT_HOST_S = 4
 """The engine drops a connection whose other end has confirmed nothing for so long: less than a turn waits."""
-CONNECTIONS = 4
+CONNECTIONS = 5
+"""A turn, the follower, the listener, a heartbeat, a checkpoint."""
 TRIES = 8
 """Of one transaction that the engine takes back."""
 _TAKEN_BACK = ("40001", "40P01")
@@ -128,6 +129,9 @@ class Engine:
 
     async def upgrade(self) -> None:
         """Bring the engine to this program's schema, once; nodes that start meanwhile wait. Raises ClusterRefused, EngineAway."""
+        async with self.transaction() as connection:
+            if await connection.run_sync(_revision) == SCHEMA_HEAD:
+                return
         for attempt in range(TRIES):
             try:
                 async with self.transaction() as connection:
@@ -167,13 +171,17 @@ def _watch(connection: Any, _: object) -> None:
         "tcp_keepalives_interval": 1,
         "tcp_keepalives_count": SILENT_HOST_S - 2,
     }
-    statements = "; ".join(f"SET {name} = {value}" for name, value in settings.items())
 
     async def ask(driver: asyncpg.Connection) -> None:
-        try:
-            await driver.execute(statements)
-        except asyncpg.PostgresError as error:
-            logger.warning("the engine does not notice clients that are gone (%s): one may hold up the others", error)
+        for name, value in settings.items():
+            try:
+                await driver.execute(f"SET {name} = {value}")
+            except asyncpg.InterfaceError as error:
+                raise ConnectionError(str(error)) from error
+            except asyncpg.PostgresError as error:
+                logger.warning(
+                    "the engine does not notice clients that are gone (%s): one may hold up the others", error
+                )
 
     connection.run_async(ask)
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,19 +71,26 @@ class Keeper:
         self._away_s = self._pardon_until_s = 0.0
 
     async def run(self) -> None:
-        looked = time.monotonic()
-        while not self._ended.is_set():
-            started = time.monotonic()
-            try:
-                await self.beat()
-                if started - looked >= _CHECKPOINT_LOOK_S:
-                    looked = started
-                    await self._shorten()
-            except EngineAway as error:
-                logger.debug("no heartbeat: %s", error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.05, HEARTBEAT_S - (time.monotonic() - started))):
-                    await self._ended.wait()
+        # A checkpoint may take longer than a lease.
+        shortening = asyncio.create_task(self._keep_short())
+        try:
+            while not self._ended.is_set():
+                started = time.monotonic()
+                try:
+                    await self.beat()
+                except EngineAway as error:
+                    logger.debug("no heartbeat: %s", error)
+                if shortening.done():
+                    shortening.result()
+                await self._rest(max(0.05, HEARTBEAT_S - (time.monotonic() - started)))
+        finally:
+            shortening.cancel()
+            await asyncio.gather(shortening, return_exceptions=True)
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
 
     def stop(self) -> None:
         """``run`` returns once what it asked of the engine has ended."""
@@ -113,8 +121,7 @@ class Keeper:
         for it is drained; its name is free."""
         for record in self._reader.nodes():
             if record.state is NodeState.REMOVED and record.node in there:
-                fenced = {"claim": "", "name": f"#{record.node}", "epoch": nodes.c.epoch + 1}
-                await connection.execute(sa.update(nodes).where(nodes.c.node == record.node).values(fenced))
+                await connection.execute(_fenced(record.node))
                 logger.warning("node %s has left the cluster", record.name)
 
     def _tell(self, lives: dict[int, tuple[float, int, str]], head: int) -> None:
@@ -133,6 +140,17 @@ class Keeper:
             logger.warning("who is in the cluster cannot be written down: %s", error)
 
     # -- checkpoints
+    async def _keep_short(self) -> None:
+        while not self._ended.is_set():
+            await self._rest(_CHECKPOINT_LOOK_S)
+            try:
+                await self._shorten()
+            except EngineAway as error:
+                logger.debug("no checkpoint: %s", error)
+            except (OSError, sqlite3.Error, sa.exc.IntegrityError) as error:
+                # A full disk of this node's, or another node that thinks it is the first: the log stays long for a while.
+                logger.warning("no checkpoint could be made: %s", error)
+
     async def _shorten(self) -> None:
         """The first node that lives does it for all."""
         if not members.Members(self._paths).leads():
@@ -161,9 +179,14 @@ def _alive(node: int, epoch: int, applied: int, status: str) -> sa.Update:
     return mine.values(heartbeat=sa.func.current_timestamp(), applied=applied, status=status)
 
 
+def _fenced(node: int) -> sa.Update:
+    values = {"claim": "", "name": f"#{node}", "epoch": nodes.c.epoch + 1}
+    return sa.update(nodes).where(nodes.c.node == node).values(values)
+
+
 async def _rehearse(connection: AsyncConnection) -> None:
     """Every statement of a heartbeat, of a node that does not exist: whoever fences this one waits for its row."""
-    for statement in (_alive(-1, -1, 0, ""), _LIVES, _NEXT):
+    for statement in (_alive(-1, -1, 0, ""), _LIVES, _fenced(-1), _NEXT):
         await connection.execute(statement)
 
 

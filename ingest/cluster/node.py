@@ -27,7 +27,7 @@ from ingest.cluster.keeper import CHECKPOINT_ENTRIES, Keeper
 from ingest.cluster.log import EngineLog, Left
 from ingest.cluster.members import Load
 from ingest.counters import Counters
-from ingest.errors import IngestError
+from ingest.errors import CatalogUnavailable, IngestError
 from ingest.origin import Origin
 from ingest.paths import NodePaths
 from ingest.records import Extent, NodeRecord, NodeState
@@ -138,11 +138,9 @@ async def _serve(
         record = self_record(place, options, server.reader.nodes())
         if record.state is NodeState.REMOVED:
             raise Left(record.name)
-        ticket = OwnTicket(wire.PutNode(record))
-        server.committer.submit(ticket)
-        await ticket.done
         # Nobody is told that this node serves before its own processes can read who they are.
-        await _beat(keeper, stop)
+        if await _said(server, record, stop):
+            await _beat(keeper, stop)
 
     server = CatalogueServer(paths, node=place.node, recovered=recovered, make=make)
     keeper = Keeper(
@@ -185,6 +183,21 @@ def self_record(place: Place, options: NodeOptions, known: list[NodeRecord]) -> 
         dav=options.dav,
         version=version("hiss-gateway"),
     )
+
+
+async def _said(server: CatalogueServer, record: NodeRecord, stop: asyncio.Event) -> bool:
+    """Tell the cluster who this is, when its engine is there; False where the node stops before."""
+    while True:
+        ticket = OwnTicket(wire.PutNode(record))
+        server.committer.submit(ticket)
+        try:
+            await ticket.done
+        except CatalogUnavailable as error:
+            logger.error("cannot start yet: %s", error)
+            if await _stopped(stop):
+                return False
+        else:
+            return True
 
 
 async def _beat(keeper: Keeper, stop: asyncio.Event) -> None:

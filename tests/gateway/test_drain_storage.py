@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,7 @@ def segments(paths: NodePaths, executor: ThreadPoolExecutor, counters: Counters)
 
     store = SegmentStore(
         paths, node=0, slot=SLOT, segment_bytes=SEGMENT_BYTES, files_max=4, files_elsewhere=lambda: 0, use=use,
-        executor=executor, counters=counters,
+        durable=functools.partial(asyncio.sleep, 0), executor=executor, counters=counters,
     )  # fmt: skip
     store.open([])
     yield store

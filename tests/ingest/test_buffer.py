@@ -67,6 +67,7 @@ async def worker(
         files_max=files_max,
         files_elsewhere=lambda: 0,
         use=lambda: client.segment_use(0),
+        durable=client.barrier,
         executor=executor,
         counters=counters,
     )

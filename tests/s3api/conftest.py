@@ -191,6 +191,7 @@ class NodeThread:
                 files_max=self._files_max,
                 files_elsewhere=lambda: 0,
                 use=lambda: self.catalog.segment_use(self._slot),
+                durable=self.catalog.barrier,
                 executor=executor,
                 counters=self.counters,
             )
