@@ -69,6 +69,9 @@ class Reconciler:
         whatever it is asked is not asked for the whole batch. Raises the worst of their errors."""
         batch = self._limits.tombstone_batch_objects
         found = await self._catalog.pending_archive_deletes(batch)
+        if found:
+            # A power cut, or a failover, must not bring back a version whose copy is gone.
+            await self._catalog.barrier()
         waiting = iter(found)
 
         async def work() -> None:

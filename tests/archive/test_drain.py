@@ -12,7 +12,7 @@ import pytest
 from archive.targets.base import TargetError, TargetLost
 from archive.targets.files import aligned_buffer
 from archive.targets.posix import PosixTarget
-from ingest.errors import NoSuchKey
+from ingest.errors import NoSuchKey, StorageFailed
 from ingest.records import DeleteObject, ObjectState
 
 ARCHIVED, BUFFERED = ObjectState.ARCHIVED, ObjectState.BUFFERED
@@ -170,6 +170,29 @@ async def test_a_delete_removes_the_archived_file_and_is_confirmed(node) -> None
     await node.catalog.delete([DeleteObject("mx-2026", b"scan/1")])
     await node.no_tombstones()
     assert node.archived() == {"mx-2026/scan/2": node.body(kept)}
+
+
+async def test_a_copy_is_removed_once_its_delete_is_durable(node, monkeypatch) -> None:
+    """A power cut before that brings the version back."""
+    record = await node.put(b"scan/1")
+    node.start()
+    await node.state(record, ARCHIVED)
+    asked = asyncio.Event()
+
+    async def not_yet() -> None:
+        asked.set()
+        raise StorageFailed("journal: the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node.catalog, "barrier", not_yet)
+        await node.catalog.delete([DeleteObject("mx-2026", b"scan/1")])
+        for _ in range(2):  # the second is asked when the first has been given up
+            asked.clear()
+            async with asyncio.timeout(60):
+                await asked.wait()
+        assert len(node.archived()) == 1
+    await node.no_tombstones()
+    assert node.archived() == {}
 
 
 async def test_deletes_done_while_no_drain_ran_are_carried_out_at_start(node) -> None:
