@@ -108,7 +108,7 @@ def test_an_engine_that_takes_no_commits_gets_no_bodies(node: LoopbackNode, own_
         assert b"<Code>ServiceUnavailable</Code>" in answer
         assert health(node, "read") == (200, "degraded")
         assert node.ask("GET", "/scan/before").body == body
-        assert node.ask("GET", "/scan/new").status == 404, "it sees everything, so it knows"
+        until(lambda: node.ask("GET", "/scan/new").status == 404, "it sees everything, so it knows")
         until(lambda: node.metric("hiss_cluster_commits_stuck_seconds") > 1, "the metric says so")
         assert node.get("/v1/status")[1]["cluster"]["engine"] == "takes no commits"
     until(lambda: health(node, "write") == (200, "ok"), "the node takes bodies again")
