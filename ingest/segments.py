@@ -411,7 +411,7 @@ class SegmentStore:
         return segment
 
     def _recycle_soon(self) -> None:
-        with contextlib.suppress(RuntimeError):  # no loop: start-up and tools call recycle_idle themselves
+        with contextlib.suppress(RuntimeError):  # no loop: start-up recycles by itself
             asyncio.get_running_loop().call_soon(lambda: self._keep(asyncio.create_task(self.recycle_quietly())))
 
     async def recycle_quietly(self) -> None:

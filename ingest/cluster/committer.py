@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from ingest.catalog import snapshot, wire
 from ingest.catalog.batching import Batch, BatchMaker, Limits
 from ingest.catalog.generation import GenerationFile
 from ingest.catalog.index import applied_sequence, chain_of, distinct, set_chain
-from ingest.cluster.engine import TRIES, TakenBack
+from ingest.cluster.engine import TRIES, TakenBack, give_way
 from ingest.cluster.errors import EngineAway
 from ingest.cluster.log import Diverged, EngineLog, Head, Left, Logged, chained
 from ingest.cluster.members import LEASE_S
@@ -108,7 +107,8 @@ class ClusterCommitter(BatchMaker):
         self._stuck = False
         self._durable = 0
         """Entries before this one are on the engine's standby too: it has taken a commit of this process that came after them."""
-        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        self._barriers: list[asyncio.Future[None]] = []
+        """Wait for the next commit that the engine takes: the index has what they ask about already."""
         self._snapshot_lock = asyncio.Lock()
         self._ahead_ns = 0
         self._ended = False
@@ -141,7 +141,7 @@ class ClusterCommitter(BatchMaker):
                 task.cancel()
             await asyncio.gather(following, listening, deciding, return_exceptions=True)
             self._release_askers(False)
-            self._refuse_barriers()
+            self._end_barriers(_not_durable())
         for task in (deciding, following, listening):
             if task.done() and not task.cancelled():
                 task.result()
@@ -155,17 +155,9 @@ class ClusterCommitter(BatchMaker):
         if self._away_since is not None or self._stuck or self._ended:
             raise _not_durable()
         passed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._barriers.append((self._next, passed))
+        self._barriers.append(passed)
         self._wake.set()
         await passed
-
-    def _pass_barriers(self) -> None:
-        waiting, self._barriers = self._barriers, []
-        for needed, passed in waiting:
-            if needed > self._durable:
-                self._barriers.append((needed, passed))
-            elif not passed.done():
-                passed.set_result(None)
 
     async def fresh(self) -> bool:
         if self._away_since is not None:
@@ -210,7 +202,7 @@ class ClusterCommitter(BatchMaker):
             except EngineAway as error:
                 if isinstance(error, TakenBack) and taken_back < TRIES:
                     taken_back += 1
-                    await asyncio.sleep(random.uniform(0, 0.005 * 2**taken_back))
+                    await give_way(taken_back)
                     continue
                 if not self._answers():
                     self._engine_away(error)
@@ -269,7 +261,7 @@ class ClusterCommitter(BatchMaker):
         self._done(batch, started)
         crashpoint("answer-before")
         self._durable = self._next
-        self._pass_barriers()
+        self._end_barriers(None)
         found, self._found = self._found, []
         for one in (*found, batch):
             self._answer(one)
@@ -408,13 +400,17 @@ class ClusterCommitter(BatchMaker):
             batch.outcomes.clear()
         for ticket in waiting:
             ticket.refuse(CatalogUnavailable("the cluster's engine is away: the outcome is unknown"))
-        self._refuse_barriers()
+        self._end_barriers(_not_durable())
 
-    def _refuse_barriers(self) -> None:
+    def _end_barriers(self, refusal: CatalogUnavailable | None) -> None:
         barriers, self._barriers = self._barriers, []
-        for _, passed in barriers:
-            if not passed.done():
-                passed.set_exception(_not_durable())
+        for passed in barriers:
+            if passed.done():
+                continue
+            if refusal is None:
+                passed.set_result(None)
+            else:
+                passed.set_exception(refusal)
 
     # -- batches of others
     async def _follow(self) -> None:

@@ -124,7 +124,7 @@ class Engine:
                 async with self.transaction() as connection:
                     return await work(connection)
             except TakenBack:
-                await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))
+                await give_way(attempt)
         raise EngineAway(f"{self.shown} took a transaction back {TRIES} times")
 
     async def upgrade(self) -> None:
@@ -216,6 +216,11 @@ def _revision(connection: sa.Connection) -> str | None:
 
 class TakenBack(EngineAway):
     """The engine took the transaction back for another's sake: nothing of it happened."""
+
+
+async def give_way(attempt: int) -> None:
+    """Before a transaction that was taken back is tried again, so that the same two do not meet once more."""
+    await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))
 
 
 @contextlib.contextmanager

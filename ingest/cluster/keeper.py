@@ -141,8 +141,10 @@ class Keeper:
 
     # -- checkpoints
     async def _keep_short(self) -> None:
-        while not self._ended.is_set():
+        while True:
             await self._rest(_CHECKPOINT_LOOK_S)
+            if self._ended.is_set():
+                return
             try:
                 await self._shorten()
             except EngineAway as error:
