@@ -8,6 +8,7 @@ after a failed fsync the page cache lies.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
 import time
@@ -53,7 +54,8 @@ def read_fully(fd: int, view: memoryview, offset: int) -> int:
 
 
 class AlignedBuffer:
-    """Page-aligned private memory for reads past the page cache. ``close`` gives it back."""
+    """Page-aligned private memory for reads and writes past the page cache. ``close`` gives it back, or leaves it to the
+    last who holds a view of it."""
 
     def __init__(self, size_bytes: int = DIRECT_READ_BYTES) -> None:
         self._map = mmap.mmap(-1, size_bytes)
@@ -61,7 +63,8 @@ class AlignedBuffer:
 
     def close(self) -> None:
         self.view.release()
-        self._map.close()
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 def open_direct(path: str | os.PathLike[str], flags: int) -> int:

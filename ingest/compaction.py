@@ -7,17 +7,20 @@ extent in force and the copy unreferenced, which is free space.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncGenerator
 
 from ingest.blockio import AlignedBuffer
 from ingest.buffer import Buffer
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogError, CatalogUnavailable, IngestError, StaleVersion, StorageFailed
+from ingest.errors import BufferFull, CatalogUnavailable, DataLost, IngestError, StaleVersion, StorageFailed
 from ingest.label import Label, write_label
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
+from ingest.segments import Reservation, Segment
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ COPY_BYTES = 4 << 20
 
 async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> None:
     """Runs for the life of the worker; every step yields to ingest."""
-    moved_bytes = counters.cell("hiss_segment_compacted_bytes_total")
+    compaction = _Compaction(buffer, counters)
     while not stop.is_set():
         await asyncio.sleep(INTERVAL_S)
         try:
@@ -38,78 +41,122 @@ async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> 
             buffer.packer.close_idle()
             await buffer.segments.recycle_quietly()
             await buffer.segments.prepare_spare(buffer.busy)
-            segment = buffer.segments.sparse(SPARSE_SHARE)
-            if segment is None:
-                continue
-            for record, extent in await buffer.catalog.segment_extents(buffer.segments.slot, segment.number):
-                if record is None or not record.settled:
-                    continue  # a part, or bytes on their way: these segments empty by themselves
-                if buffer.busy():
-                    break
-                moved_bytes.add(await _move(buffer, record, extent))
+            await compaction.step()
         except (IngestError, StaleExtent, OSError) as error:
             logger.warning("housekeeping of slot %d: %s", buffer.segments.slot, error)
 
 
-async def _move(buffer: Buffer, record: ObjectRecord, extent: Extent) -> int:
-    """Copy one extent elsewhere; returns its bytes, 0 if it was not moved."""
-    store = buffer.segments
-    loop = asyncio.get_running_loop()
-    try:
-        reservation = store.reserve_whole(LifetimeClass.STREAM, extent.length, extent.length)
-    except BufferFull:
-        return 0
-    used: int | None = 0
-    try:
-        position = 0
-        for other in record.mirror if extent in record.mirror else record.extents:
-            if other == extent:
+class _Unreadable(Exception):
+    """The disk does not give the extent's bytes."""
+
+
+class _Compaction:
+    def __init__(self, buffer: Buffer, counters: Counters) -> None:
+        self._buffer = buffer
+        self._store = buffer.segments
+        self._moved_bytes = counters.cell("hiss_segment_compacted_bytes_total")
+        self._errors = {kind: counters.cell("hiss_storage_errors_total", kind) for kind in ("read", "write", "flush")}
+
+    async def step(self) -> None:
+        """Empty one sparse segment, as far as nobody streams meanwhile. One that cannot be read is retired, and so not
+        tried again: what it holds stays where it is until it has drained."""
+        segment = self._store.sparse(SPARSE_SHARE)
+        if segment is None:
+            return
+        for record, extent in await self._buffer.catalog.segment_extents(self._store.slot, segment.number):
+            if record is None or not record.settled:
+                continue  # a part, or bytes on their way: these segments empty by themselves
+            if self._buffer.busy():
                 break
-            position += other.length
+            try:
+                self._moved_bytes.add(await self._move(record, extent))
+            except _Unreadable as error:
+                self._errors["read"].add()
+                logger.error("%s/%r cannot be moved out of %s: %s", record.bucket, record.key, segment.path, error)
+                self._store.retire(segment)
+
+    async def _move(self, record: ObjectRecord, extent: Extent) -> int:
+        """Copy one extent elsewhere; returns its bytes, 0 if it was not moved. Raises _Unreadable, StorageFailed."""
+        store = self._store
+        try:
+            reservation = store.reserve_whole(LifetimeClass.STREAM, extent.length, extent.length)
+        except BufferFull:
+            return 0
+        used: int | None = 0
+        try:
+            await self._copy(record, extent, reservation)
+            crashpoint("relocate-written")
+            new = reservation.extent(store.node, store.slot, extent.length)
+            used = None  # until the catalogue answers, the copy may be in force
+            try:
+                await _relocate(self._buffer, record, extent, new)
+            except StaleVersion:
+                used = 0
+                return 0
+            used = new.stored_bytes
+            store.adopt([new])
+            return extent.length
+        finally:
+            if used is not None:
+                store.finish(reservation, used)
+
+    async def _copy(self, record: ObjectRecord, extent: Extent, reservation: Reservation) -> None:
+        """Label and payload, written and flushed. Raises _Unreadable, StorageFailed."""
         block = AlignedBuffer(COPY_BYTES)
-        label = Label(
+        try:
+            write_label(self._label(record, extent, reservation), block.view)
+            await self._write(reservation.segment, block.view[:LABEL_BYTES], reservation.offset)
+            offset = reservation.offset + LABEL_BYTES
+            async with contextlib.aclosing(self._payload(extent)) as chunks:
+                async for chunk in chunks:
+                    padded = -(-len(chunk) // BLOCK_BYTES) * BLOCK_BYTES
+                    block.view[: len(chunk)] = chunk
+                    block.view[len(chunk) : padded] = bytes(padded - len(chunk))
+                    await self._write(reservation.segment, block.view[:padded], offset)
+                    offset += padded
+            try:
+                await reservation.segment.flusher.flush()
+            except OSError as error:
+                raise self._failed("flush", reservation.segment, error) from error
+        finally:
+            block.close()
+
+    def _label(self, record: ObjectRecord, extent: Extent, reservation: Reservation) -> Label:
+        copy = record.mirror if extent in record.mirror else record.extents
+        return Label(
             object_id=record.object_id,
             bucket=record.bucket,
             key=record.key,
-            node=store.node,
-            slot=store.slot,
+            node=self._store.node,
+            slot=self._store.slot,
             segment=reservation.segment.number,
             generation=reservation.segment.generation,
             offset=reservation.offset,
-            position=position,
+            position=sum(other.length for other in copy[: copy.index(extent)]),
             length=extent.length,
             created_ns=time.time_ns(),
         )
-        write_label(label, block.view)
-        write = reservation.segment.write
-        await loop.run_in_executor(store.executor, write, [block.view[:LABEL_BYTES]], reservation.offset)
-        offset = reservation.offset + LABEL_BYTES
-        async with await SegmentReader.open(store.paths, store.executor, [extent], 0, extent.length) as reader:
-            async for chunk in reader.chunks(COPY_BYTES):
-                padded = -(-len(chunk) // BLOCK_BYTES) * BLOCK_BYTES
-                block.view[: len(chunk)] = chunk
-                block.view[len(chunk) : padded] = bytes(padded - len(chunk))
-                await loop.run_in_executor(store.executor, write, [block.view[:padded]], offset)
-                offset += padded
-        await reservation.segment.flusher.flush()
-        crashpoint("relocate-written")
-        new = reservation.extent(store.node, store.slot, extent.length)
-        used = None  # until the catalogue answers, the copy may be in force
+
+    async def _payload(self, extent: Extent) -> AsyncGenerator[memoryview, None]:
+        store = self._store
         try:
-            await _relocate(buffer, record, extent, new)
-        except StaleVersion:
-            used = 0
-            return 0
-        used = new.stored_bytes
-        store.adopt([new])
-        block.close()
-        return extent.length
-    except OSError as error:
-        store.retire(reservation.segment)
-        raise CatalogError(f"compaction could not write: {error.strerror}") from error
-    finally:
-        if used is not None:
-            store.finish(reservation, used)
+            async with await SegmentReader.open(store.paths, store.executor, [extent], 0, extent.length) as reader:
+                async for chunk in reader.chunks(COPY_BYTES):
+                    yield chunk
+        except (OSError, DataLost) as error:
+            raise _Unreadable(str(error)) from error
+
+    async def _write(self, segment: Segment, view: memoryview, offset: int) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._store.executor, segment.write, [view], offset)
+        except OSError as error:
+            raise self._failed("write", segment, error) from error
+
+    def _failed(self, kind: str, segment: Segment, error: OSError) -> StorageFailed:
+        if not segment.retired:
+            self._errors[kind].add()
+        self._store.retire(segment)
+        return StorageFailed(f"{segment.path} could not be written: {error.strerror}")
 
 
 async def _relocate(buffer: Buffer, record: ObjectRecord, old: Extent, new: Extent) -> None:

@@ -150,7 +150,7 @@ class SegmentReader:
             for fd in direct.values():
                 os.close(fd)
             for buffer in buffers:
-                _close_quietly(buffer)
+                buffer.close()
 
     def _reads(self, size_bytes: int, direct: dict[int, int]) -> Iterable[tuple[int, int, int, int]]:
         """(descriptor, aligned file offset, bytes to skip, bytes wanted) of each read."""
@@ -164,13 +164,6 @@ class SegmentReader:
                 count = min(end, aligned + size_bytes) - offset
                 yield direct[piece.fd], aligned, offset - aligned, count
                 offset += count
-
-
-def _close_quietly(buffer: AlignedBuffer) -> None:
-    try:
-        buffer.close()
-    except BufferError:  # a consumer still holds the last view; its memory goes with it
-        return
 
 
 def _read_direct(view: memoryview, fd: int, offset: int, skip: int, count: int) -> memoryview:

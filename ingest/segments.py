@@ -16,6 +16,7 @@ import fcntl
 import logging
 import os
 import struct
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -36,6 +37,10 @@ OPEN_EXTENT_BYTES = 64 << 20
 SMALL_TAIL_BYTES = 4 << 20
 """A segment whose free tail is smaller is sealed rather than split further for a large body."""
 PREWRITE_BYTES = 8 << 20
+RETIRED_SHARE = 0.1
+"""Of a slot's files, those that are kept only because their place on the device failed once; one always is."""
+REMOVE_EVERY_S = 1.0
+"""Retired files go at this pace: while the disk is still away, each new one fails again."""
 
 _HEADER = struct.Struct("<8sIIIIQQ")  # magic, format, node, slot, segment, generation, size; then a CRC32C
 _MAGIC = b"HISSSEG1"
@@ -69,7 +74,8 @@ class SegmentHeader:
 
 
 class Segment:
-    """One file. ``tail`` is the first free byte; extents in flight are counted in ``open_extents``."""
+    """One file. ``tail`` is the first free byte; extents in flight are counted in ``open_extents``, and in ``in_flight`` what a
+    thread may be at: a late write or flush must not meet what comes after."""
 
     def __init__(self, header: SegmentHeader, path: Path, executor: Executor, counters: Counters) -> None:
         self.number = header.segment
@@ -81,6 +87,7 @@ class Segment:
         self.tail = BLOCK_BYTES
         self.live_bytes = 0
         self.open_extents = 0
+        self.in_flight = 0
         self.sealed = False
         self.retired = False
 
@@ -157,6 +164,7 @@ class SegmentStore:
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
+        self._removed_at = -REMOVE_EVERY_S
 
     # -- start-up
 
@@ -200,7 +208,10 @@ class SegmentStore:
         self._recycling = True
         try:
             for segment in await self._empty():
-                await self._recycle(segment)
+                if segment.retired:
+                    self._discard(segment)
+                else:
+                    await self._recycle(segment)
         finally:
             self._recycling = False
             self._publish()
@@ -209,7 +220,8 @@ class SegmentStore:
             self._recycle_soon()
 
     async def _empty(self) -> list[Segment]:
-        """Segments in which nothing is on its way and nothing lives, as the catalogue counts; others get its count.
+        """Segments in which nothing is on its way and nothing lives, as the catalogue counts; others get its count. Of
+        retired ones, those that are too many to be kept out of use.
 
         That is final: what is there is committed or never will be, and what nobody refers to nobody can refer to again, once
         what freed it is durable: it must survive a power cut, or a failover, before anything is overwritten.
@@ -217,12 +229,18 @@ class SegmentStore:
         """
         closed = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
         live = {(item.segment, item.generation): item.live_bytes for item in await self._use()}
-        empty = []
+        empty: list[tuple[Segment, int]] = []
+        broken: list[tuple[Segment, int]] = []
         for segment, generation in closed:
             if segment.generation == generation and self._closed(segment):
                 segment.live_bytes = live.get((segment.number, generation), 0)
-                if not segment.live_bytes and not segment.retired:
-                    empty.append((segment, generation))
+                if not segment.live_bytes:
+                    (broken if segment.retired else empty).append((segment, generation))
+        too_many = max(0, len(broken) - max(1, int(RETIRED_SHARE * len(self.segments))))
+        now = time.monotonic()
+        if too_many and now - self._removed_at >= REMOVE_EVERY_S:
+            self._removed_at = now
+            empty += [found for found in broken[:too_many] if not self._is_last(found[0])]
         if empty:
             await self._durable()
         return [segment for segment, generation in empty if segment.generation == generation and self._closed(segment)]
@@ -322,13 +340,18 @@ class SegmentStore:
             self._recycle_soon()
 
     def retire(self, segment: Segment) -> None:
-        """Never write this file again: a write or flush of it failed."""
+        """Never write this file again: something of it could not be written, flushed or read.
+
+        It keeps its place on the device, which may be what is broken, out of use. Of empty ones only a few are kept for
+        that: a disk that was away for a minute must not cost the buffer for good.
+        """
         if segment.retired:
             return
         segment.retired = segment.sealed = True
         self._retired.add()
         logger.error("segment %s retired after a storage error; its live extents stay readable", segment.path)
         self._current = {lifetime: current for lifetime, current in self._current.items() if current is not segment}
+        self._free = [free for free in self._free if free is not segment]
 
     def sparse(self, below: float) -> Segment | None:
         """The emptiest sealed segment with less than this share live, for compaction."""
@@ -355,7 +378,11 @@ class SegmentStore:
 
     def _closed(self, segment: Segment) -> bool:
         """Nothing is being written there, and nothing will be in this generation."""
-        return segment.sealed and not segment.open_extents and segment not in self._free
+        return segment.sealed and not segment.open_extents and not segment.in_flight and segment not in self._free
+
+    def _is_last(self, segment: Segment) -> bool:
+        """The last file stays: its number would be given out again after a restart, with its generations."""
+        return segment.number + 1 >= self._next_number
 
     def _dead(self, segment: Segment) -> bool:
         """It may be empty, as far as we know: a reason to ask the catalogue."""
@@ -387,8 +414,8 @@ class SegmentStore:
         number = self._next_number
         header = SegmentHeader(self.node, self.slot, number, 1, self.segment_bytes)
         path = self.paths.segment_file(self.slot, number)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.pwrite(fd, header.encode(), 0)
@@ -396,17 +423,18 @@ class SegmentStore:
                 _fsync_folder(path.parent)
             finally:
                 os.close(fd)
+            segment = Segment(header, path, self.executor, self._counters)
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.unlink()
+            self._errors.add()
             if not self._disk_full:
-                self._errors.add()
                 logger.error("cannot create segment %s: %s", path, error)
                 self._disk_full = True
             raise BufferFull(f"no space for another segment: {error.strerror}") from error
         self._disk_full = False
         self._next_number += 1
-        segment = self.segments[number] = Segment(header, path, self.executor, self._counters)
+        self.segments[number] = segment
         self._publish()
         return segment
 
@@ -447,9 +475,10 @@ class SegmentStore:
             self._recycled.add()
             segment.tail = BLOCK_BYTES
             segment.live_bytes = 0
+            if segment.retired:
+                return
             crowded = len(self.segments) + self._files_elsewhere() >= 0.9 * self._files_max
-            # The last file stays: its number would be given out again after a restart, with its generations.
-            if crowded and len(self._free) >= 2 and segment.number + 1 < self._next_number:
+            if crowded and len(self._free) >= 2 and not self._is_last(segment):
                 self._discard(segment)
             else:
                 self._free.append(segment)
@@ -474,10 +503,17 @@ class SegmentStore:
             os.close(lock)
 
     def _discard(self, segment: Segment) -> None:
-        """Give a free file back to the file system, so that another slot may use the space."""
+        """Give an empty file back to the file system, so that another may take its space."""
+        try:
+            segment.path.unlink()
+        except OSError as error:
+            self._errors.add()
+            if not segment.retired:
+                logger.error("segment %s cannot be removed: %s", segment.path, error)
+            self.retire(segment)
+            return
         del self.segments[segment.number]
         segment.close()
-        segment.path.unlink()
         self._publish()
 
     async def prepare_spare(self, busy: Callable[[], bool]) -> None:

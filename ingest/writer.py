@@ -70,7 +70,6 @@ class Writer:
         self._flush_errors = counters.cell("hiss_storage_errors_total", "flush")
         self._unflushed: dict[Segment, list[WriteItem]] = {}
         self._writing: dict[Segment, set[WriteItem]] = collections.defaultdict(set)
-        self._flushing: dict[Segment, list[WriteItem]] = collections.defaultdict(list)
         self._timers: dict[Segment, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._lazy: collections.OrderedDict[WriteItem, float] = collections.OrderedDict()
@@ -84,11 +83,15 @@ class Writer:
         """Write the item from a thread, then flush it by the rule."""
         segment = item.segment
         self._writing[segment].add(item)
+        segment.in_flight += 1
         future = self._loop.run_in_executor(self._executor, item.begin())
         future.add_done_callback(lambda done: self._written(item, segment, done))
 
     def _written(self, item: WriteItem, segment: Segment, done: asyncio.Future[None]) -> None:
         self._writing[segment].discard(item)
+        if not self._writing[segment]:
+            del self._writing[segment]
+        segment.in_flight -= 1
         error = done.exception()
         if error is not None and not isinstance(error, OSError):
             logger.error("write of segment %s broke", segment.path, exc_info=error)
@@ -113,7 +116,7 @@ class Writer:
         if timer := self._timers.pop(segment, None):
             timer.cancel()
         if items := self._unflushed.pop(segment, None):
-            self._flushing[segment].extend(items)
+            segment.in_flight += 1
             self._keep(self._loop.create_task(self._flush(segment, items)))
 
     async def _flush(self, segment: Segment, items: list[WriteItem]) -> None:
@@ -124,11 +127,7 @@ class Writer:
             self._fail(segment, error, items)
             return
         finally:
-            remaining = [item for item in self._flushing[segment] if item not in items]
-            if remaining:
-                self._flushing[segment] = remaining
-            else:
-                del self._flushing[segment]
+            segment.in_flight -= 1
         for item in items:
             item.on_durable(segment)
 
