@@ -484,6 +484,7 @@ class Lane:
         self._void()
         if failure.kind == "unavailable":
             return
+        self._limits = dataclasses.replace(self._limits, on_probation=True)
         if self._owner.struck(self, failure):
             self._refuse(failure.kind, failure.message)
 

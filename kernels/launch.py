@@ -44,6 +44,8 @@ class SandboxLimits:
     """Of a worker's first sandbox; see ``among``."""
     batch_scheduling: bool = True
     """SCHED_BATCH: the scheduler then never lets a kernel pre-empt the receivers on wake-up."""
+    on_probation: bool = False
+    """Compile and judge the first batch only when nobody else wants the core: for a kernel that has just failed."""
     populate: bool = True
     """Map regions with MAP_POPULATE: costs about 80 ms per GiB at start, saves a third on the first pass."""
 
@@ -103,6 +105,8 @@ async def launch(
             process = await SandboxProcess.fork(zygote_socket, spec, output.fd, fds)
         finally:
             output.close_fd()
+        if limits.on_probation:
+            process.step_back()
         return process, output, await _compile_or_kill(process, len(spec.layouts), limits.compile_timeout_s)
     except BaseException:
         output.close()

@@ -101,6 +101,7 @@ class Sandbox:
         self._sequence = 0
         self._turn = asyncio.Lock()
         self._closing = False
+        self._on_probation = limits.on_probation
 
     @classmethod
     async def start(
@@ -274,7 +275,11 @@ class Sandbox:
                 raise SandboxFailed("timeout", late()) from None
             if reply is None:
                 raise await self._gone()
-            return taken(reply)
+            result = taken(reply)
+            if self._on_probation:
+                self._on_probation = False
+                self._process.step_forward()
+            return result
         except SandboxFailed:
             await self._end()
             if self._closing:
@@ -289,7 +294,7 @@ class Sandbox:
         """As ``SandboxProcess.receive``, within so much CPU time."""
         process, clock = self._process, asyncio.get_running_loop().time
         ends_s, began_cpu_s = clock() + STARVED_MAX * timeout_s, process.cpu_s()
-        used_s, stepped_back = 0.0, False
+        used_s, stepped_back = 0.0, self._on_probation
         try:
             while used_s < timeout_s and clock() < ends_s:
                 if used_s >= STEP_BACK_S and not stepped_back:
@@ -301,7 +306,7 @@ class Sandbox:
                 used_s = process.cpu_s() - began_cpu_s
             raise TimeoutError
         finally:
-            if stepped_back:
+            if stepped_back and not self._on_probation:
                 process.step_forward()
 
     @staticmethod

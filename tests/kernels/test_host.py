@@ -169,6 +169,21 @@ async def test_an_endless_loop_costs_its_product_only(
         assert node.host.kernels_for(BUCKET, b"b.raw") == ("count", "loop")
 
 
+async def test_a_kernel_that_failed_starts_again_on_probation(node: Node, frames: np.ndarray, until: Until) -> None:
+    """The second process of what may be a loop takes no time from the streams of others."""
+    node.attach("slow", SLOW, params='{"turns": 30000000}')
+    stream = await node.open(b"a.raw", frames)
+    stream.sniff()
+    stream.offer(0, 4)
+    await until(node.pids)
+    first = node.pids()
+    assert os.sched_getscheduler(first[0]) == os.SCHED_BATCH
+    os.kill(first[0], signal.SIGKILL)
+    await until(lambda: set(node.pids()) - set(first))
+    assert [os.sched_getscheduler(pid) for pid in node.pids()] == [os.SCHED_IDLE]
+    stream.commit()
+
+
 async def test_revoked_frames_are_reduced_from_disk(node: Node, frames: np.ndarray, until: Until) -> None:
     node.attach("slow", SLOW, params='{"turns": 3000000}')
     stream = await node.open(b"a.raw", frames)

@@ -394,6 +394,15 @@ async def test_what_takes_long_computes_in_idle_time_only(start: Start, until: C
         await running
 
 
+async def test_a_sandbox_on_probation_yields_until_it_has_judged(start: Start) -> None:
+    limits = SandboxLimits(on_probation=True, populate=False)
+    sandbox = await start(HEAD + "    return KEEP\n", limits=limits)
+    assert os.sched_getscheduler(sandbox.pid) == os.SCHED_IDLE
+    await sandbox.run(batch(np.zeros((1, 8, 8), "<u2")))
+    if os.geteuid() == 0:  # nobody else may undo it
+        assert os.sched_getscheduler(sandbox.pid) == os.SCHED_BATCH
+
+
 async def test_sandboxes_hold_no_privilege(start: Start) -> None:
     sandbox = await start(HEAD + "    return KEEP\n")
     other = await start(HEAD + "    return KEEP\n")
