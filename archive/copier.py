@@ -16,7 +16,7 @@ from archive.checksum import Crc64
 from archive.pace import DrainLimits, RateLimit
 from archive.targets.base import FileRights, Staged, Target, TargetError
 from ingest.crashpoints import crashpoint
-from ingest.errors import DataLost, IngestError, StorageFailed
+from ingest.errors import DataLost, IngestError, StorageFailed, Unreadable
 from ingest.ports import ObjectReader
 from ingest.records import BLOCK_BYTES, ArchiveCopy, ObjectRecord
 
@@ -71,7 +71,7 @@ class Copier:
 
     async def _staged(self, record: ObjectRecord, rights: FileRights) -> Staged:
         crc = Crc64()
-        async with await self._open_reader(record) as reader:
+        async with await self._opened(record) as reader:
             # A reader prepares memory for whole chunks: small versions ask for small ones.
             blocks = -(-max(1, record.stored_length) // BLOCK_BYTES)
             chunks = reader.chunks(min(self._limits.chunk_bytes, blocks * BLOCK_BYTES))
@@ -85,6 +85,12 @@ class Copier:
                 f"committed was {record.crc64nvme:016x} over {record.stored_length}"
             )
         return staged
+
+    async def _opened(self, record: ObjectRecord) -> ObjectReader:
+        try:
+            return await self._open_reader(record)
+        except Unreadable as error:
+            raise SourceFailed(f"the buffered bytes cannot be read: {error}") from error
 
     async def _source(self, chunks: AsyncIterator[memoryview], crc: Crc64) -> AsyncGenerator[memoryview, None]:
         while True:

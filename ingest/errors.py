@@ -39,6 +39,10 @@ class StorageFailed(IngestError):
     """A write or flush failed and could not be redone elsewhere; nothing was acknowledged."""
 
 
+class Unreadable(IngestError):
+    """The disk does not give stored bytes now. They may be there: ask again."""
+
+
 class DataLost(IngestError):
     """Bytes that were acknowledged cannot be read back (disk fault, or ``memory`` data after a host crash)."""
 

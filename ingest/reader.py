@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from ingest.blockio import AlignedBuffer, open_direct, read_fully
-from ingest.errors import DataLost
+from ingest.errors import DataLost, Unreadable
 from ingest.paths import NodePaths
 from ingest.ports import FilePiece
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent
@@ -68,7 +68,8 @@ class SegmentReader:
     async def open(
         cls, paths: NodePaths, executor: Executor, extents: Sequence[Extent], start: int, stop: int
     ) -> SegmentReader:
-        """Lock and check every segment of the range. Raises StaleExtent, or DataLost when the extents do not cover it."""
+        """Lock and check every segment of the range. Raises StaleExtent, Unreadable, or DataLost when the extents do not
+        cover it."""
         reader = cls(executor)
         try:
             pieces = []
@@ -101,6 +102,8 @@ class SegmentReader:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise StaleExtent(path) from None
+        except OSError as error:
+            raise Unreadable(f"segment {path}: {error.strerror}") from error
         self._fds[key] = fd
         for _ in range(LOCK_TRIES):
             try:
@@ -110,7 +113,10 @@ class SegmentReader:
                 await asyncio.sleep(LOCK_WAIT_S)
         else:
             raise StaleExtent(path)
-        header = SegmentHeader.read(fd)
+        try:
+            header = SegmentHeader.read(fd)
+        except OSError as error:
+            raise Unreadable(f"segment {path}: {error.strerror}") from error
         if header is None or header.generation != extent.generation:
             raise StaleExtent(path)
         return fd, path

@@ -14,9 +14,11 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Executor
 
+import msgspec
+
 from ingest.cluster.neighbours import Address, Neighbours
 from ingest.cluster.peer import EXTENTS_PER_FETCH, Fetched, NotThere
-from ingest.errors import DataLost, NodeAway
+from ingest.errors import DataLost, NodeAway, Unreadable
 from ingest.paths import NodePaths
 from ingest.ports import FilePiece
 from ingest.reader import SegmentReader, StaleExtent, lies_on
@@ -250,19 +252,32 @@ async def open_copies(
     stop: int,
 ) -> SegmentReader | RelayReader:
     """Open body bytes [start, stop) of a version from whichever copy is nearest. Raises StaleExtent where the catalogue may
-    know better by now, DataLost, NodeAway."""
+    know better by now, DataLost, NodeAway, Unreadable."""
     if neighbours is None:
         return await SegmentReader.open(paths, executor, record.extents, start, stop)
     stale: StaleExtent | None = None
+    unreadable: Unreadable | None = None
     for copy in (record.extents, record.mirror):
         if copy and lies_on(me, copy, start, stop):
             try:
                 return await SegmentReader.open(paths, executor, copy, start, stop)
             except StaleExtent as error:
                 stale = error
+            except Unreadable as error:
+                unreadable = error
     if stale is not None:
         raise stale
+    if unreadable is not None:
+        record = _elsewhere(record, me, unreadable)
     try:
         return await RelayReader(paths, executor, neighbours, me, record, start, stop).open()
     except NotThere as error:
         raise StaleExtent(str(error)) from None
+
+
+def _elsewhere(record: ObjectRecord, me: int, unreadable: Unreadable) -> ObjectRecord:
+    """With the copies of which nothing is here; raises ``unreadable`` where there is none."""
+    copies = [copy for copy in (record.extents, record.mirror) if copy and all(one.node != me for one in copy)]
+    if not copies:
+        raise unreadable
+    return msgspec.structs.replace(record, extents=copies[0], mirror=())

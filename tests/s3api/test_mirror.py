@@ -233,6 +233,30 @@ def test_a_body_is_on_two_nodes(three: Three, s3: Any, bucket: str, length: int)
     assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == data
 
 
+def test_what_its_own_disk_does_not_give_comes_from_the_copy(
+    three: Three, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(3 * MIB + 13)
+    s3.put_object(Bucket=bucket, Key="k", Body=data)
+    (extent,) = head(three, bucket).extents
+    path, real = three.first.paths.segment_name(extent.slot, extent.segment), os.open
+
+    def refuses(name: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if name == path:
+            raise OSError(5, "Input/output error")
+        return real(name, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuses)
+    assert s3.get_object(Bucket=bucket, Key="k")["Body"].read() == data
+    alone = f"a-{secrets.token_hex(6)}"
+    s3.create_bucket(Bucket=alone)
+    s3.put_object(Bucket=alone, Key="k", Body=data)
+    (extent,) = head(three, alone).extents
+    path = three.first.paths.segment_name(extent.slot, extent.segment)
+    with pytest.raises(s3.exceptions.ClientError, match=r"ServiceUnavailable.*cannot be read now"):
+        s3.get_object(Bucket=alone, Key="k")
+
+
 def test_an_empty_body_needs_no_copy(three: Three, s3: Any, bucket: str) -> None:
     answer = s3.put_object(Bucket=bucket, Key="k", Body=b"")
     assert "x-hiss-durability" not in answer["ResponseMetadata"]["HTTPHeaders"]
