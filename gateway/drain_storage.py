@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 
-from ingest.blockio import AlignedBuffer, write_fully
+from ingest.blockio import AlignedBuffer
 from ingest.cluster.neighbours import Neighbours
 from ingest.cluster.relay import RelayReader, open_copies
 from ingest.counters import SLOTS, Counters
@@ -125,7 +125,7 @@ class _Landed:
             try:
                 await segment.flusher.flush()
             except OSError as error:
-                self._segments.retire(segment)
+                self._segments.failed("flush", segment, error)
                 raise StorageFailed(f"flush of recalled bytes: {error.strerror}") from error
         store = self._segments
         return tuple(reservation.extent(store.node, store.slot, used) for reservation, used in self.done)
@@ -165,7 +165,7 @@ class _Landed:
                 await self._write_label(reservation)
             await self._write(reservation, self._staging.view[:whole], offset)
         except OSError as error:
-            self._segments.retire(reservation.segment)
+            self._segments.failed("write", reservation.segment, error)
             raise StorageFailed(f"write of recalled bytes: {error.strerror}") from error
         self._written += self._filled
         self._filled = 0
@@ -174,7 +174,7 @@ class _Landed:
 
     async def _write(self, reservation: Reservation, view: memoryview, offset: int) -> None:
         loop = asyncio.get_running_loop()
-        writing = loop.run_in_executor(self._segments.executor, write_fully, reservation.segment.fd, [view], offset)
+        writing = loop.run_in_executor(self._segments.executor, reservation.segment.write, [view], offset)
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import time
@@ -19,6 +20,13 @@ from ingest.counters import Counters
 from ingest.records import BLOCK_BYTES
 
 DIRECT_READ_BYTES = 4 << 20
+
+
+class GivenUp(OSError):
+    """The file has failed before: nothing was tried."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EIO, "an earlier write or flush of this file failed")
 
 
 def write_fully(fd: int, views: Sequence[memoryview], offset: int) -> None:
@@ -104,7 +112,7 @@ class Flusher:
             self._running, self._next = self._next, None
         try:
             if self.failed:
-                raise OSError(5, "an earlier flush of this file failed")
+                raise GivenUp
             started = time.perf_counter()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._executor, os.fdatasync, self._fd)

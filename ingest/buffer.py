@@ -114,7 +114,7 @@ class Buffer:
         self.catalog = catalog
         self.executor = executor
         self.recall_timeout_s = recall_timeout_s
-        self.writer = Writer(segments, executor, counters, lambda: arena.used_bytes / max(1, arena.size_bytes))
+        self.writer = Writer(segments, executor, lambda: arena.used_bytes / max(1, arena.size_bytes))
         shares = shares or ShareTable(None)
         self.admissions = Admissions(catalog, shares, segments.node, segments.slot)
         self.shaper = Shaper(shares, segments.slot, self.admissions.lane_of)
@@ -426,17 +426,23 @@ class Buffer:
 
     async def _settle(self) -> None:
         object_ids, self._settling = self._settling, []
+        told = False
         while object_ids:
             try:
                 await self.catalog.settled(object_ids)
                 break
             except IngestError as error:
-                logger.warning("%d objects are on disk but the catalogue does not know yet: %s", len(object_ids), error)
+                if not told:
+                    logger.warning(
+                        "%d objects are on disk but the catalogue does not know yet: %s", len(object_ids), error
+                    )
+                told = True
                 await asyncio.sleep(RESOLVE_RETRY_S)
         for object_id in object_ids:
             self._unsettled.pop(object_id, None)
 
     async def _relocate(self, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
+        told = False
         for old, new in moved:
             while True:
                 try:
@@ -445,7 +451,11 @@ class Buffer:
                 except StaleVersion:
                     break  # deleted or replaced meanwhile: nobody waits for it, and recycling counts anew
                 except IngestError as error:
-                    logger.warning("object %s moved but the catalogue does not know yet: %s", object_id.hex(), error)
+                    if not told:
+                        logger.warning(
+                            "object %s moved but the catalogue does not know yet: %s", object_id.hex(), error
+                        )
+                    told = True
                     await asyncio.sleep(RESOLVE_RETRY_S)
         self.segments.let_go([extent for _, new in moved for extent in new])
         self._tell_settled(object_id)
@@ -490,7 +500,8 @@ class Buffer:
     async def open_reader(self, record: ObjectRecord, start: int, stop: int) -> SegmentReader | RelayReader:
         """Open bytes [start, stop) of a version, settled and recalled if need be, from this node or another.
 
-        Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, NodeAway, CatalogUnavailable.
+        Raises ObjectOffline (on the archive tier only), NoSuchKey (deleted meanwhile), DataLost, Unreadable, NodeAway,
+        CatalogUnavailable.
         """
         copy = await self.copies.open(record, start, stop) if self.copies is not None and start < stop else None
         return copy if copy is not None else await self.open_stored(record, start, stop)

@@ -16,7 +16,7 @@ from ingest.blockio import AlignedBuffer
 from ingest.buffer import Buffer
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import BufferFull, CatalogUnavailable, DataLost, IngestError, StaleVersion, StorageFailed
+from ingest.errors import BufferFull, CatalogUnavailable, DataLost, IngestError, StaleVersion, StorageFailed, Unreadable
 from ingest.label import Label, write_label
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
@@ -28,6 +28,10 @@ SPARSE_SHARE = 0.10
 """A sealed segment with less than this share live is compacted."""
 INTERVAL_S = 1.0
 COPY_BYTES = 4 << 20
+WRITE_PAUSE_MAX_S = 60.0
+UNREADABLE_PAUSE_S = 10.0
+UNREADABLE_PAUSE_MAX_S = 600.0
+"""After this long, twice as long each time, a segment that could not be read is tried again."""
 
 
 async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> None:
@@ -44,10 +48,8 @@ async def housekeep(buffer: Buffer, counters: Counters, stop: asyncio.Event) -> 
             await compaction.step()
         except (IngestError, StaleExtent, OSError) as error:
             logger.warning("housekeeping of slot %d: %s", buffer.segments.slot, error)
-
-
-class _Unreadable(Exception):
-    """The disk does not give the extent's bytes."""
+        except Exception:
+            logger.exception("housekeeping of slot %d", buffer.segments.slot)
 
 
 class _Compaction:
@@ -55,28 +57,49 @@ class _Compaction:
         self._buffer = buffer
         self._store = buffer.segments
         self._moved_bytes = counters.cell("hiss_segment_compacted_bytes_total")
-        self._errors = {kind: counters.cell("hiss_storage_errors_total", kind) for kind in ("read", "write", "flush")}
+        self._read_errors = counters.cell("hiss_storage_errors_total", "read")
+        self._pause_s = 0.0
+        self._not_before = 0.0
+        self._unreadable: dict[tuple[int, int], tuple[float, float]] = {}
+        """(number, generation): when it may be tried again, and the pause after that. Few: each is sparse and ill."""
 
     async def step(self) -> None:
-        """Empty one sparse segment, as far as nobody streams meanwhile. One that cannot be read is retired, and so not
-        tried again: what it holds stays where it is until it has drained."""
-        segment = self._store.sparse(SPARSE_SHARE)
+        """Empty one sparse segment, as far as nobody streams meanwhile. What cannot be read stays where it is."""
+        now = time.monotonic()
+        if now < self._not_before:
+            return
+        segment = self._store.sparse(SPARSE_SHARE, [one for one, (at, _) in self._unreadable.items() if now < at])
         if segment is None:
             return
+        which = segment.number, segment.generation
+        unreadable = False
         for record, extent in await self._buffer.catalog.segment_extents(self._store.slot, segment.number):
             if record is None or not record.settled:
                 continue  # a part, or bytes on their way: these segments empty by themselves
+            if extent not in record.extents and extent not in record.mirror:
+                continue  # evicted or moved a moment ago
             if self._buffer.busy():
-                break
+                return
             try:
                 self._moved_bytes.add(await self._move(record, extent))
-            except _Unreadable as error:
-                self._errors["read"].add()
+                self._pause_s = 0.0
+            except StorageFailed:
+                # Each try costs a file.
+                self._pause_s = min(max(INTERVAL_S, 2 * self._pause_s), WRITE_PAUSE_MAX_S)
+                self._not_before = time.monotonic() + self._pause_s
+                raise
+            except (Unreadable, DataLost) as error:
+                self._read_errors.add()
                 logger.error("%s/%r cannot be moved out of %s: %s", record.bucket, record.key, segment.path, error)
-                self._store.retire(segment)
+                unreadable = True
+        if unreadable:
+            _, pause_s = self._unreadable.get(which, (0.0, UNREADABLE_PAUSE_S))
+            self._unreadable[which] = time.monotonic() + pause_s, min(2 * pause_s, UNREADABLE_PAUSE_MAX_S)
+        else:
+            self._unreadable.pop(which, None)
 
     async def _move(self, record: ObjectRecord, extent: Extent) -> int:
-        """Copy one extent elsewhere; returns its bytes, 0 if it was not moved. Raises _Unreadable, StorageFailed."""
+        """Copy one extent elsewhere; returns its bytes, 0 if it was not moved. Raises Unreadable, DataLost, StorageFailed."""
         store = self._store
         try:
             reservation = store.reserve_whole(LifetimeClass.STREAM, extent.length, extent.length)
@@ -101,7 +124,7 @@ class _Compaction:
                 store.finish(reservation, used)
 
     async def _copy(self, record: ObjectRecord, extent: Extent, reservation: Reservation) -> None:
-        """Label and payload, written and flushed. Raises _Unreadable, StorageFailed."""
+        """Label and payload, written and flushed. Raises Unreadable, DataLost, StorageFailed."""
         block = AlignedBuffer(COPY_BYTES)
         try:
             write_label(self._label(record, extent, reservation), block.view)
@@ -143,8 +166,8 @@ class _Compaction:
             async with await SegmentReader.open(store.paths, store.executor, [extent], 0, extent.length) as reader:
                 async for chunk in reader.chunks(COPY_BYTES):
                     yield chunk
-        except (OSError, DataLost) as error:
-            raise _Unreadable(str(error)) from error
+        except OSError as error:
+            raise Unreadable(str(error)) from error
 
     async def _write(self, segment: Segment, view: memoryview, offset: int) -> None:
         try:
@@ -153,9 +176,7 @@ class _Compaction:
             raise self._failed("write", segment, error) from error
 
     def _failed(self, kind: str, segment: Segment, error: OSError) -> StorageFailed:
-        if not segment.retired:
-            self._errors[kind].add()
-        self._store.retire(segment)
+        self._store.failed(kind, segment, error)
         return StorageFailed(f"{segment.path} could not be written: {error.strerror}")
 
 

@@ -111,6 +111,11 @@ class PackSlab:
             self.pending.remove(stream)
         self.check_done()
 
+    def strand(self, stream: PackedStream) -> None:
+        """The slab's segment failed: the object stays in its memory, and has nothing in the file."""
+        self.uncommitted.discard(stream)
+        self.check_done()
+
     def committed(self, stream: PackedStream) -> None:
         self.uncommitted.discard(stream)
         self.check_done()
@@ -120,11 +125,13 @@ class PackSlab:
         self.check_done()
 
     def check_done(self) -> None:
-        if not self.closed or self.members or self.run is not None or self.writes or self.lent:
+        if not self.closed or self.run is not None:
             return
-        if not self.span.freed:
+        in_use = self.members or self.writes or self.lent
+        if not in_use and not self.span.freed:
             self.packer.plane.give_span(self.span)
-        if not self.uncommitted and not self.finished:
+        # A failed file takes no late write: its room need not wait for those whose bytes are in memory only.
+        if not self.uncommitted and not self.finished and (not in_use or self.reservation.segment.retired):
             self.finished = True
             self.packer.plane.segments.finish(self.reservation, self.tail)
 
@@ -275,6 +282,7 @@ class PackedStream(Body):
         self._promised = False
         """A ``memory`` body that was, or is about to be, acknowledged: it must reach the disk, however long it takes."""
         self._moves = 0
+        self._stranded = False
         self._copied = False
         """The second copy is held, or done without."""
 
@@ -454,7 +462,12 @@ class PackedStream(Body):
         except IngestError as failure:
             if self._promised:
                 # It stays in the failed slab's memory meanwhile.
-                logger.critical("object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure)
+                if not self._stranded:
+                    logger.critical(
+                        "object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure
+                    )
+                self._stranded = True
+                failed.strand(self)
                 asyncio.get_running_loop().call_later(MOVE_RETRY_S, self._move_again, failed, error)
                 return
             failed.leave(self)

@@ -11,19 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import logging
 import os
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
 from awscrt import checksums
 
-from ingest.blockio import AlignedBuffer, Flusher, open_direct, write_fully
+from ingest.blockio import AlignedBuffer, Flusher, GivenUp, open_direct, write_fully
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import BufferFull, CatalogError, StorageFailed
@@ -41,6 +40,7 @@ RETIRED_SHARE = 0.1
 """Of a slot's files, those that are kept only because their place on the device failed once; one always is."""
 REMOVE_EVERY_S = 1.0
 """Retired files go at this pace: while the disk is still away, each new one fails again."""
+SPARE_PAUSE_MAX_S = 60.0
 
 _HEADER = struct.Struct("<8sIIIIQQ")  # magic, format, node, slot, segment, generation, size; then a CRC32C
 _MAGIC = b"HISSSEG1"
@@ -95,7 +95,7 @@ class Segment:
         """In a thread: write block-aligned memory. Raises OSError; always for a retired file, also when a thread comes
         to it only after another one failed there."""
         if self.retired:
-            raise OSError(errno.EIO, "the segment was retired")
+            raise GivenUp
         write_fully(self.fd, views, offset)
 
     def close(self) -> None:
@@ -160,11 +160,18 @@ class SegmentStore:
         self._recycled = counters.cell("hiss_segment_recycled_total")
         self._retired = counters.cell("hiss_segment_retired_total")
         self._short = counters.cell("hiss_segment_short_total")
-        self._errors = counters.cell("hiss_storage_errors_total", "segment")
+        self._errors = {
+            kind: counters.cell("hiss_storage_errors_total", kind) for kind in ("read", "write", "flush", "segment")
+        }
         self._files = counters.cell("hiss_segment_files")
         self._used = counters.cell("hiss_buffer_used_bytes")
         self._disk_full = False
         self._removed_at = -REMOVE_EVERY_S
+        self._being_made = 0
+        self._spare_pause_s = 0.0
+        self._spare_not_before = 0.0
+        self._all_heard = False
+        """What an earlier process of this slot has asked to commit is decided, and seen by ``use``."""
 
     # -- start-up
 
@@ -180,10 +187,15 @@ class SegmentStore:
             if path.suffix != ".seg":
                 path.unlink()
                 continue
-            with open(path, "rb") as file:
-                header = SegmentHeader.read(file.fileno())
             number = int(path.stem)
             self._next_number = max(self._next_number, number + 1)
+            try:
+                with open(path, "rb") as file:
+                    header = SegmentHeader.read(file.fileno())
+            except OSError as error:
+                # It may hold what lives. What cannot be read now is asked for again by whoever wants it.
+                self.note_error("read", path, error)
+                continue
             if header is None or header.segment != number or header.slot != self.slot:
                 if any(segment == number for segment, _ in live):
                     logger.error("segment %s: its header is damaged but the catalogue has live extents in it", path)
@@ -227,6 +239,9 @@ class SegmentStore:
         what freed it is durable: it must survive a power cut, or a failover, before anything is overwritten.
         Our own count is no reason to overwrite anything: news of freed extents may come twice, or after this count.
         """
+        if not self._all_heard:
+            await self._durable()
+            self._all_heard = True
         closed = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
         live = {(item.segment, item.generation): item.live_bytes for item in await self._use()}
         empty: list[tuple[Segment, int]] = []
@@ -323,7 +338,7 @@ class SegmentStore:
         room += sum(segment.size_bytes for segment in self._free)
         if room > wanted:
             return True
-        room += max(0, self._files_max - len(self.segments) - self._files_elsewhere()) * self.segment_bytes
+        room += max(0, self._files_max - self._file_count) * self.segment_bytes
         if room <= wanted <= self._files_max * self.segment_bytes:
             self._short.add()  # what could never fit says nothing about the room there is
         return room > wanted
@@ -339,8 +354,18 @@ class SegmentStore:
         if any(self._dead(segment) for segment in self.segments.values()):
             self._recycle_soon()
 
+    def failed(self, kind: str, segment: Segment, error: OSError) -> None:
+        """A write or a flush (``kind``) of the file failed: it is counted, and nobody writes there again."""
+        if not isinstance(error, GivenUp):
+            self.note_error(kind, segment.path, error)
+        self.retire(segment)
+
+    def note_error(self, kind: str, path: Path, error: OSError) -> None:
+        self._errors[kind].add()
+        logger.error("%s of segment %s: %s", kind, path, error)
+
     def retire(self, segment: Segment) -> None:
-        """Never write this file again: something of it could not be written, flushed or read.
+        """Never write this file again: something of it could not be written or flushed.
 
         It keeps its place on the device, which may be what is broken, out of use. Of empty ones only a few are kept for
         that: a disk that was away for a minute must not cost the buffer for good.
@@ -349,12 +374,13 @@ class SegmentStore:
             return
         segment.retired = segment.sealed = True
         self._retired.add()
-        logger.error("segment %s retired after a storage error; its live extents stay readable", segment.path)
+        logger.error("segment %s is not written any more; its live extents stay readable", segment.path)
         self._current = {lifetime: current for lifetime, current in self._current.items() if current is not segment}
         self._free = [free for free in self._free if free is not segment]
 
-    def sparse(self, below: float) -> Segment | None:
-        """The emptiest sealed segment with less than this share live, for compaction."""
+    def sparse(self, below: float, but: Container[tuple[int, int]] = ()) -> Segment | None:
+        """The emptiest sealed segment with less than this share live, for compaction; ``but``: none of these (number,
+        generation)."""
         candidates = [
             segment
             for segment in self.segments.values()
@@ -362,6 +388,7 @@ class SegmentStore:
             and not segment.retired
             and not segment.open_extents
             and 0 < segment.live_bytes < below * segment.size_bytes
+            and (segment.number, segment.generation) not in but
         ]
         return min(candidates, key=lambda segment: segment.live_bytes, default=None)
 
@@ -380,9 +407,14 @@ class SegmentStore:
         """Nothing is being written there, and nothing will be in this generation."""
         return segment.sealed and not segment.open_extents and not segment.in_flight and segment not in self._free
 
+    @property
+    def _file_count(self) -> int:
+        """Of the whole node."""
+        return len(self.segments) + self._being_made + self._files_elsewhere()
+
     def _is_last(self, segment: Segment) -> bool:
         """The last file stays: its number would be given out again after a restart, with its generations."""
-        return segment.number + 1 >= self._next_number
+        return segment.number == max(self.segments)
 
     def _dead(self, segment: Segment) -> bool:
         """It may be empty, as far as we know: a reason to ask the catalogue."""
@@ -400,7 +432,7 @@ class SegmentStore:
             segment.tail = BLOCK_BYTES
             segment.live_bytes = 0
             return segment
-        if len(self.segments) + self._files_elsewhere() >= self._files_max:
+        if self._file_count >= self._files_max:
             self._recycle_soon()
             self._short.add()
             raise BufferFull("every segment of the buffer holds live data")
@@ -411,9 +443,32 @@ class SegmentStore:
             raise
 
     def _create(self) -> Segment:
-        number = self._next_number
+        """Raises BufferFull."""
+        header, path = self._next_header()
+        try:
+            return self._created(self._make(header, path))
+        except OSError as error:
+            raise self._not_created(path, error) from error
+
+    async def _create_aside(self) -> Segment:
+        """As ``_create``, in a thread: an ill disk may take its time."""
+        header, path = self._next_header()
+        self._being_made += 1
+        try:
+            made = await asyncio.get_running_loop().run_in_executor(self.executor, self._make, header, path)
+        except OSError as error:
+            raise self._not_created(path, error) from error
+        finally:
+            self._being_made -= 1
+        return self._created(made)
+
+    def _next_header(self) -> tuple[SegmentHeader, Path]:
+        number, self._next_number = self._next_number, self._next_number + 1
         header = SegmentHeader(self.node, self.slot, number, 1, self.segment_bytes)
-        path = self.paths.segment_file(self.slot, number)
+        return header, self.paths.segment_file(self.slot, number)
+
+    def _make(self, header: SegmentHeader, path: Path) -> Segment:
+        """Blocks. Raises OSError; then there is no file, unless that cannot be removed either."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -423,20 +478,24 @@ class SegmentStore:
                 _fsync_folder(path.parent)
             finally:
                 os.close(fd)
-            segment = Segment(header, path, self.executor, self._counters)
-        except OSError as error:
+            return Segment(header, path, self.executor, self._counters)
+        except OSError:
             with contextlib.suppress(OSError):
                 path.unlink()
-            self._errors.add()
-            if not self._disk_full:
-                logger.error("cannot create segment %s: %s", path, error)
-                self._disk_full = True
-            raise BufferFull(f"no space for another segment: {error.strerror}") from error
+            raise
+
+    def _created(self, segment: Segment) -> Segment:
         self._disk_full = False
-        self._next_number += 1
-        self.segments[number] = segment
+        self.segments[segment.number] = segment
         self._publish()
         return segment
+
+    def _not_created(self, path: Path, error: OSError) -> BufferFull:
+        self._errors["segment"].add()
+        if not self._disk_full:
+            logger.error("cannot create segment %s: %s", path, error)
+            self._disk_full = True
+        return BufferFull(f"no space for another segment: {error.strerror}")
 
     def _recycle_soon(self) -> None:
         with contextlib.suppress(RuntimeError):  # no loop: start-up recycles by itself
@@ -465,7 +524,7 @@ class SegmentStore:
             done = await loop.run_in_executor(self.executor, self._mark_recycled, segment)
         except OSError as error:
             logger.error("segment %s cannot be recycled: %s", segment.path, error)
-            self._errors.add()
+            self._errors["segment"].add()
             self.retire(segment)
             done = False
         finally:
@@ -477,7 +536,7 @@ class SegmentStore:
             segment.live_bytes = 0
             if segment.retired:
                 return
-            crowded = len(self.segments) + self._files_elsewhere() >= 0.9 * self._files_max
+            crowded = self._file_count >= 0.9 * self._files_max
             if crowded and len(self._free) >= 2 and not self._is_last(segment):
                 self._discard(segment)
             else:
@@ -507,7 +566,7 @@ class SegmentStore:
         try:
             segment.path.unlink()
         except OSError as error:
-            self._errors.add()
+            self._errors["segment"].add()
             if not segment.retired:
                 logger.error("segment %s cannot be removed: %s", segment.path, error)
             self.retire(segment)
@@ -519,11 +578,24 @@ class SegmentStore:
     async def prepare_spare(self, busy: Callable[[], bool]) -> None:
         """Keep one free, fully written file ahead: flushes into it cost a third less than into unwritten extents.
 
-        Works in small steps and stops as soon as the slot is ``busy``.
+        Works in small steps and stops as soon as the slot is ``busy``. Where the disk refuses it tries again ever later.
         """
-        if self._free or len(self.segments) + self._files_elsewhere() >= self._files_max or busy():
+        if self._free or self._file_count >= self._files_max or busy():
             return
-        segment = self._create()
+        if time.monotonic() < self._spare_not_before:
+            return
+        try:
+            segment = await self._create_aside()
+            await self._write_ahead(segment, busy)
+        except (OSError, BufferFull):
+            self._spare_pause_s = min(max(1.0, 2 * self._spare_pause_s), SPARE_PAUSE_MAX_S)
+            self._spare_not_before = time.monotonic() + self._spare_pause_s
+        else:
+            self._spare_pause_s = 0.0
+            self._free.append(segment)
+
+    async def _write_ahead(self, segment: Segment, busy: Callable[[], bool]) -> None:
+        """Raises OSError; the file is retired then."""
         segment.open_extents += 1
         zeros = AlignedBuffer(PREWRITE_BYTES)
         loop = asyncio.get_running_loop()
@@ -537,16 +609,15 @@ class SegmentStore:
                 offset += step
         except OSError as error:
             logger.error("segment %s cannot be written ahead: %s", segment.path, error)
-            self._errors.add()
+            self._errors["segment"].add()
             self.retire(segment)
-            return
+            raise
         finally:
             if writing is not None and not writing.done():
                 # Cancelled: the thread still reads from what is about to be closed.
                 await asyncio.wait([writing])
             zeros.close()
             segment.open_extents -= 1
-        self._free.append(segment)
 
     def _publish(self) -> None:
         self._files.set(len(self.segments))

@@ -86,6 +86,7 @@ class SpanStream(Body):
         self._hashing = False
         self._idle: asyncio.Future[None] | None = None
         self._rehomes = 0
+        self._stranded = False
         self._move_timer: asyncio.TimerHandle | None = None
         self._ending = False
         self._copy_from_disk = False
@@ -635,7 +636,11 @@ class SpanStream(Body):
             if not self._promised:
                 self.fail(StorageFailed(str(failure)))
             elif self._move_timer is None:
-                logger.critical("object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure)
+                if not self._stranded:
+                    logger.critical(
+                        "object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure
+                    )
+                self._stranded = True
                 loop = asyncio.get_running_loop()
                 self._move_timer = loop.call_later(MOVE_RETRY_S, self._move_again, segment, error)
 
@@ -667,6 +672,10 @@ class SpanStream(Body):
         if self._reserved is old:
             self._reserved = new
             self._reserved_used -= kept
+        if not kept:
+            # Nothing of the body is there, and a failed file takes no late write.
+            self._reservations.remove(old)
+            self.plane.segments.finish(old, 0)
         for piece in pieces:
             piece.file_offset += new.offset + LABEL_BYTES - cut
             piece.reservation = new

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Protocol
 
-from ingest.counters import Counters
 from ingest.segments import Segment, SegmentStore
 
 logger = logging.getLogger(__name__)
@@ -60,14 +59,10 @@ class WriteItem(Protocol):
 
 
 class Writer:
-    def __init__(
-        self, store: SegmentStore, executor: Executor, counters: Counters, arena_share: Callable[[], float]
-    ) -> None:
+    def __init__(self, store: SegmentStore, executor: Executor, arena_share: Callable[[], float]) -> None:
         self._store = store
         self._executor = executor
         self._arena_share = arena_share
-        self._write_errors = counters.cell("hiss_storage_errors_total", "write")
-        self._flush_errors = counters.cell("hiss_storage_errors_total", "flush")
         self._unflushed: dict[Segment, list[WriteItem]] = {}
         self._writing: dict[Segment, set[WriteItem]] = collections.defaultdict(set)
         self._timers: dict[Segment, asyncio.TimerHandle] = {}
@@ -98,13 +93,13 @@ class Writer:
             error = OSError(5, str(error))
         counts = item.on_written(segment)
         if error is not None:
-            if not segment.retired:
-                self._write_errors.add()
-            self._fail(segment, error, [item] if counts else [])
+            self._fail("write", segment, error, [item] if counts else [])
             return
         if not counts:
             return
-        items = self._unflushed.setdefault(segment, [])
+        if (items := self._unflushed.get(segment)) is None:
+            items = self._unflushed[segment] = []
+            segment.in_flight += 1
         items.append(item)
         if item.awaited or sum(unflushed.size_bytes for unflushed in items) >= FLUSH_BYTES:
             self.flush(segment)
@@ -116,29 +111,27 @@ class Writer:
         if timer := self._timers.pop(segment, None):
             timer.cancel()
         if items := self._unflushed.pop(segment, None):
-            segment.in_flight += 1
             self._keep(self._loop.create_task(self._flush(segment, items)))
 
     async def _flush(self, segment: Segment, items: list[WriteItem]) -> None:
         try:
             await segment.flusher.flush()
         except OSError as error:
-            self._flush_errors.add()
-            self._fail(segment, error, items)
+            self._fail("flush", segment, error, items)
             return
         finally:
             segment.in_flight -= 1
         for item in items:
             item.on_durable(segment)
 
-    def _fail(self, segment: Segment, error: OSError, items: list[WriteItem]) -> None:
+    def _fail(self, kind: str, segment: Segment, error: OSError, items: list[WriteItem]) -> None:
         """Retire the segment and have every owner with unflushed bytes in it move them."""
-        if not segment.retired:
-            logger.error("segment %s: %s", segment.path, error)
-        self._store.retire(segment)
+        self._store.failed(kind, segment, error)
         if timer := self._timers.pop(segment, None):
             timer.cancel()
-        affected = [*items, *self._unflushed.pop(segment, []), *self._writing.pop(segment, set())]
+        if unflushed := self._unflushed.pop(segment, []):
+            segment.in_flight -= 1
+        affected = [*items, *unflushed, *self._writing.pop(segment, set())]
         affected += [item for item in self._lazy if item.segment is segment]
         for item in dict.fromkeys(affected):
             item.on_storage_failed(segment, error)

@@ -126,7 +126,8 @@ class Committer(BatchMaker):
             self._notices.forget()
             self._decider.forget()
             self._index.forget()
-            self._errors.add()
+            if not self._journal_failed:  # a flush that failed is counted
+                self._errors.add()
             logger.error("the journal failed, this batch is refused: %s", error)
             # Only when the next file says that this batch never happened may anybody be told so.
             await self._leave_journal(batch.first_sequence)
@@ -187,8 +188,10 @@ class Committer(BatchMaker):
             covered = self._journal.mark()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._flush_thread, self._journal.flush)
-            except OSError:
+            except OSError as error:
                 self._journal_failed = True
+                self._errors.add()
+                logger.error("a journal flush failed, its batches are written again elsewhere: %s", error)
                 raise
             self._journal.flushed(covered)
             self._release_freed()
@@ -200,9 +203,7 @@ class Committer(BatchMaker):
     async def _flush_in_background(self) -> None:
         try:
             await self._flush()
-        except OSError as error:
-            self._errors.add()
-            logger.error("a journal flush failed, its batches are written again elsewhere: %s", error)
+        except OSError:
             self._wake.set()
 
     async def _leave_journal(self, next_sequence: int) -> None:

@@ -149,8 +149,9 @@ class ClusterCommitter(BatchMaker):
         self._chore_thread.shutdown()
 
     async def barrier(self) -> None:
-        """What is visible here is durable in the engine, and survives a failover. Raises CatalogUnavailable."""
-        if self._durable >= self._next:
+        """Return once what was decided is visible here and durable in the engine, so that it survives a failover. Raises
+        CatalogUnavailable."""
+        if self._durable >= self._next and not (self._deciding.locked() or self._doubtful or self._found):
             return
         if self._away_since is not None or self._stuck or self._ended:
             raise _not_durable()

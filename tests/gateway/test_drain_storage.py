@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from awscrt.checksums import crc64nvme
@@ -184,6 +185,41 @@ async def test_a_segment_that_fails_a_write_is_retired(segments: SegmentStore) -
         segment.fd = real
     assert segment.retired
     assert (await landing.land(record(body), pieces(body, 1 << 20)))[0].segment != segment.number
+
+
+async def test_a_segment_that_failed_takes_nothing_of_what_lands_beside(
+    segments: SegmentStore, counters: Counters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two recalls share a file; a write of one fails, and is counted. The other has begun, and fails too."""
+    landing, go, begun, written = SegmentLanding(segments), asyncio.Event(), asyncio.Event(), []
+    loop = asyncio.get_running_loop()
+    real, failures = os.pwritev, [OSError(5, "Input/output error")]
+
+    async def slow() -> AsyncIterator[memoryview]:
+        yield memoryview(bytes(8 << 20))
+        await go.wait()
+        yield memoryview(bytes(1 << 20))
+
+    def pwritev(fd: int, views: Any, offset: int, *rest: int) -> int:
+        if failures and begun.is_set():
+            raise failures.pop()
+        loop.call_soon_threadsafe(begun.set)
+        written.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return real(fd, views, offset, *rest)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    landed = asyncio.create_task(landing.land(record(bytes(9 << 20)), slow()))
+    await begun.wait()
+    with pytest.raises(StorageFailed):
+        await landing.land(record(bytes(8 << 20)), pieces(bytes(8 << 20), 1 << 20))
+    (retired,) = (segment for segment in segments.segments.values() if segment.retired)
+    written.clear()
+    go.set()
+    with pytest.raises(StorageFailed):
+        await landed
+    assert str(retired.path) not in written
+    assert not retired.open_extents
+    assert counters.cell("hiss_storage_errors_total", "write").value() == 1
 
 
 def test_eviction_makes_the_room_that_is_reserved_and_not_used_yet() -> None:

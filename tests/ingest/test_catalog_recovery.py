@@ -210,6 +210,20 @@ async def test_an_index_ahead_of_the_journal_goes_back_to_it(
     assert problems(paths) == []
 
 
+async def test_a_flush_that_fails_under_a_barrier_is_counted(
+    paths: NodePaths, serving: Serving, commit_of: CommitOf
+) -> None:
+    ops, counters = FailingOps(), Counters(None, CATALOGUE)
+    async with serving(ops, counters, memory_flush_s=60), CatalogClient(paths, slot=0) as client:
+        await client.create_bucket("run", "root")
+        await client.commit(commit_of("run", b"memory", durability=Durability.MEMORY))
+        ops.fail_flush = True
+        with pytest.raises(StorageFailed):
+            await client.barrier()
+        await client.barrier()
+        assert counters.cell("hiss_storage_errors_total", "journal").value() == 1
+
+
 @pytest.mark.parametrize("kind", ["write", "flush"])
 async def test_a_failed_journal_refuses_the_batch_for_ever(
     paths: NodePaths, serving: Serving, commit_of: CommitOf, kind: str

@@ -17,11 +17,8 @@ import pytest
 from ingest.buffer import Buffer
 from ingest.catalog.client import CatalogClient
 from ingest.catalog.fsck import fsck
-from ingest.compaction import housekeep
-from ingest.counters import Counters
-from ingest.errors import BufferFull, CatalogUnavailable, NoSuchKey, StaleVersion, StorageFailed
+from ingest.errors import CatalogUnavailable, NoSuchKey, StaleVersion, StorageFailed
 from ingest.label import read_label
-from ingest.mend import Patch
 from ingest.records import (
     LABEL_BYTES,
     CommitObject,
@@ -35,7 +32,7 @@ from ingest.records import (
     PartRecord,
     UploadRecord,
 )
-from ingest.segments import REMOVE_EVERY_S, Segment
+from ingest.segments import Segment
 
 MIB = 1 << 20
 
@@ -145,7 +142,7 @@ async def test_a_small_object_that_moves_is_durable_only_in_its_new_place(
     body = os.urandom(5000)
     putting = asyncio.create_task(put(buffer, b"moved", body, lifetime=LifetimeClass.SMALL))
     assert await eventually(lambda: len(disk.writes) == 1)
-    buffer.writer._fail(segment, OSError(5, "Input/output error"), [])
+    buffer.writer._fail("write", segment, OSError(5, "Input/output error"), [])
     assert await eventually(lambda: len(disk.writes) == 2), "it moves at once"
     old_gate.set()
     await asyncio.sleep(0.1)
@@ -417,158 +414,3 @@ async def test_labels_follow_a_body_that_moves(buffer: Buffer, disk: Disk) -> No
         position += extent.length
     assert found == body
     await stream.abort()
-
-
-def _count(buffer: Buffer, name: str, *labels: str) -> float:
-    return float(buffer.segments._counters.cell(name, *labels).value())
-
-
-async def _fill_and_empty(buffer: Buffer) -> None:
-    """Every file that may exist exists, and nothing lives in any but the first."""
-    for number in range(15):
-        await put(buffer, b"filler%d" % number, bytes(28 * MIB))
-    await buffer.catalog.delete([DeleteObject("b", b"filler%d" % number) for number in range(15)])
-    buffer.segments.seal_all()
-    await buffer.segments.recycle_idle()
-    assert await eventually(lambda: len(buffer.segments._free) == len(buffer.segments.segments) - 1)
-
-
-async def test_a_disk_that_was_away_for_a_while_costs_no_room(buffer: Buffer, disk: Disk) -> None:
-    """Each write that failed has retired a file. When the disk is back there is room for as much as before."""
-    body = os.urandom(5 * MIB)
-    kept = await put(buffer, b"kept", body)
-    await _fill_and_empty(buffer)
-    full = len(buffer.segments.segments)
-
-    def away(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    disk.rule = away
-    for number in range(3 * full):
-        with pytest.raises((StorageFailed, BufferFull)):
-            await put(buffer, b"lost", bytes((7000, 6 * MIB)[number % 2]))
-    assert _count(buffer, "hiss_segment_retired_total") >= full - 1
-    disk.rule = lambda *_: None
-    await asyncio.sleep(REMOVE_EVERY_S)
-    await buffer.segments.recycle_idle()
-    large = os.urandom(int(0.8 * full) * 28 * MIB)
-    record = await put(buffer, b"large", large)
-    assert await get(buffer, record) == large
-    assert await get(buffer, kept) == body
-    files = {int(path.stem) for path in buffer.paths.segment_file(0, 0).parent.iterdir()}
-    assert files == set(buffer.segments.segments)
-    assert len(files) <= full
-    assert fsck(buffer.paths.root, payload=True).problems == []
-
-
-async def test_a_file_is_not_used_again_while_a_thread_is_at_it(
-    buffer: Buffer, disk: Disk, gates: list[threading.Event]
-) -> None:
-    """A mend whose PUT was given up: its late write would land in what comes after."""
-    record = await put(buffer, b"k", os.urandom(12 * MIB))
-    (extent,) = record.extents
-    segment = buffer.segments.segments[extent.segment]
-
-    def late(*_: object) -> None:
-        gates[0].wait(60)
-
-    disk.rule = late
-    buffer.writer.submit(Patch(segment, extent.offset + LABEL_BYTES + 100, b"late"))
-    await buffer.catalog.delete([DeleteObject("b", b"k")])
-    buffer.segments.seal_all()
-    for _ in range(3):
-        await buffer.segments.recycle_idle()
-        assert segment.generation == extent.generation
-    gates[0].set()
-    assert await eventually(lambda: not segment.in_flight)
-    await buffer.segments.recycle_idle()
-    assert segment.generation == extent.generation + 1
-
-
-async def test_every_file_that_cannot_be_made_is_counted(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        for _ in range(2):
-            with pytest.raises(BufferFull, match="No space left on device"):
-                await put(buffer, b"k", b"x" * 100)
-    assert _count(buffer, "hiss_storage_errors_total", "segment") == 2
-    await put(buffer, b"k", b"x" * 100)
-
-
-@pytest.fixture
-async def sparse(buffer: Buffer) -> list[ObjectRecord]:
-    """Two objects that are all that lives in a segment, which is not the current one."""
-    records = [await put(buffer, b"a", os.urandom(200_000)), await put(buffer, b"b", os.urandom(200_000))]
-    await put(buffer, b"filler", bytes(31 * MIB))
-    await put(buffer, b"more", os.urandom(20 * MIB))
-    await buffer.catalog.delete([DeleteObject("b", b"filler")])
-    buffer.segments.seal_all()
-    return records
-
-
-async def test_what_cannot_be_moved_stays_and_costs_no_other_file(
-    buffer: Buffer, sparse: list[ObjectRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A bad sector under one object: the file that it lies in is retired, not those that it was to be moved to."""
-    source = buffer.segments.segments[sparse[0].extents[0].segment]
-    real, bad = os.preadv, sparse[0].extents[0]
-
-    def preadv(fd: int, views: Any, offset: int, *rest: int) -> int:
-        if os.readlink(f"/proc/self/fd/{fd}") == str(source.path) and bad.offset <= offset < bad.offset + bad.length:
-            raise OSError(5, "Input/output error")
-        return real(fd, views, offset, *rest)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    counters = Counters(None, 0)
-    stop = asyncio.Event()
-    keeper = asyncio.create_task(housekeep(buffer, counters, stop))
-    moved = sparse[1].extents[0].stored_bytes
-    assert await eventually(lambda: source.live_bytes <= bad.stored_bytes and source.retired)
-    assert counters.cell("hiss_segment_compacted_bytes_total").value() == sparse[1].length
-    assert counters.cell("hiss_storage_errors_total", "read").value() == 1
-    assert [one for one in buffer.segments.segments.values() if one.retired] == [source]
-    assert source.live_bytes == bad.stored_bytes
-    assert buffer.segments.live_bytes >= bad.stored_bytes + moved
-    monkeypatch.undo()
-    stop.set()
-    await keeper
-    for record in sparse:
-        assert len(await get(buffer, record)) == record.length
-
-
-@pytest.mark.parametrize("kind", ["write", "flush"])
-async def test_a_copy_that_cannot_be_written_is_counted_and_made_elsewhere(
-    buffer: Buffer, sparse: list[ObjectRecord], disk: Disk, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    failures: list[OSError] = []
-    real = os.fdatasync
-
-    def fail(path: str) -> None:
-        if failures and path.endswith(".seg"):
-            raise failures.pop()
-
-    def fdatasync(fd: int) -> None:
-        fail(os.readlink(f"/proc/self/fd/{fd}"))
-        real(fd)
-
-    if kind == "write":
-        disk.rule = lambda path, offset: fail(path)
-    else:
-        monkeypatch.setattr(os, "fdatasync", fdatasync)
-    await buffer.segments.prepare_spare(lambda: False)
-    failures.append(OSError(5, "Input/output error"))
-    source = buffer.segments.segments[sparse[0].extents[0].segment]
-    generation = source.generation
-    counters = Counters(None, 0)
-    stop = asyncio.Event()
-    keeper = asyncio.create_task(housekeep(buffer, counters, stop))
-    assert await eventually(lambda: source.generation > generation)
-    stop.set()
-    await keeper
-    assert counters.cell("hiss_storage_errors_total", kind).value() == 1
-    assert not source.retired
-    for record in sparse:
-        assert len(await get(buffer, await buffer.catalog.by_id(record.object_id))) == record.length

