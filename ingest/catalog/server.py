@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import signal
+import sqlite3
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import cast
@@ -28,7 +30,7 @@ from ingest.catalog.lock import CatalogueBusy
 from ingest.catalog.reader import Reader
 from ingest.catalog.recovery import Recovered
 from ingest.counters import Counters
-from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchKey, StaleEpoch, StaleVersion, StorageFailed
 from ingest.journal import FileOps
 from ingest.origin import Origin
 from ingest.paths import NodePaths, socket_address
@@ -236,10 +238,12 @@ class CatalogueServer:
             if other.slot == connection.slot and other.epoch < connection.epoch:
                 other.fenced = True
         self._slots[connection.slot], self._epochs[connection.slot] = connection, connection.epoch
-        for waiters in self._waiters.values():
-            for waiter in waiters:
-                if connection.slot in waiter.slots:
+        for waiter in list(itertools.chain.from_iterable(self._waiters.values())):
+            if connection.slot in waiter.slots:
+                try:
                     self._ask_to_settle(waiter.object_id, frozenset((connection.slot,)))
+                except StorageFailed as error:
+                    self._end(waiter, error)
 
     def left(self, connection: _Connection) -> None:
         self.connections.discard(connection)
@@ -282,30 +286,49 @@ class CatalogueServer:
     # -- settling
     def _settle(self, connection: _Connection, call: int, request: wire.Settle) -> None:
         try:
-            record = self.reader.by_id(request.object_id)
-        except NoSuchKey:
-            connection.refuse(call, StaleVersion("the version was deleted or replaced"))
+            record = self._version(request.object_id)
+            slots = frozenset(extent.slot for extent in record.extents)
+            if not record.settled:
+                self._ask_to_settle(request.object_id, slots)
+        except (StaleVersion, StorageFailed) as error:
+            connection.refuse(call, error)
             return
         if record.settled:
             connection.send_answer(wire.Answer(call, msgspec.Raw(wire.encode_value(record))))
             return
-        slots = frozenset(extent.slot for extent in record.extents)
         waiter = _Waiter(connection, call, request.object_id, slots)
         waiter.timeout = asyncio.get_running_loop().call_later(request.timeout_s, self._give_up, waiter)
         self._waiters[request.object_id].append(waiter)
-        self._ask_to_settle(request.object_id, slots)
+
+    def _version(self, object_id: bytes) -> ObjectRecord:
+        """Raises StaleVersion, StorageFailed."""
+        try:
+            return self.reader.by_id(object_id)
+        except NoSuchKey:
+            raise StaleVersion("the version was deleted or replaced") from None
+        except sqlite3.Error as error:
+            raise StorageFailed(f"index: {error}") from error
 
     def _ask_to_settle(self, object_id: bytes, slots: frozenset[int]) -> None:
-        """Slots know bodies by the id they committed them with: the version's own, or its parts'."""
-        found = self._lookup.execute(statements.UNSETTLED_PARTS_OF, {"object_id": object_id}).fetchall()
+        """Slots know bodies by the id they committed them with: the version's own, or its parts'. Raises StorageFailed."""
+        try:
+            found = self._lookup.execute(statements.UNSETTLED_PARTS_OF, {"object_id": object_id}).fetchall()
+        except sqlite3.Error as error:
+            raise StorageFailed(f"index: {error}") from error
         bodies = [part_id for (part_id,) in found] or [object_id]
         for slot in slots & self._slots.keys():
             for body in bodies:
                 self._slots[slot].push(wire.Push(settle=SettleRequest(body)))
 
     def _give_up(self, waiter: _Waiter) -> None:
+        self._end(waiter, CatalogUnavailable("the version's owner did not settle it in time"))
+
+    def _end(self, waiter: _Waiter, outcome: ObjectRecord | IngestError) -> None:
         self._forget(waiter)
-        waiter.connection.refuse(waiter.call, CatalogUnavailable("the version's owner did not settle it in time"))
+        if isinstance(outcome, IngestError):
+            waiter.connection.refuse(waiter.call, outcome)
+        else:
+            waiter.connection.send_answer(wire.Answer(waiter.call, msgspec.Raw(wire.encode_value(outcome))))
 
     def _forget(self, waiter: _Waiter) -> None:
         if waiter.timeout is not None:
@@ -317,18 +340,15 @@ class CatalogueServer:
 
     def _resolve_waiters(self) -> None:
         for object_id in list(self._waiters):
-            record: ObjectRecord | None = None
-            with contextlib.suppress(NoSuchKey):
-                record = self.reader.by_id(object_id)
-            if record is not None and not record.settled:
+            outcome: ObjectRecord | IngestError
+            try:
+                outcome = self._version(object_id)
+            except (StaleVersion, StorageFailed) as error:
+                outcome = error
+            if isinstance(outcome, ObjectRecord) and not outcome.settled:
                 continue
             for waiter in list(self._waiters[object_id]):
-                self._forget(waiter)
-                if record is None:
-                    waiter.connection.refuse(waiter.call, StaleVersion("the version was deleted or replaced"))
-                else:
-                    answer = wire.Answer(waiter.call, msgspec.Raw(wire.encode_value(record)))
-                    waiter.connection.send_answer(answer)
+                self._end(waiter, outcome)
 
     # -- after a batch
     def _committed(self, batch: Batch) -> None:

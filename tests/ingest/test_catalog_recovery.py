@@ -19,8 +19,9 @@ import pytest
 from awscrt import checksums
 
 from ingest import journal
-from ingest.catalog import backup, fsck, lock, recovery, rows, snapshot
+from ingest.catalog import backup, fsck, lock, recovery, rows, snapshot, statements
 from ingest.catalog.client import CatalogClient
+from ingest.catalog.reader import Reader
 from ingest.counters import CATALOGUE, Counters
 from ingest.errors import CatalogUnavailable, NoSuchKey, StorageFailed
 from ingest.journal import FileOps, JournalDamaged
@@ -270,6 +271,48 @@ async def test_a_failed_flush_behind_memory_commits_writes_them_again(
     paths.catalogue.unlink()
     async with serving(), CatalogClient(paths, slot=0) as client:
         assert await names(client) == [b"1", b"2"]
+
+
+async def test_an_index_that_cannot_be_read_ends_what_waits_for_a_settle_and_no_connection(
+    paths: NodePaths,
+    serving: Serving,
+    commit_of: CommitOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unreadable(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with serving(), CatalogClient(paths, slot=0) as owner, CatalogClient(paths) as asker:
+        await owner.create_bucket("run", "root")
+        record = await owner.commit(commit_of("run", b"k", durability=Durability.MEMORY, settled=False))
+        for target, name, value in (
+            (Reader, "by_id", unreadable),
+            (statements, "UNSETTLED_PARTS_OF", "SELECT part_id FROM gone"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, value)
+                with pytest.raises(StorageFailed):
+                    await asker.settle(record.object_id, 1)
+
+        waiting = asyncio.create_task(asker.settle(record.object_id, 60))
+        await asker.settled([])  # a round trip: the other call has arrived
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "by_id", unreadable)
+            await owner.commit(commit_of("run", b"other"))
+            with pytest.raises(StorageFailed):
+                await waiting
+
+        waiting = asyncio.create_task(asker.settle(record.object_id, 60))
+        await asker.settled([])
+        with monkeypatch.context() as patch:
+            patch.setattr(statements, "UNSETTLED_PARTS_OF", "SELECT part_id FROM gone")
+            async with CatalogClient(paths, slot=0) as newer:
+                with pytest.raises(StorageFailed):
+                    await waiting
+                await newer.settled([record.object_id])
+        assert (await asker.settle(record.object_id, 60)).settled
+    assert "the catalogue process is gone" not in caplog.text
 
 
 async def test_extents_are_freed_only_when_the_journal_is_on_disk(
