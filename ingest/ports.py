@@ -55,7 +55,8 @@ from ingest.records import (
 
 
 class Catalog(Protocol):
-    """Every method either returns what the docstring says or raises an ``ingest.errors.CatalogError``.
+    """Every method either returns what the docstring says or raises an ``ingest.errors.CatalogError``, or StorageFailed where
+    the catalogue's disk fails.
 
     Writes return once durable in the journal (``memory`` commits: once in the journal's page cache) *and* visible to
     every reader on the node. Reads see every write that has returned, in any process (strong consistency).

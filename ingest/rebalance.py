@@ -183,7 +183,7 @@ class Rebalancer:
         table.words[VERSION] += 1
 
     def step(self, now_ns: int, monotonic_ns: int) -> None:
-        """One tick. ``now_ns``: the node's clock. Raises CatalogError."""
+        """One tick. ``now_ns``: the node's clock. Raises CatalogError, StorageFailed."""
         words = self._table.words
         generation = self._generation()
         if generation != self._as_of or now_ns not in self._holds_ns:

@@ -43,8 +43,8 @@ from gateway.metrics import Exposition
 from ingest.cluster.signing import BadPeerSignature, PeerKey
 from ingest.errors import (
     BadReservation,
-    CatalogError,
     DoesNotFit,
+    IngestError,
     NoSuchBucket,
     NoSuchKey,
     NoSuchReservation,
@@ -95,7 +95,7 @@ def create_app(context: ControlContext) -> FastAPI:
     # The documentation pages load scripts from elsewhere: a beamline network has no way there.
     app = FastAPI(title="HISS control API", version=context.version, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.context = context
-    app.add_exception_handler(CatalogError, _catalog_error)
+    app.add_exception_handler(IngestError, _ingest_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     _add_open_routes(app, context)
     _add_node_routes(app, context)
@@ -122,7 +122,7 @@ async def _invalid(_: HTTPConnection, error: Exception) -> Response:
     return JSONResponse({"detail": found}, 422)
 
 
-async def _catalog_error(_: HTTPConnection, error: Exception) -> Response:
+async def _ingest_error(_: HTTPConnection, error: Exception) -> Response:
     if isinstance(error, NoSuchBucket):
         return JSONResponse({"detail": "there is no such bucket"}, 404)
     if isinstance(error, NoSuchReservation):
@@ -277,8 +277,8 @@ def _add_feedback_routes(app: FastAPI, context: ControlContext) -> None:
             events = context.feedback.subscribe(bucket, wanted, WEBSOCKET, last_event_id=last_event_id)
         except HTTPException as refusal:
             await refuse(socket, JSONResponse({"detail": refusal.detail}, refusal.status_code, refusal.headers))
-        except CatalogError as error:
-            await refuse(socket, await _catalog_error(socket, error))
+        except IngestError as error:
+            await refuse(socket, await _ingest_error(socket, error))
         except TooManySubscribers:
             await refuse(socket, JSONResponse({"detail": _TOO_MANY}, 503, {"Retry-After": "5"}))
         else:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from ingest.catalog.client import CatalogClient
 from ingest.counters import Counters
-from ingest.errors import CatalogError
+from ingest.errors import IngestError
 from ingest.rebalance import TICK_S, Rebalancer
 from ingest.share_table import ShareTable
 
@@ -42,7 +42,7 @@ def rebalancing(catalog: CatalogClient, table: ShareTable, ceiling: int, counter
         while not stop.wait(TICK_S):
             try:
                 rebalancer.step(catalog.now_ns(), time.monotonic_ns())
-            except (CatalogError, OSError) as error:
+            except (IngestError, OSError) as error:
                 if time.monotonic() - said >= _SAY_AGAIN_S:
                     said = time.monotonic()
                     log.warning("reservations cannot be read, the shares stay as they are: %s", error)

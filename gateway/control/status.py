@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from gateway.metrics import ProcessRow, Reader
-from ingest.errors import CatalogError
+from ingest.errors import IngestError
 from ingest.ports import Catalog
 from kernels.standing import Standing
 
@@ -208,7 +208,7 @@ class StatusSource:
         try:
             async with asyncio.timeout(CATALOGUE_TIMEOUT_S):
                 counts = await self._catalog.drain_counts()
-        except (CatalogError, TimeoutError):
+        except (IngestError, TimeoutError):
             return {"catalogue": "unavailable", "drain": None}
         oldest_ns = counts.oldest_undrained_ns
         return {

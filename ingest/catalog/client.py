@@ -92,6 +92,8 @@ ENGINE_CLOCK_NS = 1_000_000_000
 """By so much the engine's clock may be ahead of what this node thinks it says."""
 RECONNECT_FIRST_S, RECONNECT_LAST_S = 0.01, 1.0
 SETTLE_GRACE_S = 5.0
+SAY_AGAIN_S = 60.0
+"""Reads that fail are told so often."""
 
 _NOT_THERE = (NoSuchBucket, NoSuchKey, NoSuchVersion, NoSuchUpload, NoSuchReservation)
 _NOT_KNOWN = "the cluster's engine is away, and this node has not heard of what was asked for: it may be there"
@@ -162,6 +164,7 @@ class _Readers:
         self._local = threading.local()
         self._generation: GenerationFile | None = None
         self._open: list[Reader] = []
+        self._said_at = -SAY_AGAIN_S
 
     def generation(self) -> GenerationFile:
         if self._generation is None:
@@ -177,7 +180,10 @@ class _Readers:
             return look(self._reader())
         except sqlite3.Error as error:
             self._forget()
-            logger.warning("a catalogue read failed and is tried again: %s", error)
+            now = time.monotonic()
+            if now - self._said_at >= SAY_AGAIN_S:  # some ask twenty times a second
+                self._said_at = now
+                logger.warning("a catalogue read failed and is tried again: %s", error)
         try:
             return look(self._reader())
         except sqlite3.Error as error:

@@ -24,7 +24,7 @@ from gateway.control.feedback.executors import Executors
 from gateway.control.feedback.link import Link
 from ingest import action_settings, bucket_settings
 from ingest.counters import ACTION_OUTCOMES, Counters
-from ingest.errors import CatalogError, NoSuchBucket
+from ingest.errors import IngestError, NoSuchBucket
 from ingest.paths import NodePaths
 from ingest.ports import Catalog, FeedbackEvent
 
@@ -70,6 +70,8 @@ class ActionDirector:
         self._unheard: dict[Pair, set[int]] = {}
         """Streams of other nodes whose end nobody told -> the nodes that may still tell it; a worker that died there will not."""
         self._wake = asyncio.Event()
+        self._trouble = ""
+        """Why settings could not be looked up last; empty once they could."""
         self.notify: Callable[[Notice], None] = lambda _: None
 
     # -- the hub's side
@@ -81,14 +83,17 @@ class ActionDirector:
                 known = self._known.get(bucket)
                 if known is None or known.generation != generation:
                     await self._look(bucket, generation)
-            except CatalogError as error:
-                logger.warning("the actions of bucket %s cannot be looked up: %s", bucket, error)
+            except IngestError as error:
+                if str(error) != self._trouble:
+                    self._trouble = str(error)
+                    logger.warning("the actions of bucket %s cannot be looked up: %s", bucket, error)
 
     async def _look(self, bucket: str, generation: int) -> None:
         try:
             settings = bucket_settings.parse((await self._catalog.bucket(bucket)).tags).actions
         except (NoSuchBucket, bucket_settings.BadSetting):
             settings = ()
+        self._trouble = ""
         actions = BucketActions(bucket, settings, permitted=self._permitted, counted=self._counted)
         old = self._known.pop(bucket, None)
         if old is not None:

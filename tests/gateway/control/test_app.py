@@ -12,8 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from ingest.errors import CatalogUnavailable
+from gateway.control.shares import rebalancing
+from ingest.counters import CONTROL
+from ingest.errors import CatalogUnavailable, StorageFailed
 from ingest.records import CommitObject, Grant
+from ingest.share_table import TICKED_NS, ShareTable
 from kernels.strikes import Strikes
 
 PROTECTED = [
@@ -223,3 +226,37 @@ async def test_an_authorization_field_that_is_no_basic_is_refused(node: Any) -> 
     async with node.client(None) as client:
         for field in ("Bearer x", "Basic %%%", "Basic " + base64.b64encode(b"no colon").decode()):
             assert (await client.get("/v1/status", headers={"Authorization": field})).status_code == 401
+
+
+async def test_a_catalogue_whose_disk_fails_is_503_and_said(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise StorageFailed("catalogue: disk I/O error")
+
+    for name in ("bucket", "drain_counts"):
+        monkeypatch.setattr(node.catalog, name, fail)
+    async with node.client() as client:
+        answer = await client.get("/v1/feedback/actions?bucket=scan")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        status = await client.get("/v1/status")
+        assert (status.status_code, status.json()["catalogue"]) == (200, "unavailable")
+
+
+async def test_shares_are_kept_again_once_reservations_can_be_read(
+    node: Any, poll: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ill, read = 0, True, node.catalog.reserved
+
+    def reserved() -> Any:
+        nonlocal asked
+        asked += 1
+        if ill:
+            raise StorageFailed("catalogue: disk I/O error")
+        return read()
+
+    monkeypatch.setattr(node.catalog, "reserved", reserved)
+    table = ShareTable(None)
+    with rebalancing(node.catalog, table, 0, node.counters(CONTROL)):
+        await asyncio.to_thread(poll, lambda: asked >= 2, "reservations are asked for again")
+        assert not table.words[TICKED_NS]
+        ill = False
+        await asyncio.to_thread(poll, lambda: table.words[TICKED_NS], "a tick")

@@ -19,6 +19,7 @@ from gateway.control.feedback.ring import Filter, Ring
 from gateway.control.feedback.sse import SSE as SSE_FORM
 from gateway.control.feedback.websocket import WEBSOCKET
 from ingest.counters import CONTROL, Counters
+from ingest.errors import StorageFailed
 from ingest.paths import socket_address
 from ingest.ports import FeedbackEvent
 from kernels.feedback import SocketFeedback
@@ -256,6 +257,22 @@ async def test_a_worker_that_talks_nonsense_is_cut_off_alone(scan: Any, worker: 
             writer.close()
         worker.publish([event(1)])
         assert await subscription.frames(1) == [1]
+
+
+async def test_settings_that_cannot_be_looked_up_hold_up_no_event_and_are_told_once(
+    scan: Any, worker: SocketFeedback, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(_: str) -> None:
+        raise StorageFailed("catalogue: disk I/O error")
+
+    async with subscribed(scan) as subscription:
+        with monkeypatch.context() as patch:
+            patch.setattr(scan.catalog, "bucket", fail)
+            for number in range(3):
+                worker.publish([event(number)])
+                assert await subscription.frames(1) == [number]
+        assert caplog.text.count("the actions of bucket scan cannot be looked up") == 1
+        assert await scan.actions.document("scan") == []
 
 
 async def test_a_socket_left_by_a_predecessor_is_replaced(scan: Any, start: Any) -> None:

@@ -17,6 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from ingest.counters import CONTROL, Counters
+from ingest.errors import StorageFailed
 from ingest.ports import FeedbackEvent
 from ingest.records import Grant
 
@@ -116,6 +117,14 @@ async def test_filters_and_grants_are_those_of_sse(scan: Any) -> None:
 
 async def test_a_bucket_that_is_not_there(node: Any) -> None:
     assert await refused(node) == (404, "there is no such bucket")
+
+
+async def test_a_catalogue_whose_disk_fails_is_an_ordinary_503(scan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: str) -> None:
+        raise StorageFailed("catalogue: disk I/O error")
+
+    monkeypatch.setattr(scan.catalog, "bucket", fail)
+    assert (await refused(scan))[0] == 503
 
 
 async def test_a_browser_sends_its_keys_as_a_subprotocol(scan: Any) -> None:
