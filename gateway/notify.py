@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import httpx
 
 from archive.pace import retry_after_s
 from ingest.counters import Counters
-from ingest.errors import CatalogError
+from ingest.errors import IngestError
 from ingest.ports import Catalog
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,22 @@ POLL_S = 0.5
 PAGE = 64
 TIMEOUT_S = 10.0
 RETRY_FIRST_S, RETRY_CAP_S = 1.0, 300.0
+CATALOGUE_RETRY_CAP_S = 30.0
 MAX_AGE_S = 86_400.0
 """Counted from the first failure of the event at the queue's head, in one life of the process."""
 REFUSALS_MAX = 5
 _TRY_LATER = frozenset({408, 425, 429})
 """4xx that ask for patience; the others say that the event itself is not wanted."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Head:
+    """The first event of an endpoint's queue, once it could not be delivered."""
+
+    sequence: int = 0
+    attempts: int = 0
+    refusals: int = 0
+    failing_since_s: float = 0.0
 
 
 class Deliverer:
@@ -71,48 +83,55 @@ class Deliverer:
     async def _watch(self, stop: asyncio.Event) -> None:
         """Count what waits, and give up what waits for an endpoint that the settings no longer have."""
         while not stop.is_set():
-            with contextlib.suppress(CatalogError):
+            with contextlib.suppress(IngestError):
                 counts = await self._catalog.notice_counts()
                 self._waiting.set(sum(counts.values()))
                 for name in counts.keys() - self._targets.keys() if self._leads() else ():
                     page = await self._catalog.notices(name, PAGE)
-                    log.error("%d events for %s are given up: no such notification endpoint", len(page), name)
                     await self._done([sequence for sequence, _ in page])
                     self._dropped.add(len(page))
+                    log.error("%d events for %s are given up: no such notification endpoint", len(page), name)
             await _pause(POLL_S, stop)
 
     async def _serve(self, name: str, url: str, http: httpx.AsyncClient, stop: asyncio.Event) -> None:
         rng = random.Random()
-        head, attempts, refusals, failing_since_s = 0, 0, 0, 0.0
-        loop = asyncio.get_running_loop()
+        head = _Head()
+        trouble, failed = "", 0
         while not stop.is_set():
-            if not self._leads():
-                attempts, refusals = 0, 0
-                await _pause(POLL_S, stop)
-                continue
             try:
-                page = await self._catalog.notices(name, PAGE)
-                done, refused = await self._post(name, url, http, page)
-            except CatalogError as error:
-                log.warning("notifications wait: %s", error)
-                await _pause(POLL_S, stop)
-                continue
-            if done == len(page):
-                attempts, refusals = 0, 0
-                await _pause(POLL_S if not page else 0.0, stop)
-                continue
-            stuck = page[done][0]
-            if stuck != head:
-                head, refusals, failing_since_s = stuck, 0, loop.time()
-                attempts = attempts if not done else 0
-            attempts, refusals = attempts + 1, refusals + refused
-            if refusals >= REFUSALS_MAX or loop.time() - failing_since_s > MAX_AGE_S:
-                log.error("an event for the endpoint %s is given up after %d attempts", name, attempts)
-                with contextlib.suppress(CatalogError):
-                    await self._done([stuck])
-                    self._dropped.add()
-                continue
-            await _pause(retry_after_s(attempts - 1, self._retry_first_s, RETRY_CAP_S, rng), stop)
+                pause_s = await self._turn(name, url, http, head, rng)
+            except IngestError as error:
+                if str(error) != trouble:
+                    log.warning("notifications for %s wait: %s", name, error)
+                # What was posted and could not be confirmed is posted again: less and less often.
+                pause_s = retry_after_s(failed, POLL_S, CATALOGUE_RETRY_CAP_S, rng)
+                trouble, failed = str(error), failed + 1
+            else:
+                trouble, failed = "", 0
+            await _pause(pause_s, stop)
+
+    async def _turn(self, name: str, url: str, http: httpx.AsyncClient, head: _Head, rng: random.Random) -> float:
+        """Deliver what waits; how long to wait before the next turn. Raises CatalogError, StorageFailed."""
+        if not self._leads():
+            head.attempts = head.refusals = 0
+            return POLL_S
+        page = await self._catalog.notices(name, PAGE)
+        done, refused = await self._post(name, url, http, page)
+        if done == len(page):
+            head.attempts = head.refusals = 0
+            return 0.0 if page else POLL_S
+        now_s = asyncio.get_running_loop().time()
+        stuck = page[done][0]
+        if stuck != head.sequence:
+            head.sequence, head.refusals, head.failing_since_s = stuck, 0, now_s
+            head.attempts = head.attempts if not done else 0
+        head.attempts, head.refusals = head.attempts + 1, head.refusals + refused
+        if head.refusals >= REFUSALS_MAX or now_s - head.failing_since_s > MAX_AGE_S:
+            await self._done([stuck])
+            self._dropped.add()
+            log.error("an event for the endpoint %s is given up after %d attempts", name, head.attempts)
+            return 0.0
+        return retry_after_s(head.attempts - 1, self._retry_first_s, RETRY_CAP_S, rng)
 
     async def _post(
         self, name: str, url: str, http: httpx.AsyncClient, page: Sequence[tuple[int, bytes]]

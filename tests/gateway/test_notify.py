@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ingest.catalog.batching import Batch
 from ingest.catalog.client import CatalogClient
 from ingest.catalog.entries import Noticed, NoticesDone, ObjectCommitted
 from ingest.counters import CATALOGUE, DRAIN, Counters
+from ingest.errors import StorageFailed
 from ingest.notification import Target
 from ingest.paths import NodePaths
 from ingest.records import CommitObject, Durability, ObjectRecord, ObjectState
@@ -172,6 +173,63 @@ async def test_events_for_an_endpoint_that_the_settings_no_longer_have(node: Nod
     await node.put("a")
     async with node.delivering():
         await until(lambda: node.count("dropped_total") == 2)
+    assert await node.catalog.notice_counts() == {}
+
+
+async def test_a_disk_that_fails_ends_no_delivery(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = dict.fromkeys(("notices", "notice_counts"), 0)
+
+    def failing(name: str) -> Callable[..., Awaitable[Any]]:
+        async def fail(*_: object) -> Any:
+            asked[name] += 1
+            raise StorageFailed("catalogue: disk I/O error")
+
+        return fail
+
+    async with Webhook() as hook:
+        await node.reports_to("hook")
+        await node.put("a")
+        with monkeypatch.context() as patch:
+            for name in asked:
+                patch.setattr(node.catalog, name, failing(name))
+            async with node.delivering(hook=hook.url):
+                await until(lambda: min(asked.values()) >= 2)
+                patch.undo()
+                await until(lambda: hook.keys() == ["a"])
+                await until(lambda: node.count("delivered_total") == 2)
+    assert caplog.text.count("notifications for hook wait") == 1
+
+
+async def test_an_event_that_cannot_be_given_up_is_not_posted_over_and_over(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirmations = 0
+
+    async def refuse(_: object) -> None:
+        nonlocal confirmations
+        confirmations += 1
+        raise StorageFailed("journal: the disk is gone")
+
+    posts = 0
+
+    def status(body: dict[str, Any]) -> int:
+        nonlocal posts
+        posts += 1
+        return 400
+
+    async with Webhook() as hook:
+        hook.status = status
+        await node.reports_to("hook")
+        with monkeypatch.context() as patch:
+            patch.setattr(node.catalog, "noticed", refuse)
+            async with node.delivering(hook=hook.url):
+                await until(lambda: confirmations >= 3)
+                assert posts == REFUSALS_MAX + confirmations - 1
+                assert node.count("dropped_total") == 0
+                patch.undo()
+                await until(lambda: node.count("dropped_total") == 1)
     assert await node.catalog.notice_counts() == {}
 
 
