@@ -20,7 +20,7 @@ import msgspec
 
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
-from ingest.errors import CatalogError, CatalogUnavailable, NoSuchBucket, NoSuchUpload
+from ingest.errors import CatalogUnavailable, IngestError, NoSuchBucket, NoSuchUpload
 from ingest.lifecycle import LIFECYCLE, Expire, Lifecycle, Move, Place, abortion, due
 from ingest.origin import ORIGIN, Origin
 from ingest.ports import Catalog
@@ -83,7 +83,7 @@ class LifecycleScanner:
             try:
                 leads = self._leads()
                 more = leads and await self.step()
-            except (CatalogError, OSError) as error:
+            except (IngestError, OSError) as error:
                 log.warning("lifecycle rules: %s", error)
                 more = False
             with contextlib.suppress(TimeoutError):
@@ -171,7 +171,7 @@ class LifecycleScanner:
             (outcome,) = await self._catalog.delete([request])
         except CatalogUnavailable:
             raise
-        except CatalogError as error:
+        except IngestError as error:
             outcome = error
         if isinstance(outcome, CatalogUnavailable):
             raise outcome

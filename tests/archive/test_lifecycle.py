@@ -16,10 +16,11 @@ from ingest import clock, versioning
 from ingest.catalog import server
 from ingest.catalog.client import CatalogClient
 from ingest.counters import CATALOGUE, DRAIN, Counters
-from ingest.errors import NoSuchUpload
+from ingest.errors import NoSuchUpload, StorageFailed
 from ingest.lifecycle import Expire, Lifecycle, Move, Place, Rule, Transition, When, due, expiration
 from ingest.paths import NodePaths
 from ingest.records import (
+    BucketRecord,
     CommitObject,
     Deleted,
     DeleteObject,
@@ -154,9 +155,9 @@ class Bucket:
     async def keys(self) -> list[bytes]:
         return [row.key for row in (await self.catalog.list_objects("b"))[0]]
 
-    def scanner(self) -> LifecycleScanner:
+    def scanner(self, every_s: float = 1) -> LifecycleScanner:
         return LifecycleScanner(
-            self.catalog, self.counters, self.paths.lifecycle, day_s=DAY_S, every_s=1, slice_versions=self._slice
+            self.catalog, self.counters, self.paths.lifecycle, day_s=DAY_S, every_s=every_s, slice_versions=self._slice
         )
 
     async def one_pass(self) -> None:
@@ -290,3 +291,48 @@ async def test_rules_that_cannot_be_read_stop_no_others(bucket: Bucket) -> None:
     await bucket.one_pass()
     assert await bucket.keys() == []
     assert bucket.counters.cell("hiss_lifecycle_failures_total").value() >= 1
+
+
+async def test_a_disk_that_fails_ends_no_scanner(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bucket.put(b"k")
+    await bucket.rules(Rule("all", True, expire=When(days=1)))
+    clock.advance(bucket.paths, 2 * DAY_S)
+    asked, stop = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> Sequence[BucketRecord]:
+        asked.set()
+        raise StorageFailed("catalogue: disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.catalog, "buckets", fail)
+        scanning = asyncio.create_task(bucket.scanner(every_s=0.01).run(stop))
+        async with asyncio.timeout(60):
+            for _ in range(2):  # the second is asked when the first has been given up
+                asked.clear()
+                await asked.wait()
+    deadline = asyncio.get_running_loop().time() + 60
+    while await bucket.keys():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.01)
+    stop.set()
+    await scanning
+
+
+async def test_a_version_that_cannot_be_changed_holds_up_no_other(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ill = await bucket.put(b"a")
+    well = await bucket.put(b"b")
+    await bucket.rules(Rule("cold", True, transitions=(Transition(When(days=1), "GLACIER"),)))
+    clock.advance(bucket.paths, 2 * DAY_S)
+    amend = bucket.catalog.amend_object
+
+    async def some(object_id: bytes, **changes: Any) -> ObjectRecord:
+        if object_id == ill.object_id:
+            raise StorageFailed("index: database disk image is malformed")
+        return await amend(object_id, **changes)
+
+    monkeypatch.setattr(bucket.catalog, "amend_object", some)
+    await bucket.one_pass()
+    assert (await bucket.catalog.by_id(well.object_id)).attributes.storage_class == "GLACIER"
+    assert bucket.counters.cell("hiss_lifecycle_failures_total").value() == 1
