@@ -30,6 +30,7 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.BufferFull, 503, "The buffer has no room to recall this object; try again later."),
     (errors.NodeAway, 503, "These bytes cannot be had at the moment: {error}."),
     (errors.CatalogUnavailable, 503, "The catalogue does not answer; try again."),
+    (errors.StorageFailed, 503, "The node's disk fails; try again."),
     (TimeoutError, 503, "The catalogue did not answer in time; try again."),
     (errors.DataLost, 500, "The stored bytes cannot be read back; the node's log names them."),
 )

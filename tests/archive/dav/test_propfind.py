@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import httpx
 import pytest
 
+from ingest.errors import StorageFailed
 from ingest.records import ObjectState
 
 STATE = '<D:propfind xmlns:D="DAV:"><D:prop><h:state xmlns:h="https://hiss"/><h:locality xmlns:h="https://hiss"/></D:prop></D:propfind>'
@@ -242,6 +243,16 @@ async def test_a_listing_that_fails_midway_does_not_look_complete(dav: Any) -> N
     async with dav.client() as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await propfind(client, "/big/")
+
+
+async def test_a_catalogue_whose_disk_fails_is_503(dav: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> None:
+        raise StorageFailed("catalogue: disk I/O error")
+
+    monkeypatch.setattr(dav.plane.catalog, "head", fail)
+    async with dav.client() as client:
+        answer = await client.request("PROPFIND", "/scan/a", headers={"Depth": "0"})
+    assert answer.status_code == 503
 
 
 async def test_many_at_once_wait_for_a_few_threads(dav: Any) -> None:
