@@ -32,6 +32,7 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.CatalogUnavailable, 503, "The catalogue does not answer; try again."),
     (errors.StorageFailed, 503, "The node's disk fails; try again."),
     (TimeoutError, 503, "The catalogue did not answer in time; try again."),
+    (errors.Unreadable, 503, "These bytes cannot be read at the moment; try again."),
     (errors.DataLost, 500, "The stored bytes cannot be read back; the node's log names them."),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ingest.errors import CatalogUnavailable, DataLost, ObjectOffline, StaleVersion, StorageFailed
+from ingest.errors import CatalogUnavailable, DataLost, ObjectOffline, StaleVersion, StorageFailed, Unreadable
 from ingest.records import ObjectState
 
 BODY = os.urandom(300_000)
@@ -160,7 +160,8 @@ async def test_an_object_replaced_while_it_is_opened_is_read_in_its_new_version(
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(DataLost("a"), 500), (CatalogUnavailable("x"), 503), (StorageFailed("x"), 503)]
+    ("error", "status"),
+    [(DataLost("a"), 500), (CatalogUnavailable("x"), 503), (StorageFailed("x"), 503), (Unreadable("x"), 503)],
 )
 async def test_failures_are_told_without_their_inside(dav: Any, error: Exception, status: int) -> None:
     dav.plane.put("scan", b"a", BODY)
