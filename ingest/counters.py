@@ -101,7 +101,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("hiss_segment_files", "gauge", "Segment files that exist."),
     Metric("hiss_segment_recycled_total", "counter", "Segments reused after their last extent died."),
     Metric("hiss_segment_compacted_bytes_total", "counter", "Bytes moved out of nearly empty segments."),
-    Metric("hiss_segment_retired_total", "counter", "Segments given up after a read, write or flush error."),
+    Metric("hiss_segment_retired_total", "counter", "Segments given up after a write or flush error."),
     Metric("hiss_segment_short_total", "counter", "Times a body found no room because every segment held live data."),
     Metric("hiss_storage_errors_total", "counter", "Failed reads, writes and flushes, by kind; segment: of a file without data.",
            (("kind", ("write", "flush", "journal", "read", "segment")),)),
