@@ -21,6 +21,7 @@ from ingest.cluster.choice import candidates
 from ingest.cluster.members import Load, Member, Membership
 from ingest.cluster.relay import open_copies
 from ingest.cluster.remirror import Remirror, RemirrorLimits
+from ingest.counters import Counters
 from ingest.landing import fill
 from ingest.ports import BodyChange
 from ingest.records import (
@@ -493,7 +494,7 @@ def test_a_copy_that_compaction_moves_is_found(three: Three, s3: Any, bucket: st
     record = head(three, bucket)
     node = three.all[record.mirror[0].node - 1]
     for extent in record.mirror:
-        assert node.run(compaction._move(node.buffer, record, extent)) == extent.length
+        assert node.run(compaction._Compaction(node.buffer, Counters(None, 0))._move(record, extent)) == extent.length
     assert not set(head(three, bucket).mirror) & set(record.mirror)
     check(three, bucket, data)
 
