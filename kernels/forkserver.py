@@ -124,7 +124,7 @@ class ForkServer:
             uid=uid,
             memory_bytes=spec.memory_bytes,
             nice=spec.nice,
-            batch_scheduling=spec.batch_scheduling,
+            policy=spec.policy,
             tolerant=self._tolerant,
         )
         try:

@@ -42,12 +42,15 @@ class SandboxLimits:
     finish_timeout_s: float = 10.0
     nice: int = 5
     """Of a worker's first sandbox; see ``among``."""
-    batch_scheduling: bool = True
-    """SCHED_BATCH: the scheduler then never lets a kernel pre-empt the receivers on wake-up."""
     on_probation: bool = False
     """Compile and judge the first batch only when nobody else wants the core: for a kernel that has just failed."""
     populate: bool = True
     """Map regions with MAP_POPULATE: costs about 80 ms per GiB at start, saves a third on the first pass."""
+
+    @property
+    def policy(self) -> int:
+        """With SCHED_BATCH the scheduler never lets a kernel pre-empt the receivers on wake-up."""
+        return os.SCHED_IDLE if self.on_probation else os.SCHED_BATCH
 
     def among(self, processes: int) -> SandboxLimits:
         """The limits of the last of ``processes`` sandboxes of a worker: each doubling yields three steps more (half the
@@ -105,8 +108,6 @@ async def launch(
             process = await SandboxProcess.fork(zygote_socket, spec, output.fd, fds)
         finally:
             output.close_fd()
-        if limits.on_probation:
-            process.step_back()
         return process, output, await _compile_or_kill(process, len(spec.layouts), limits.compile_timeout_s)
     except BaseException:
         output.close()
@@ -183,7 +184,7 @@ def make_spec(
         out_frames=out_frames,
         memory_bytes=limits.memory_bytes,
         nice=limits.nice,
-        batch_scheduling=limits.batch_scheduling,
+        policy=limits.policy,
         populate=limits.populate,
     )
 

@@ -73,7 +73,7 @@ class Confinement:
     uid: int | None
     memory_bytes: int
     nice: int
-    batch_scheduling: bool
+    policy: int
     tolerant: bool = False
     """Go on without Landlock and without filters where the machine has none: the operator accepted that."""
 
@@ -82,8 +82,7 @@ def leave_parent(confinement: Confinement) -> None:
     """Session, scheduling, rlimits, namespaces and identity. The process dies when its parent does."""
     os.setsid()
     os.setpriority(os.PRIO_PROCESS, 0, confinement.nice)
-    if confinement.batch_scheduling:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    os.sched_setscheduler(0, confinement.policy, os.sched_param(0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
     _limit_resources(confinement.memory_bytes)

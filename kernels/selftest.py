@@ -115,7 +115,7 @@ async def _attempt(zygote_socket: str, probe: str, region_fd: int) -> str:
         out_frames=0,
         memory_bytes=limits.memory_bytes,
         nice=limits.nice,
-        batch_scheduling=limits.batch_scheduling,
+        policy=limits.policy,
         populate=False,
         probe=probe,
     )

@@ -89,7 +89,8 @@ class SandboxSpec(msgspec.Struct, frozen=True):
     out_frames: int
     memory_bytes: int
     nice: int
-    batch_scheduling: bool
+    policy: int
+    """As of sched_setscheduler(2)."""
     populate: bool
     probe: str = ""
     """Name of a self-test probe to attempt instead of a kernel; see kernels/probes.py."""

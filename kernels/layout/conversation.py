@@ -71,7 +71,7 @@ async def _start(zygote_socket: str, domain: Domain, limits: SandboxLimits) -> S
         out_frames=0,
         memory_bytes=limits.memory_bytes,
         nice=limits.nice,
-        batch_scheduling=limits.batch_scheduling,
+        policy=limits.policy,
         populate=False,
         reader=True,
     )
