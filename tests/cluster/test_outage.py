@@ -210,11 +210,11 @@ def test_an_engine_that_hangs_is_noticed_in_seconds(node: LoopbackNode, own_post
         until(
             lambda: b"ServiceUnavailable" in before_its_body(node, "/scan/new")[1], "a PUT is refused before its body"
         )
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 8
         began = time.monotonic()
         assert node.ask("GET", "/scan/known").body == body
         assert node.ask("GET", "/scan/unknown").status == 503
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 4
     finally:
         own_postgres.thaw()
     until(lambda: node.ask("PUT", "/scan/after", "", body).ok, "the node takes bodies again")

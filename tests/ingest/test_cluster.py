@@ -372,13 +372,13 @@ async def test_an_engine_that_hangs_is_noticed_soon_and_commits_under_way_are_st
             under_way = [asyncio.create_task(client.commit(commit_of("run", b"new"))) for client in (one, two)]
             await until(lambda: one.engine_away_s > 1 and two.engine_away_s > 1)
             noticed_s = time.monotonic() - began
-            assert noticed_s < 4.0
+            assert noticed_s < 6.0
             for client in (one, two):
                 began = time.monotonic()
                 assert (await client.head("run", b"known")).key == b"known"
                 with pytest.raises(CatalogUnavailable, match="not heard of"):
                     await client.head("run", b"new")
-                assert time.monotonic() - began < 0.5
+                assert time.monotonic() - began < 3.0
             assert not any(commit.done() for commit in under_way)
         finally:
             own_postgres.thaw()
