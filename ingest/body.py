@@ -282,6 +282,10 @@ class Body(abc.ABC):
             self.memory = False
             self.plane.settled(self, self.record, self.committed_extents, self.extents())
 
+    @abc.abstractmethod
+    def relocated(self) -> None:
+        """The catalogue names the place where a body that moved after its digest was given out is now."""
+
     async def abort(self) -> None:
         """Forget the body: its memory and its extents are free again. Does nothing after a commit, or twice."""
         if not self.ended:

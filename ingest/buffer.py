@@ -414,7 +414,7 @@ class Buffer:
         if moved:
             # The catalogue has yet to hear where the bytes are now.
             self.segments.hold([extent for _, new in moved for extent in new])
-            self._keep(self._relocate(record.object_id, moved))
+            self._keep(self._relocate(body, record.object_id, moved))
             return
         self._tell_settled(record.object_id)
 
@@ -441,7 +441,7 @@ class Buffer:
         for object_id in object_ids:
             self._unsettled.pop(object_id, None)
 
-    async def _relocate(self, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
+    async def _relocate(self, body: Body, object_id: bytes, moved: Sequence[tuple[Extent, Sequence[Extent]]]) -> None:
         told = False
         for old, new in moved:
             while True:
@@ -458,6 +458,7 @@ class Buffer:
                     told = True
                     await asyncio.sleep(RESOLVE_RETRY_S)
         self.segments.let_go([extent for _, new in moved for extent in new])
+        body.relocated()
         self._tell_settled(object_id)
 
     def resolve(self, body: Body, request: CommitObject | CommitPart | tuple[Extent, ...]) -> None:

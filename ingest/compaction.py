@@ -79,7 +79,7 @@ class _Compaction:
             if extent not in record.extents and extent not in record.mirror:
                 continue  # evicted or moved a moment ago
             if self._buffer.busy():
-                return
+                break
             try:
                 self._moved_bytes.add(await self._move(record, extent))
                 self._pause_s = 0.0
@@ -95,8 +95,6 @@ class _Compaction:
         if unreadable:
             _, pause_s = self._unreadable.get(which, (0.0, UNREADABLE_PAUSE_S))
             self._unreadable[which] = time.monotonic() + pause_s, min(2 * pause_s, UNREADABLE_PAUSE_MAX_S)
-        else:
-            self._unreadable.pop(which, None)
 
     async def _move(self, record: ObjectRecord, extent: Extent) -> int:
         """Copy one extent elsewhere; returns its bytes, 0 if it was not moved. Raises Unreadable, DataLost, StorageFailed."""

@@ -283,6 +283,9 @@ class PackedStream(Body):
         """A ``memory`` body that was, or is about to be, acknowledged: it must reach the disk, however long it takes."""
         self._moves = 0
         self._stranded = False
+        self._home: PackSlab | None = None
+        """The failed slab whose place was given out: until the catalogue knows where the object is now, its memory and its
+        entry in the span table stay, so that a worker that dies owes the bytes there."""
         self._copied = False
         """The second copy is held, or done without."""
 
@@ -418,10 +421,17 @@ class PackedStream(Body):
             self.plane.writer.hasten(self._slab.run)
 
     def let_go(self) -> None:
-        if self._slab is not None:
-            self._slab.committed(self)
+        for slab in (self._slab, self._home):
+            if slab is not None:
+                slab.committed(self)
+
+    def relocated(self) -> None:
+        if self._home is not None:
+            home, self._home = self._home, None
+            home.leave(self)
 
     def cancel(self) -> None:
+        self.relocated()
         if self._slab is not None and (not self._is_durable or self in self._slab.members):
             self._slab.leave(self)
 
@@ -467,7 +477,8 @@ class PackedStream(Body):
                         "object %s is only in memory and cannot be written: %s", self.object_id.hex(), failure
                     )
                 self._stranded = True
-                failed.strand(self)
+                if self.accepted:
+                    failed.strand(self)
                 asyncio.get_running_loop().call_later(MOVE_RETRY_S, self._move_again, failed, error)
                 return
             failed.leave(self)
@@ -477,7 +488,10 @@ class PackedStream(Body):
         size = _stored(self.length)
         source = failed.span.view[start + LABEL_BYTES : start + size]
         self._slab.span.view[self.offset + LABEL_BYTES : self.offset + size] = source
-        failed.leave(self)
+        if self._promised and self._home is None:
+            self._home = failed
+        else:
+            failed.leave(self)
         self._slab.ready(self)
 
     def _move_again(self, failed: PackSlab, error: OSError) -> None:

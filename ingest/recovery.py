@@ -19,7 +19,7 @@ from ingest.arena import Arena
 from ingest.blockio import AlignedBuffer, open_direct, read_fully, write_fully
 from ingest.counters import Counters
 from ingest.digests import CRC_FUNCTIONS
-from ingest.errors import DataLost, StaleVersion, StorageFailed, Unreadable
+from ingest.errors import CatalogError, DataLost, NoSuchKey, StaleVersion, StorageFailed, Unreadable
 from ingest.label import Label, write_label
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
@@ -46,7 +46,10 @@ async def recover(
     next try.
     """
     segments.open(await catalog.segment_use(segments.slot))
+    await _hear(segments, spans)
     unwritten = await _write_owed(paths, segments, arena, spans)
+    if unwritten:
+        await segments.recycle_idle()  # room for what must go elsewhere
     lost: list[ObjectRecord] = []
     pauses_s: tuple[float, ...] = RETRY_PAUSES_S
     while unsettled := await catalog.unsettled(segments.slot, UNSETTLED_BATCH):
@@ -54,6 +57,8 @@ async def recover(
         gone: list[ObjectRecord] = []
         for record in unsettled:
             there = await _rescued(catalog, segments, arena, record, unwritten)
+            if there is None:
+                continue
             reads_back = await _reads_back(paths, segments, there, pauses_s)
             if reads_back is None:
                 pauses_s = ()  # the others need not wait as long
@@ -62,9 +67,12 @@ async def recover(
             await catalog.settled([record.object_id for record in whole])
         _name_lost(paths, gone)
         for record in gone:
-            await catalog.delete(
-                [DeleteObject(record.bucket, record.key, record.version_id, object_id=record.object_id)]
-            )
+            request = DeleteObject(
+                record.bucket, record.key, record.version_id, object_id=record.object_id, lost=True
+            )  # fmt: skip
+            (outcome,) = await catalog.delete([request])
+            if isinstance(outcome, Exception):
+                raise outcome
         lost += gone
     spans.clear()
     counters.cell("hiss_lost_objects").set(len(lost))
@@ -75,15 +83,27 @@ async def recover(
 # -- what an earlier worker still owed
 
 
+async def _hear(segments: SegmentStore, spans: SpanTable) -> None:
+    """Until what the last process asked to commit is decided nobody knows what it owed. Raises CatalogError, StorageFailed; not
+    where it owed nothing: then reads need not wait for an engine that is away."""
+    try:
+        await segments.hear()
+    except (CatalogError, StorageFailed):
+        if any(spans.owed()):
+            raise
+
+
 async def _write_owed(paths: NodePaths, segments: SegmentStore, arena: Arena, spans: SpanTable) -> list[OwedSpan]:
     """Write each span's image where it belongs. Returns those whose place took nothing, however often."""
     loop = asyncio.get_running_loop()
-    left, written = list(spans.owed()), 0
+    left, nowhere, written = list(spans.owed()), list[OwedSpan](), 0
     for pause_s in (*RETRY_PAUSES_S, None):
         failed = []
         for owed in left:
             try:
                 written += await loop.run_in_executor(segments.executor, _write_in_place, paths, segments, arena, owed)
+            except _NoPlace:
+                nowhere.append(owed)
             except OSError as error:
                 segments.note_error("write", paths.segment_file(segments.slot, owed.segment), error)
                 failed.append(owed)
@@ -93,22 +113,28 @@ async def _write_owed(paths: NodePaths, segments: SegmentStore, arena: Arena, sp
         await asyncio.sleep(pause_s)
     if written:
         logger.warning("slot %d: wrote %d bytes that an earlier worker still owed the disk", segments.slot, written)
-    return left
+    return left + nowhere
+
+
+class _NoPlace(Exception):
+    """The file has gone, or has a new life: whoever still names the place has its bytes in memory only."""
 
 
 def _write_in_place(paths: NodePaths, segments: SegmentStore, arena: Arena, owed: OwedSpan) -> int:
-    """In a thread. Returns the bytes written: none where the segment has a new life. Raises OSError."""
+    """In a thread. Returns the bytes written. Raises OSError, _NoPlace."""
     path = paths.segment_file(segments.slot, owed.segment)
+    if owed.region >= len(arena.regions):
+        return 0
     try:
         fd = open_direct(path, os.O_RDWR)
     except FileNotFoundError:
-        return 0
+        raise _NoPlace from None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH)
         with open(path, "rb") as plain:
             header = SegmentHeader.read(plain.fileno())
-        if header is None or header.generation != owed.generation or owed.region >= len(arena.regions):
-            return 0
+        if header is None or header.generation != owed.generation:
+            raise _NoPlace
         write_fully(fd, [_image(arena, owed)], owed.file_offset)
         os.fdatasync(fd)
         return owed.length
@@ -122,9 +148,9 @@ def _image(arena: Arena, owed: OwedSpan) -> memoryview:
 
 async def _rescued(
     catalog: Catalog, segments: SegmentStore, arena: Arena, record: ObjectRecord, unwritten: list[OwedSpan]
-) -> ObjectRecord:
-    """The version with what could not be written in its place moved to another segment. Raises StorageFailed, BufferFull,
-    Unreadable."""
+) -> ObjectRecord | None:
+    """The version with what could not be written in its place moved to another segment; None if it has gone. Raises
+    StorageFailed, BufferFull, Unreadable, CatalogUnavailable."""
     moved = False
     for extent in record.extents:
         owed = [
@@ -148,11 +174,14 @@ async def _rescued(
                 await catalog.relocate(record.object_id, extent, [new])
             except StaleVersion:
                 segments.finish(reservation, 0)
-                return record
+                return None
             segments.adopt([new])
             segments.finish(reservation, new.stored_bytes)
             moved = True
-    return await catalog.by_id(record.object_id) if moved else record
+    try:
+        return await catalog.by_id(record.object_id) if moved else record
+    except NoSuchKey:
+        return None
 
 
 def _copy_out(
@@ -204,7 +233,8 @@ def _read_stored(segments: SegmentStore, extent: Extent, view: memoryview, offse
     try:
         if source is None:
             raise OSError(errno.EIO, "its header cannot be read")
-        read_fully(source.fd, view, offset)
+        if read_fully(source.fd, view, offset) < len(view):
+            raise OSError(errno.EIO, "it ends inside an extent")
     except OSError as error:
         raise Unreadable(f"segment {extent.segment}: {error.strerror}") from error
 

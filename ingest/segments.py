@@ -16,7 +16,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -184,30 +184,33 @@ class SegmentStore:
         folder = self.paths.segment_file(self.slot, 0).parent
         make_folder(folder)
         for path in sorted(folder.iterdir()):
-            if path.suffix != ".seg":
-                path.unlink()
-                continue
-            number = int(path.stem)
-            self._next_number = max(self._next_number, number + 1)
             try:
-                with open(path, "rb") as file:
-                    header = SegmentHeader.read(file.fileno())
+                self._adopt_file(path, live)
             except OSError as error:
                 # It may hold what lives. What cannot be read now is asked for again by whoever wants it.
                 self.note_error("read", path, error)
-                continue
-            if header is None or header.segment != number or header.slot != self.slot:
-                if any(segment == number for segment, _ in live):
-                    logger.error("segment %s: its header is damaged but the catalogue has live extents in it", path)
-                else:
-                    path.unlink()
-                continue
-            segment = Segment(header, path, self.executor, self._counters)
-            segment.live_bytes = live.get((number, header.generation), 0)
-            segment.sealed = True
-            segment.tail = segment.size_bytes
-            self.segments[number] = segment
         self._publish()
+
+    def _adopt_file(self, path: Path, live: Mapping[tuple[int, int], int]) -> None:
+        """``live``: bytes by (number, generation). Raises OSError."""
+        if path.suffix != ".seg":
+            path.unlink()
+            return
+        number = int(path.stem)
+        self._next_number = max(self._next_number, number + 1)
+        with open(path, "rb") as file:
+            header = SegmentHeader.read(file.fileno())
+        if header is None or header.segment != number or header.slot != self.slot:
+            if any(segment == number for segment, _ in live):
+                logger.error("segment %s: its header is damaged but the catalogue has live extents in it", path)
+            else:
+                path.unlink()
+            return
+        segment = Segment(header, path, self.executor, self._counters)
+        segment.live_bytes = live.get((number, header.generation), 0)
+        segment.sealed = True
+        segment.tail = segment.size_bytes
+        self.segments[number] = segment
 
     async def recycle_idle(self) -> None:
         """Try to make every dead segment free again; called at start, when extents die and when room is short.
@@ -231,6 +234,11 @@ class SegmentStore:
             self._recycle_again = False
             self._recycle_soon()
 
+    async def hear(self) -> None:
+        """Wait until what an earlier process of this slot has asked to commit is decided. Raises CatalogError, StorageFailed."""
+        await self._durable()
+        self._all_heard = True
+
     async def _empty(self) -> list[Segment]:
         """Segments in which nothing is on its way and nothing lives, as the catalogue counts; others get its count. Of
         retired ones, those that are too many to be kept out of use.
@@ -240,8 +248,7 @@ class SegmentStore:
         Our own count is no reason to overwrite anything: news of freed extents may come twice, or after this count.
         """
         if not self._all_heard:
-            await self._durable()
-            self._all_heard = True
+            await self.hear()
         closed = [(segment, segment.generation) for segment in self.segments.values() if self._closed(segment)]
         live = {(item.segment, item.generation): item.live_bytes for item in await self._use()}
         empty: list[tuple[Segment, int]] = []

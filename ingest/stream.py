@@ -87,6 +87,9 @@ class SpanStream(Body):
         self._idle: asyncio.Future[None] | None = None
         self._rehomes = 0
         self._stranded = False
+        self._displaced = False
+        """It moved after its digest was given out: until the catalogue knows, memory and the span table stay as they were for
+        the place that it names, so that a worker that dies owes the bytes there."""
         self._move_timer: asyncio.TimerHandle | None = None
         self._ending = False
         self._copy_from_disk = False
@@ -297,7 +300,9 @@ class SpanStream(Body):
         prefix = True
         for piece in self._pieces:
             prefix = prefix and piece.durable
-            done = self.is_refused or (prefix and piece.hashed and not self._mirror_keeps(piece))
+            done = self.is_refused or (
+                prefix and piece.hashed and not self._displaced and not self._mirror_keeps(piece)
+            )
             if done and not piece.batches and not piece.in_work and piece is not self._open:
                 self._give_span(piece.span)
                 if piece.label is not None:
@@ -580,7 +585,24 @@ class SpanStream(Body):
         return tuple(reservation.extent(store.node, store.slot, used) for reservation, used in self._layout if used)
 
     def let_go(self) -> None:
+        self._leave_failed()
         self.release_pieces()
+
+    def relocated(self) -> None:
+        self._displaced = False
+        self.release_pieces()
+
+    def _leave_failed(self) -> None:
+        """Give back what lies in failed files and holds nothing of the body: they take no late write. Not while a commit that
+        names the place is under way."""
+        if self._promised and not self.ended:
+            return
+        if self.limbo:
+            return
+        needed = {reservation for reservation, _ in self._layout}
+        for reservation in [one for one in self._reservations if one.segment.retired and one not in needed]:
+            self._reservations.remove(reservation)
+            self.plane.segments.finish(reservation, 0)
 
     def cancel(self) -> None:
         self._open = None
@@ -655,6 +677,7 @@ class SpanStream(Body):
         self.storage_failed(segment, error)
 
     def _move(self, old: Reservation, pieces: list[Piece]) -> None:
+        self._displaced = self._promised
         head, last = pieces[0], pieces[-1]
         own_label = head.file_offset == old.offset
         kept = 0 if own_label else head.file_offset - old.offset - LABEL_BYTES
@@ -672,17 +695,14 @@ class SpanStream(Body):
         if self._reserved is old:
             self._reserved = new
             self._reserved_used -= kept
-        if not kept:
-            # Nothing of the body is there, and a failed file takes no late write.
-            self._reservations.remove(old)
-            self.plane.segments.finish(old, 0)
+        self._leave_failed()
         for piece in pieces:
             piece.file_offset += new.offset + LABEL_BYTES - cut
             piece.reservation = new
             piece.durable = False
             if piece is self._open:
                 continue
-            if self.plane.writer.waiting(piece):
+            if self.memory and not self._promised:
                 self._owe(piece)
-            else:
+            if not self.plane.writer.waiting(piece):
                 self.plane.writer.submit(piece)

@@ -272,6 +272,8 @@ async def open_copies(
     try:
         return await RelayReader(paths, executor, neighbours, me, record, start, stop).open()
     except NotThere as error:
+        if unreadable is not None:
+            raise unreadable from None
         raise StaleExtent(str(error)) from None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ingest import compaction, recovery, segments, writer
+from ingest import compaction, recovery, segments, versioning, writer
 from ingest.buffer import Buffer
 from ingest.catalog import rows, statements
 from ingest.catalog.client import CatalogClient
@@ -28,7 +28,7 @@ from ingest.errors import BufferFull, StorageFailed, Unreadable
 from ingest.journal import FileOps
 from ingest.mend import Patch
 from ingest.paths import NodePaths
-from ingest.records import LABEL_BYTES, ArchiveCopy, CommitObject, DeleteObject, Extent, ObjectRecord
+from ingest.records import LABEL_BYTES, ArchiveCopy, CommitObject, DeleteObject, Durability, Extent, ObjectRecord
 from ingest.segments import REMOVE_EVERY_S
 
 MIB = 1 << 20
@@ -246,6 +246,214 @@ async def test_nothing_is_overwritten_for_a_commit_that_an_earlier_worker_did_no
                 assert record.object_id == digest.object_id
                 assert await get(two, record) == new
                 await two.close(10)
+
+
+def _dies(plane: Buffer) -> None:
+    """Nothing that the worker does from here on reaches the disk."""
+    plane.writer.submit = lambda *_: None  # type: ignore[method-assign]
+    plane.writer.pump_lazy = lambda **_: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("length", [5000, 5 * MIB, 9 * MIB + 77])
+async def test_an_object_that_was_to_move_outlives_its_worker(
+    paths: NodePaths, memory: Any, client: CatalogClient, disk: Disk, length: int
+) -> None:
+    """Its file failed after the acknowledgement. Until the catalogue knows of the new place the worker owes the old one."""
+    await client.create_bucket("b", "root")
+    await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+    body = os.urandom(length)
+
+    def away(path: str, _: int) -> None:
+        if path.endswith(".seg"):
+            raise EIO
+
+    async with worker(paths, memory, client) as one:
+        disk.rule = away
+        await put(one, b"k", body)
+        one.writer.hasten_all()
+        assert await eventually(lambda: _count(one, "hiss_segment_retired_total") >= 1)
+        await asyncio.sleep(0.1)
+        _dies(one)
+    disk.rule = lambda *_: None
+    async with worker(paths, memory, client) as two:
+        await _all_read_back(two, {b"k": body})
+        await two.close(10)
+
+
+@pytest.mark.parametrize("length", [5000, 9 * MIB])
+async def test_an_object_that_moved_outlives_its_worker(
+    paths: NodePaths, memory: Any, client: CatalogClient, disk: Disk, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """It is durable in its new place, of which the catalogue has not been told."""
+    await client.create_bucket("b", "root")
+    await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+    body, failures, asked = os.urandom(length), [EIO], asyncio.Event()
+
+    def once(path: str, _: int) -> None:
+        if path.endswith(".seg") and failures:
+            raise failures.pop()
+
+    async def never(*_: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "relocate", never)
+        async with worker(paths, memory, client) as one:
+            disk.rule = once
+            await put(one, b"k", body)
+            one.writer.hasten_all()
+            await asyncio.wait_for(asked.wait(), 60)
+            _dies(one)
+    async with worker(paths, memory, client) as two:
+        await _all_read_back(two, {b"k": body})
+        await two.close(10)
+
+
+async def test_a_file_that_a_commit_under_way_names_is_not_removed(
+    paths: NodePaths, memory: Any, client: CatalogClient, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.create_bucket("b", "root")
+    await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+    body, go, commit = os.urandom(5000), asyncio.Event(), client.commit
+
+    async def late(request: CommitObject, **how: Any) -> ObjectRecord:
+        await go.wait()
+        return await commit(request, **how)
+
+    def away(path: str, _: int) -> None:
+        if path.endswith(".seg"):
+            raise EIO
+
+    async with worker(paths, memory, client) as one:
+        stream = one.open_stream(await _plane.spec_for(one, b"k", len(body)))
+        await _plane.receive(stream, body)
+        digest = await stream.finish()
+        with monkeypatch.context() as patch:
+            patch.setattr(client, "commit", late)
+            committing = asyncio.create_task(stream.commit(_faults._commit(b"k", digest)))
+            disk.rule = away
+            one.writer.hasten_all()
+            assert await eventually(lambda: stream._stranded)
+            await asyncio.sleep(REMOVE_EVERY_S)
+            await one.segments.recycle_idle()
+            go.set()
+            record = await committing
+        assert record.extents[0].segment in one.segments.segments
+        _dies(one)
+    disk.rule = lambda *_: None
+    async with worker(paths, memory, client) as two:
+        await _all_read_back(two, {b"k": body})
+        await two.close(10)
+
+
+async def test_bytes_in_memory_outlive_the_header_of_their_file(
+    paths: NodePaths, memory: Any, client: CatalogClient, owing: dict[bytes, bytes]
+) -> None:
+    for path in paths.segment_file(0, 0).parent.iterdir():
+        with path.open("r+b") as file:
+            file.write(bytes(4096))
+    async with worker(paths, memory, client) as two:
+        await _all_read_back(two, owing)
+        await two.close(10)
+
+
+async def test_a_commit_that_was_under_way_is_settled_by_the_next_worker(
+    paths: NodePaths, memory: Any, serving: Callable[..., contextlib.AbstractAsyncContextManager[None]]
+) -> None:
+    """It asks what it owes only when everything that its predecessor asked for is decided."""
+    ops, body = _SlowFlush(), os.urandom(5000)
+    async with serving(ops=ops):
+        async with CatalogClient(paths, slot=0) as client:
+            await client.create_bucket("b", "root")
+            await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+            async with worker(paths, memory, client) as one:
+                one.writer.pump_lazy = lambda **_: None
+                stream = one.open_stream(await _plane.spec_for(one, b"k", len(body)))
+                await _plane.receive(stream, body)
+                digest = await stream.finish()
+                ops.gate.clear()
+                request = CommitObject(
+                    bucket="b", key=b"k", object_id=digest.object_id, length=digest.length, etag="e",
+                    crc64nvme=digest.crc64nvme, owner="root", extents=digest.extents,
+                    durability=Durability.MEMORY, settled=False,
+                )  # fmt: skip
+                # The bucket makes the batch wait for the disk, which an object in memory does not.
+                asking = asyncio.gather(client.commit(request), client.create_bucket("c", "root"))
+                assert await eventually(ops.waiting.is_set)
+                asking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asking
+        async with CatalogClient(paths, slot=0) as client:
+            asyncio.get_running_loop().call_later(0.5, ops.gate.set)
+            async with worker(paths, memory, client) as two:
+                await _all_read_back(two, {b"k": body})
+                await two.close(10)
+
+
+async def test_what_goes_elsewhere_finds_room_where_every_file_exists(
+    paths: NodePaths, memory: Any, client: CatalogClient, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "RETRY_PAUSES_S", (0.01,))
+    await client.create_bucket("b", "root")
+    await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+    body = os.urandom(5000)
+    async with worker(paths, memory, client, files_max=6) as one:
+        one.writer.pump_lazy = lambda **_: None
+        record = await put(one, b"k", body)
+        while len(one.segments.segments) < 6:
+            one.segments._create()
+    bad = str(paths.segment_file(0, record.extents[0].segment))
+
+    def rule(path: str, _: int) -> None:
+        if path == bad:
+            raise EIO
+
+    disk.rule = rule
+    async with worker(paths, memory, client, files_max=6) as two:
+        await _all_read_back(two, {b"k": body})
+        await two.close(10)
+
+
+async def test_what_is_lost_is_named_once_and_no_lock_keeps_it(paths: NodePaths, client: CatalogClient) -> None:
+    """The host's memory is gone, and a legal hold on the version cannot bring it back."""
+    await client.create_bucket("b", "root", documents=versioning.with_lock())
+    await client.set_bucket_tags("b", {"hiss.durability": "memory"})
+    before, after = _plane.Memory(), _plane.Memory()
+    async with worker(paths, before, client) as one:
+        one.writer.pump_lazy = lambda **_: None
+        record = await put(one, b"gone", os.urandom(50_000))
+        await client.set_legal_hold("b", b"gone", record.version_id, True)
+    async with asyncio.timeout(60), worker(paths, after, client) as two:
+        assert [lost.key for lost in two.lost] == [b"gone"]
+        await two.close(10)
+    assert (paths.root / "lost-objects.jsonl").read_text().count("\n") == 1
+    before.close()
+    after.close()
+
+
+async def test_a_file_that_cannot_be_written_any_more_is_read(
+    paths: NodePaths, memory: Any, client: CatalogClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file system that was remounted read-only."""
+    await client.create_bucket("b", "root")
+    async with worker(paths, memory, client) as one:
+        record = await put(one, b"a", body := os.urandom(MIB))
+        await one.close(10)
+    real = os.open
+
+    def refuses(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if str(path).endswith(".seg") and flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(30, "Read-only file system")
+        return real(path, flags, *rest, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuses)
+        async with worker(paths, memory, client) as two:
+            assert await get(two, record) == body
+            with pytest.raises(BufferFull):
+                await put(two, b"b", body)
+            await two.close(10)
 
 
 # -- a worker that runs beside one
