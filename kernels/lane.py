@@ -188,6 +188,7 @@ class Lane:
         self._wake = asyncio.Event()
         self._failure: tuple[str, str] | None = None
         self._admitted = asyncio.Event()
+        self._begun = False
         self._limits = owner.sandbox_limits
         self._state_bytes = max(1, sum(spec.size_bytes for spec in attachment.kernel.state))
         self._slots = max(1, min(SLOTS_MAX, SLOT_STATE_BYTES_MAX // self._state_bytes))
@@ -286,10 +287,16 @@ class Lane:
         """End the process; streams that are left get ``refused``. Idempotent."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if not self._begun:
+            # A task that is cancelled before its first step runs nothing, not even its end.
+            self._begun = True
+            self._refuse("unavailable", "the kernel host is closing")
+            await self._end()
 
     # -- the work
 
     async def _work(self) -> None:
+        self._begun = True
         try:
             self._limits = self._owner.sandbox_limits.among(await self._owner.admit(self))
             self._admitted.set()
@@ -302,11 +309,14 @@ class Lane:
             log.exception("lane of kernel %s in bucket %s failed", self.key.kernel, self.key.bucket)
             self._refuse("internal", "internal error of the kernel host")
         finally:
-            await self._end_process()
-            await self._end_verifier()
-            self._schedule.failed()
-            self._domain.drop()
-            self._owner.dismissed(self)
+            await self._end()
+
+    async def _end(self) -> None:
+        await self._end_process()
+        await self._end_verifier()
+        self._schedule.failed()
+        self._domain.drop()
+        self._owner.dismissed(self)
 
     async def _serve(self) -> None:
         """One life of the process."""

@@ -184,6 +184,19 @@ async def test_a_kernel_that_failed_starts_again_on_probation(node: Node, frames
     stream.commit()
 
 
+async def test_a_lane_that_is_closed_before_it_began_holds_nothing(node: Node, frames: np.ndarray) -> None:
+    """Its domain's memory could never be given to another bucket again."""
+    node.attach("count", COUNT)
+    stream = await node.open(b"a.raw", frames)
+    stream.sniff()
+    (lane,) = node.host._pool.lanes
+    assert not lane._begun
+    stream.reduction.aborted()
+    await lane.close()
+    await lane.close()
+    assert [regions.holds for regions in node.store.domains.values()] == [0]
+
+
 async def test_revoked_frames_are_reduced_from_disk(node: Node, frames: np.ndarray, until: Until) -> None:
     node.attach("slow", SLOW, params='{"turns": 3000000}')
     stream = await node.open(b"a.raw", frames)
