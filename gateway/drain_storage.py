@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 
@@ -18,7 +17,7 @@ from ingest.cluster.neighbours import Neighbours
 from ingest.cluster.relay import RelayReader, open_copies
 from ingest.counters import SLOTS, Counters
 from ingest.errors import CatalogUnavailable, DataLost, StorageFailed
-from ingest.label import Label, write_label
+from ingest.label import write_label
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
 from ingest.reader import SegmentReader, StaleExtent, lies_on
@@ -183,19 +182,8 @@ class _Landed:
             raise
 
     async def _write_label(self, reservation: Reservation) -> None:
-        label = Label(
-            object_id=self._record.object_id,
-            bucket=self._record.bucket,
-            key=self._record.key,
-            node=self._segments.node,
-            slot=self._segments.slot,
-            segment=reservation.segment.number,
-            generation=reservation.segment.generation,
-            offset=reservation.offset,
-            position=self._position - self._filled,
-            length=reservation.capacity,
-            created_ns=time.time_ns(),
-        )
+        position = self._position - self._filled
+        label = self._segments.label(self._record, reservation, position, reservation.capacity)
         block = AlignedBuffer(LABEL_BYTES)
         try:
             write_label(label, block.view)

@@ -17,7 +17,7 @@ from ingest.buffer import Buffer
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import BufferFull, CatalogUnavailable, DataLost, IngestError, StaleVersion, StorageFailed, Unreadable
-from ingest.label import Label, write_label
+from ingest.label import write_label
 from ingest.reader import SegmentReader, StaleExtent
 from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord
 from ingest.segments import Reservation, Segment
@@ -125,7 +125,9 @@ class _Compaction:
         """Label and payload, written and flushed. Raises Unreadable, DataLost, StorageFailed."""
         block = AlignedBuffer(COPY_BYTES)
         try:
-            write_label(self._label(record, extent, reservation), block.view)
+            copy = record.mirror if extent in record.mirror else record.extents
+            position = sum(other.length for other in copy[: copy.index(extent)])
+            write_label(self._store.label(record, reservation, position, extent.length), block.view)
             await self._write(reservation.segment, block.view[:LABEL_BYTES], reservation.offset)
             offset = reservation.offset + LABEL_BYTES
             async with contextlib.aclosing(self._payload(extent)) as chunks:
@@ -141,22 +143,6 @@ class _Compaction:
                 raise self._failed("flush", reservation.segment, error) from error
         finally:
             block.close()
-
-    def _label(self, record: ObjectRecord, extent: Extent, reservation: Reservation) -> Label:
-        copy = record.mirror if extent in record.mirror else record.extents
-        return Label(
-            object_id=record.object_id,
-            bucket=record.bucket,
-            key=record.key,
-            node=self._store.node,
-            slot=self._store.slot,
-            segment=reservation.segment.number,
-            generation=reservation.segment.generation,
-            offset=reservation.offset,
-            position=sum(other.length for other in copy[: copy.index(extent)]),
-            length=extent.length,
-            created_ns=time.time_ns(),
-        )
 
     async def _payload(self, extent: Extent) -> AsyncGenerator[memoryview, None]:
         store = self._store

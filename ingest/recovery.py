@@ -20,7 +20,7 @@ from ingest.blockio import AlignedBuffer, open_direct, read_fully, write_fully
 from ingest.counters import Counters
 from ingest.digests import CRC_FUNCTIONS
 from ingest.errors import CatalogError, DataLost, NoSuchKey, StaleVersion, StorageFailed, Unreadable
-from ingest.label import Label, write_label
+from ingest.label import write_label
 from ingest.paths import NodePaths
 from ingest.ports import Catalog
 from ingest.reader import SegmentReader, StaleExtent
@@ -45,8 +45,8 @@ async def recover(
     Raises StorageFailed, BufferFull or Unreadable where the disk takes nothing of what is owed: it stays in memory, for the
     next try.
     """
-    segments.open(await catalog.segment_use(segments.slot))
     await _hear(segments, spans)
+    segments.open(await catalog.segment_use(segments.slot))
     unwritten = await _write_owed(paths, segments, arena, spans)
     if unwritten:
         await segments.recycle_idle()  # room for what must go elsewhere
@@ -195,22 +195,10 @@ def _copy_out(
     """In a thread: the extent as it should be, from its old place and from memory, in a new place. Raises OSError where that
     cannot be written, Unreadable where the old one cannot be read."""
     segment = reservation.segment
-    label = Label(
-        object_id=record.object_id,
-        bucket=record.bucket,
-        key=record.key,
-        node=segments.node,
-        slot=segments.slot,
-        segment=segment.number,
-        generation=segment.generation,
-        offset=reservation.offset,
-        position=sum(other.length for other in record.extents[: record.extents.index(extent)]),
-        length=extent.length,
-        created_ns=time.time_ns(),
-    )
+    position = sum(other.length for other in record.extents[: record.extents.index(extent)])
     block = AlignedBuffer(COPY_BYTES)
     try:
-        write_label(label, block.view)
+        write_label(segments.label(record, reservation, position, extent.length), block.view)
         segment.write([block.view[:LABEL_BYTES]], reservation.offset)
         for start in range(LABEL_BYTES, extent.stored_bytes, COPY_BYTES):
             count = min(COPY_BYTES, extent.stored_bytes - start)

@@ -26,8 +26,9 @@ from ingest.blockio import AlignedBuffer, Flusher, GivenUp, open_direct, write_f
 from ingest.counters import Counters
 from ingest.crashpoints import crashpoint
 from ingest.errors import BufferFull, CatalogError, StorageFailed
+from ingest.label import Label
 from ingest.paths import NodePaths, make_folder
-from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, SegmentUse
+from ingest.records import BLOCK_BYTES, LABEL_BYTES, Extent, LifetimeClass, ObjectRecord, SegmentUse
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,22 @@ class SegmentStore:
             segment.tail = reservation.offset + -(-used_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if self._dead(segment):
             self._recycle_soon()
+
+    def label(self, record: ObjectRecord, reservation: Reservation, position: int, length: int) -> Label:
+        """Of payload of a stored version, ``length`` bytes from body offset ``position`` on, in a new place."""
+        return Label(
+            object_id=record.object_id,
+            bucket=record.bucket,
+            key=record.key,
+            node=self.node,
+            slot=self.slot,
+            segment=reservation.segment.number,
+            generation=reservation.segment.generation,
+            offset=reservation.offset,
+            position=position,
+            length=length,
+            created_ns=time.time_ns(),
+        )
 
     def adopt(self, extents: Iterable[Extent]) -> None:
         """These extents are committed: their segments live until the catalogue frees them."""

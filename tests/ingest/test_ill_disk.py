@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
 import os
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -30,21 +26,12 @@ from ingest.mend import Patch
 from ingest.paths import NodePaths
 from ingest.records import LABEL_BYTES, ArchiveCopy, CommitObject, DeleteObject, Durability, Extent, ObjectRecord
 from ingest.segments import REMOVE_EVERY_S
+from tests.ingest import test_faults as _faults
 
 MIB = 1 << 20
 EIO = OSError(5, "Input/output error")
 
 
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"ingest_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_faults = _load("test_faults")
 _plane = _faults._plane
 memory, buffer, disk, gates = _faults.memory, _faults.buffer, _faults.disk, _faults.gates
 worker, put, get, eventually = _plane.worker, _plane.put, _plane.get, _plane.eventually
